@@ -83,23 +83,29 @@ def name_faults(wheel: Path) -> list[str]:
 
 
 def content_faults(wheel: Path) -> list[str]:
-    """What is wrong inside: one library, no second OpenMP runtime, nothing of torch or Python linked."""
+    """What is wrong inside: one library, no second OpenMP runtime beside it, nothing but the package."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         binaries = [name for name in names if ".so" in Path(name).name]
         if binaries != [LIBRARY]:
             return [f"the compiled files are {binaries}, not just {LIBRARY}"]
-        library = ELFFile(io.BytesIO(archive.read(LIBRARY)))
+        faults = binary_faults(archive.read(LIBRARY))
+    return faults + [
+        f"{name} does not belong in a wheel" for name in names if not name.startswith(("rarefy/", "rarefy-"))
+    ]
+
+
+def binary_faults(elf: bytes) -> list[str]:
+    """What a shared library links or wants from elsewhere that it must not: torch, Python, its own OpenMP."""
+    library = ELFFile(io.BytesIO(elf))
     dynamic = library.get_section_by_name(".dynamic")
     symbols = library.get_section_by_name(".dynsym")
     assert isinstance(dynamic, DynamicSection) and isinstance(symbols, SymbolTableSection)
     needed = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")]  # pyright: ignore[reportAttributeAccessIssue]
     wanted = [symbol.name for symbol in symbols.iter_symbols() if symbol["st_shndx"] == "SHN_UNDEF"]
-    print(f"links {', '.join(needed)}")
     return [
-        *(f"{LIBRARY} links {name}" for name in needed if not name.startswith(SYSTEM_LIBRARIES)),
-        *(f"{LIBRARY} wants the symbol {name}" for name in wanted if name.startswith(FOREIGN_SYMBOLS)),
-        *(f"{name} does not belong in a wheel" for name in names if not name.startswith(("rarefy/", "rarefy-"))),
+        *(f"links {name}" for name in needed if not name.startswith(SYSTEM_LIBRARIES)),
+        *(f"wants the symbol {name}" for name in wanted if name.startswith(FOREIGN_SYMBOLS)),
     ]
 
 

@@ -47,7 +47,7 @@ def script(chosen: list[Block], readme: str, folder: Path) -> str:
 
     It stops at the first command that fails and names its block; Python blocks are written to `folder`.
     """
-    lines = ["set -euo pipefail", "trap 'echo \"failed: $block\" >&2' ERR"]
+    lines = ["set -euo pipefail", "block=", "trap '[ $? = 0 ] || echo \"failed: $block\" >&2' EXIT"]
     for block in chosen:
         name = f"{readme}:{block.line}"
         lines += [f"block={shlex.quote(name)}", f"echo {shlex.quote(f'-- {name}')}"]
