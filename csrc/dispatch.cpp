@@ -1,0 +1,132 @@
+// The C interface: checks arguments once and hands them to the instruction set in use.
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "internal.h"
+
+namespace rarefy {
+namespace {
+
+struct Choice {
+  const Kernels *list[3];
+  int count;
+  char names[64];
+};
+
+// What this build has and this CPU can run, best first.
+Choice find_choices() {
+  Choice choice = {};
+#if defined(RAREFY_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
+    choice.list[choice.count++] = kernels_avx512();
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    choice.list[choice.count++] = kernels_avx2();
+  }
+#endif
+  choice.list[choice.count++] = kernels_portable();
+  for (int i = 0; i < choice.count; ++i) {
+    if (i > 0) strcat(choice.names, ",");
+    strcat(choice.names, choice.list[i]->name);
+  }
+  return choice;
+}
+
+const Choice &choices() {
+  static const Choice choice = find_choices();
+  return choice;
+}
+
+const Kernels *find(const char *name) {
+  for (int i = 0; i < choices().count; ++i) {
+    if (strcmp(choices().list[i]->name, name) == 0) return choices().list[i];
+  }
+  return nullptr;
+}
+
+const Kernels *initial() {
+  const char *wanted = getenv("RAREFY_ISA");
+  return wanted != nullptr && *wanted != '\0' ? find(wanted) : choices().list[0];
+}
+
+std::atomic<const Kernels *> &current() {
+  static std::atomic<const Kernels *> kernels(initial());  // null: RAREFY_ISA could not be honoured
+  return kernels;
+}
+
+bool bad(const rarefy_pattern *p, int64_t batch, bool transposed) {
+  if (p == nullptr || batch < 0 || p->out_features < 0 || p->in_features < 0 || p->num_units < 0) return true;
+  if (p->block_rows < 1 || p->block_cols < 1 || (p->index_bytes != 2 && p->index_bytes != 4)) return true;
+  if (p->out_features % p->block_rows != 0 || p->in_features % p->block_cols != 0) return true;
+  if (p->crow == nullptr || p->crow[p->out_features / p->block_rows] != p->num_units) return true;
+  if (p->num_units > 0 && p->cols == nullptr) return true;
+  if (!transposed) return false;
+  if (p->t_crow == nullptr || p->t_crow[p->in_features / p->block_cols] != p->num_units) return true;
+  return p->num_units > 0 && (p->t_rows == nullptr || p->t_perm == nullptr);
+}
+
+// A null pointer is fine where there is nothing behind it.
+bool missing(const void *data, int64_t count) { return data == nullptr && count > 0; }
+
+int thread_count(int threads) { return threads > 0 ? threads : omp_get_max_threads(); }
+
+}  // namespace
+}  // namespace rarefy
+
+using namespace rarefy;
+
+const char *rarefy_isa(void) {
+  const Kernels *kernels = current().load();
+  return kernels != nullptr ? kernels->name : "unavailable";
+}
+
+int rarefy_set_isa(const char *name) {
+  const Kernels *kernels = name != nullptr ? find(name) : nullptr;
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  current().store(kernels);
+  return RAREFY_OK;
+}
+
+const char *rarefy_isas(void) { return choices().names; }
+
+int rarefy_supports(int64_t block_rows, int64_t block_cols) {
+  return kernels_portable()->supports(block_rows, block_cols);  // every instruction set has the same blocks
+}
+
+int rarefy_spmm_f32(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias, float *y,
+                    int64_t batch, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(pattern, batch, false) || missing(values, pattern->num_units) || missing(x, batch * pattern->in_features) ||
+      missing(y, batch * pattern->out_features)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->spmm(pattern, values, x, bias, y, batch, thread_count(threads));
+}
+
+int rarefy_backward_f32(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x, float *dx,
+                        float *dvalues, float *dbias, int64_t batch, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(pattern, batch, dx != nullptr) || missing(dy, batch * pattern->out_features)) return RAREFY_BAD_ARGUMENT;
+  if (dx != nullptr && missing(values, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
+  if (dvalues != nullptr && missing(x, batch * pattern->in_features)) return RAREFY_BAD_ARGUMENT;
+  return kernels->backward(pattern, values, dy, x, dx, dvalues, dbias, batch, thread_count(threads));
+}
+
+int rarefy_spmm_t_f32(const rarefy_pattern *pattern, const float *values, const float *dy, float *dx, int64_t batch,
+                      int threads) {
+  if (pattern == nullptr || missing(dx, batch * pattern->in_features)) return RAREFY_BAD_ARGUMENT;
+  return rarefy_backward_f32(pattern, values, dy, nullptr, dx, nullptr, nullptr, batch, threads);
+}
+
+int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float *x, float *dvalues, float *dbias,
+                     int64_t batch, int threads) {
+  if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
+  return rarefy_backward_f32(pattern, nullptr, dy, x, nullptr, dvalues, dbias, batch, threads);
+}

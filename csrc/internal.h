@@ -1,0 +1,35 @@
+// What the translation units share. Only declarations and plain data: an inline function here could be compiled once
+// with AVX-512 and then be used by the portable code, since the linker keeps any one copy.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "rarefy.h"
+
+namespace rarefy {
+
+// One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1.
+struct Kernels {
+  const char *name;
+  int (*supports)(int64_t block_rows, int64_t block_cols);
+  int (*spmm)(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y, int64_t batch,
+              int threads);
+  // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
+  int (*backward)(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
+                  float *dvalues, float *dbias, int64_t batch, int threads);
+};
+
+const Kernels *kernels_portable();
+const Kernels *kernels_avx2();
+const Kernels *kernels_avx512();
+
+// Scratch memory, 64-byte aligned and kept for the next call. Null if there is none to be had.
+struct Lease {
+  char *data;
+  size_t bytes;
+};
+Lease arena_acquire(size_t bytes);
+void arena_release(Lease lease);
+
+}  // namespace rarefy

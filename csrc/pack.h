@@ -1,0 +1,92 @@
+// Panels: P = NV * VL tokens side by side for each feature, so that a nonzero works on whole cache lines.
+// panel[feature][P], feature-major; a row-major matrix has one token a row. Lanes past the last token are zero.
+#pragma once
+
+#include "simd.h"
+
+namespace rarefy {
+namespace {
+
+// panel[f - begin] for the features begin <= f < end of `tokens` <= P rows of `source`, whose row length is `stride`.
+template <int NV>
+void pack(const float *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {
+  constexpr int P = NV * VL;
+  for (int group = 0; group < NV; ++group) {
+    const int64_t live = min64(max64(tokens - group * VL, 0), VL);
+    const float *rows = source + group * VL * stride;
+    float *out = panel + group * VL;
+    int64_t f = begin;
+    if (live == VL) {
+      for (; f + VL <= end; f += VL) {
+        vec block[VL];
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) block[i] = load_any(rows + i * stride + f);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) store(out + (f - begin + i) * P, block[i]);
+      }
+    } else if (live > 0) {
+      for (; f + VL <= end; f += VL) {
+        vec block[VL];
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) block[i] = i < live ? load_any(rows + i * stride + f) : vec{};
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) store(out + (f - begin + i) * P, block[i]);
+      }
+    }
+    for (; f < end; ++f) {
+      float *lane = out + (f - begin) * P;
+      for (int64_t t = 0; t < live; ++t) lane[t] = rows[t * stride + f];
+      for (int64_t t = live; t < VL; ++t) lane[t] = 0.0f;
+    }
+  }
+}
+
+// The reverse: target[token][f] for begin <= f < end from panel[f - begin]; only `tokens` rows are written.
+template <int NV>
+void unpack(const float *panel, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *target) {
+  constexpr int P = NV * VL;
+  for (int group = 0; group < NV; ++group) {
+    const int64_t live = min64(max64(tokens - group * VL, 0), VL);
+    float *rows = target + group * VL * stride;
+    const float *in = panel + group * VL;
+    int64_t f = begin;
+    for (; live > 0 && f + VL <= end; f += VL) {
+      vec block[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) block[i] = load(in + (f - begin + i) * P);
+      transpose(block);
+      if (live == VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) store_any(rows + i * stride + f, block[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) {
+          if (i < live) store_any(rows + i * stride + f, block[i]);
+        }
+      }
+    }
+    for (; f < end; ++f) {
+      for (int64_t t = 0; t < live; ++t) rows[t * stride + f] = in[(f - begin) * P + t];
+    }
+  }
+}
+
+// sums[f - begin] = the sum over the tokens of column f, in the order of the tokens.
+inline void column_sums(const float *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *sums) {
+  int64_t f = begin;
+  for (; f + VL <= end; f += VL) {
+    vec sum = {};
+    for (int64_t t = 0; t < tokens; ++t) sum += load_any(source + t * stride + f);
+    store_any(sums + f - begin, sum);
+  }
+  for (; f < end; ++f) {
+    float sum = 0.0f;
+    for (int64_t t = 0; t < tokens; ++t) sum += source[t * stride + f];
+    sums[f - begin] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace rarefy

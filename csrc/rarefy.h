@@ -1,0 +1,94 @@
+/* rarefy: kernels for networks that are sparse from the first step. Plain C interface, no torch and no Python.
+ *
+ * A matrix W of out_features x in_features is held as units (blocks of block_rows x block_cols entries, 1 x 1 for an
+ * unstructured pattern) in compressed rows of units. Activations are row-major float32, one token a row. Every pointer
+ * must be valid for the sizes stated; the contents of the index arrays are trusted (rarefy.Pattern.check checks them).
+ *
+ * Threads are OpenMP's; threads <= 0 means omp_get_max_threads(). Results are the same from run to run and, for
+ * everything below, independent of the number of threads. All functions may be called from several threads at once.
+ */
+#ifndef RAREFY_H
+#define RAREFY_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define RAREFY_API __declspec(dllexport)
+#else
+#define RAREFY_API __attribute__((visibility("default")))
+#endif
+
+enum {
+  RAREFY_OK = 0,
+  RAREFY_BAD_ARGUMENT = -1,      /* a null pointer, a negative size, or a block that does not divide the matrix */
+  RAREFY_UNSUPPORTED_BLOCK = -2, /* see rarefy_supports */
+  RAREFY_NO_MEMORY = -3,
+  RAREFY_NO_ISA = -4 /* RAREFY_ISA names an instruction set that this CPU or this build lacks */
+};
+
+typedef struct {
+  int64_t out_features, in_features, block_rows, block_cols, num_units;
+  const int32_t *crow;   /* out_features / block_rows + 1 */
+  const void *cols;      /* num_units, ascending inside a row */
+  const int32_t *t_crow; /* in_features / block_cols + 1: the same units by columns. Only spmm_t and backward read t_* */
+  const void *t_rows;    /* num_units, ascending inside a column */
+  const int32_t *t_perm; /* num_units: unit j of the transposed order is unit t_perm[j] of the values */
+  int32_t index_bytes;   /* of cols and t_rows: 2 (uint16) or 4 (int32) */
+} rarefy_pattern;
+
+/* The instruction set in use: "avx512", "avx2" or "portable"; "unavailable" if the environment variable RAREFY_ISA asks
+ * for one that is not there, in which case the kernels return RAREFY_NO_ISA until rarefy_set_isa succeeds. */
+RAREFY_API const char *rarefy_isa(void);
+/* 0, or RAREFY_NO_ISA (and nothing changes) if this CPU or this build lacks it. */
+RAREFY_API int rarefy_set_isa(const char *name);
+/* Comma separated, best first: what both this build and this CPU offer. */
+RAREFY_API const char *rarefy_isas(void);
+/* Whether the kernels know the block shape (1) or not (0). */
+RAREFY_API int rarefy_supports(int64_t block_rows, int64_t block_cols);
+
+/* y (batch, out) = x (batch, in) W^T + bias (out). bias may be NULL. All of y is written. */
+RAREFY_API int rarefy_spmm_f32(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias,
+                               float *y, int64_t batch, int threads);
+/* dx (batch, in) = dy (batch, out) W. All of dx is written. */
+RAREFY_API int rarefy_spmm_t_f32(const rarefy_pattern *pattern, const float *values, const float *dy, float *dx,
+                                 int64_t batch, int threads);
+/* dvalues (num_units, block_rows, block_cols) = (dy^T x) at the pattern; dbias (out) = column sums of dy, or NULL. */
+RAREFY_API int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float *x, float *dvalues,
+                                float *dbias, int64_t batch, int threads);
+/* spmm_t and sddmm in one pass over dy. Any of dx, dvalues and dbias may be NULL: then it is not computed. */
+RAREFY_API int rarefy_backward_f32(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x,
+                                   float *dx, float *dvalues, float *dbias, int64_t batch, int threads);
+
+/* The transposed index by counting sort, in O(num_units + rows + cols). cols and t_rows have index_bytes each.
+ * t_crow: num_unit_cols + 1, t_rows and t_perm: crow[num_unit_rows]. RAREFY_BAD_ARGUMENT if a column is out of range. */
+RAREFY_API int rarefy_transpose(int64_t num_unit_rows, int64_t num_unit_cols, const int32_t *crow, const void *cols,
+                                int32_t *t_crow, void *t_rows, int32_t *t_perm, int32_t index_bytes);
+
+/* Growth: the k best absent units of a dense gradient that is seen a tile at a time.
+ *
+ * The score of a unit is the mean of |g| over its entries: their float32 sum in row-major order inside the unit, divided
+ * by the number of entries (for a 1 x 1 unit |g| itself). The order is total: higher score first, then lower flat unit
+ * index (unit row * num_unit_cols + unit col). Units in the pattern are skipped. NaN and infinite scores are counted and
+ * never selected. The selection depends neither on the order of the tiles nor on the number of threads.
+ * One selection is for one caller at a time. Memory: O(k) and one small buffer a thread. */
+RAREFY_API void *rarefy_grow_new(int64_t k); /* NULL if k < 0 or there is no memory */
+/* tile: (num_unit_rows * block_rows, in_features) row-major, the rows of the gradient from unit row first_unit_row on. */
+RAREFY_API int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *pattern, const float *tile,
+                                    int64_t first_unit_row, int64_t num_unit_rows, int threads);
+/* Writes the selection, best first, and returns how many there are: k, or fewer if there were fewer candidates.
+ * unit_indices and scores hold k; either may be NULL, as may num_nonfinite. More tiles may be scanned afterwards. */
+RAREFY_API int64_t rarefy_grow_finish(void *selection, int64_t *unit_indices, float *scores, int64_t *num_nonfinite);
+RAREFY_API void rarefy_grow_free(void *selection);
+
+/* Bytes of scratch memory kept for later calls, and its release (what a call in flight uses is kept). */
+RAREFY_API int64_t rarefy_workspace_bytes(void);
+RAREFY_API void rarefy_workspace_release(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

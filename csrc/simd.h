@@ -1,0 +1,128 @@
+// Vectors as wide as the target allows, in GCC's vector extension: one source for every instruction set. The compiler
+// contracts a * b + c to one instruction where there is one. Everything lives in an anonymous namespace, so that no two
+// translation units share code compiled for different instruction sets.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rarefy {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;      // floats a vector
+constexpr int kBudget = 16; // accumulators that leave registers for the operands
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+constexpr int kBudget = 8;
+#else
+constexpr int VL = 4;
+constexpr int kBudget = 8;
+#endif
+
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef float vec_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));  // at any address
+
+inline vec load(const float *p) { return *reinterpret_cast<const vec *>(p); }
+inline void store(float *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
+inline vec load_any(const float *p) { return *reinterpret_cast<const vec_any *>(p); }
+inline void store_any(float *p, vec v) { *reinterpret_cast<vec_any *>(p) = v; }
+
+inline vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return vec{x, x, x, x};
+#endif
+}
+
+// One step of a transpose: lanes whose index has bit S are swapped between the two vectors of a pair.
+template <int S, int... I>
+inline vec low_half(vec a, vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & S) == 0 ? I : VL + I - S)...);
+}
+template <int S, int... I>
+inline vec high_half(vec a, vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & S) == 0 ? I + S : VL + I)...);
+}
+using Lanes = std::make_integer_sequence<int, VL>;
+
+template <int S>
+inline void swap_step(vec (&rows)[VL]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) {
+    if ((i & S) != 0) continue;
+    const vec a = rows[i], b = rows[i + S];
+    rows[i] = low_half<S>(a, b, Lanes());
+    rows[i + S] = high_half<S>(a, b, Lanes());
+  }
+}
+
+// rows[i][j] <-> rows[j][i]
+inline void transpose(vec (&rows)[VL]) {
+  if constexpr (VL > 8) swap_step<(VL > 8 ? 8 : 1)>(rows);
+  if constexpr (VL > 4) swap_step<(VL > 4 ? 4 : 1)>(rows);
+  swap_step<2>(rows);
+  swap_step<1>(rows);
+}
+
+// Lane i of the result is the sum of the lanes of sums[i]: a transpose that adds the halves instead of keeping them.
+template <int S>
+inline void add_step(vec (&sums)[VL]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < S; ++i) {
+    const vec a = sums[i], b = sums[i + S];
+    sums[i] = low_half<S>(a, b, Lanes()) + high_half<S>(a, b, Lanes());
+  }
+}
+inline vec reduce(vec (&sums)[VL]) {
+  if constexpr (VL > 8) add_step<(VL > 8 ? 8 : 1)>(sums);
+  if constexpr (VL > 4) add_step<(VL > 4 ? 4 : 1)>(sums);
+  add_step<2>(sums);
+  add_step<1>(sums);
+  return sums[0];
+}
+
+// Gradients decay into denormals, which several cores handle a hundred times slower. Restored on exit: the caller's
+// arithmetic is not ours to change.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zero
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ | (uint64_t(1) << 24)));
+  }
+  ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+#else
+  FlushDenormals() : saved_(0) {}
+#endif
+  FlushDenormals(const FlushDenormals &) = delete;
+  FlushDenormals &operator=(const FlushDenormals &) = delete;
+
+ private:
+#if defined(__x86_64__)
+  unsigned saved_;
+#else
+  uint64_t saved_;
+#endif
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
+constexpr int max_int(int a, int b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace rarefy

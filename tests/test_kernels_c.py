@@ -1,0 +1,449 @@
+"""The C kernels by themselves, through their C interface, against float64 dense arithmetic in numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  before the library: both then use the OpenMP runtime that torch brought
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_library() -> Path | None:
+    """RAREFY_LIBRARY, else the newest of the package's and the standalone build's copy."""
+    if named := os.environ.get("RAREFY_LIBRARY"):
+        return Path(named)
+    found = [ROOT / "src" / "rarefy" / "librarefy_kernels.so", ROOT / "build" / "librarefy_kernels.so"]
+    for entry in sys.path:
+        found.append(Path(entry) / "rarefy" / "librarefy_kernels.so")
+    return max((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+
+
+LIBRARY = find_library()
+if LIBRARY is None:
+    pytest.skip("the native kernels are not built", allow_module_level=True)
+LIB = ctypes.CDLL(str(LIBRARY))
+
+BAD_ARGUMENT, UNSUPPORTED_BLOCK, NO_ISA = -1, -2, -4
+P, I64 = ctypes.c_void_p, ctypes.c_int64
+EPS = float(np.finfo(np.float32).eps)
+
+
+class CPattern(ctypes.Structure):
+    _fields_ = [
+        *((name, I64) for name in ("out_features", "in_features", "block_rows", "block_cols", "num_units")),
+        *((name, P) for name in ("crow", "cols", "t_crow", "t_rows", "t_perm")),
+        ("index_bytes", ctypes.c_int32),
+    ]
+
+
+PATTERN = ctypes.POINTER(CPattern)
+for name, result, arguments in [
+    ("isa", ctypes.c_char_p, []),
+    ("isas", ctypes.c_char_p, []),
+    ("set_isa", ctypes.c_int, [ctypes.c_char_p]),
+    ("supports", ctypes.c_int, [I64, I64]),
+    ("spmm_f32", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
+    ("spmm_t_f32", ctypes.c_int, [PATTERN, P, P, P, I64, ctypes.c_int]),
+    ("sddmm_f32", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
+    ("backward_f32", ctypes.c_int, [PATTERN, P, P, P, P, P, P, I64, ctypes.c_int]),
+    ("transpose", ctypes.c_int, [I64, I64, P, P, P, P, P, ctypes.c_int32]),
+    ("grow_new", P, [I64]),
+    ("grow_scan_f32", ctypes.c_int, [P, PATTERN, P, I64, I64, ctypes.c_int]),
+    ("grow_finish", I64, [P, P, P, P]),
+    ("grow_free", None, [P]),
+    ("workspace_bytes", I64, []),
+    ("workspace_release", None, []),
+]:
+    function = getattr(LIB, f"rarefy_{name}")
+    function.restype, function.argtypes = result, arguments
+
+ISAS = LIB.rarefy_isas().decode().split(",")
+BLOCKS = [(1, 1), (2, 2), (4, 1), (4, 4), (8, 1), (8, 8), (16, 16)]
+
+
+def at(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+class Sparse:
+    """A boolean map of units as the C interface wants it. Keeps the arrays alive that `c` points to."""
+
+    def __init__(self, units: np.ndarray, block: tuple[int, int], index_bytes: int) -> None:
+        self.units, self.block = units, block
+        rows, cols = units.shape
+        index = np.uint16 if index_bytes == 2 else np.int32
+        self.crow = np.concatenate([[0], np.cumsum(units.sum(1))]).astype(np.int32)
+        self.cols = np.nonzero(units)[1].astype(index)
+        self.t_crow = np.full(cols + 1, -1, np.int32)
+        self.t_rows = np.zeros(len(self.cols), index)
+        self.t_perm = np.zeros(len(self.cols), np.int32)
+        arrays = (self.crow, self.cols, self.t_crow, self.t_rows, self.t_perm)
+        assert LIB.rarefy_transpose(rows, cols, *map(at, arrays), index_bytes) == 0
+        self.c = CPattern(rows * block[0], cols * block[1], *block, len(self.cols), *map(at, arrays), index_bytes)
+
+    def dense(self, values: np.ndarray) -> np.ndarray:
+        """(out, in) float64 from values (K, br, bc)."""
+        rows, cols = self.units.shape
+        w = np.zeros((rows, cols, *self.block))
+        w[self.units] = values
+        return w.transpose(0, 2, 1, 3).reshape(rows * self.block[0], cols * self.block[1])
+
+    def gather(self, w: np.ndarray) -> np.ndarray:
+        """The reverse of `dense`: (K, br, bc)."""
+        rows, cols = self.units.shape
+        return w.reshape(rows, self.block[0], cols, self.block[1]).transpose(0, 2, 1, 3)[self.units]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes in units of the block."""
+
+    rows: int
+    cols: int
+    density: float
+    batch: int
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}-d{self.density}-b{self.batch}"
+
+
+CASES = [
+    Case(7, 5, 0.5, 3),
+    Case(33, 17, 0.2, 1),
+    Case(1, 1, 1.0, 1),
+    Case(1, 40, 0.3, 17),
+    Case(40, 1, 0.3, 16),
+    Case(64, 64, 1.0, 33),
+    Case(64, 48, 0.0, 20),
+    Case(19, 23, 0.1, 0),
+    Case(31, 67, 0.1, 64),
+    Case(130, 70, 0.05, 65),
+    Case(70, 257, 0.1, 129),
+    Case(257, 130, 0.1, 300),
+    Case(0, 5, 0.5, 4),
+    Case(5, 0, 0.5, 4),
+]
+WIDE = [
+    Case(300, 2600, 0.05, 200),
+    Case(2600, 300, 0.05, 200),
+    Case(1500, 1100, 0.1, 515),
+    Case(96, 5000, 0.3, 131),
+    Case(700, 900, 0.9, 260),
+]
+
+
+def make(case: Case, block: tuple[int, int] = (1, 1), index_bytes: int = 4, uneven: bool = False):
+    """A pattern, values, x, dy, bias; some rows and columns are empty, and one row is full if `uneven`."""
+    rng = np.random.default_rng(case.seed)
+    units = rng.random((case.rows, case.cols)) < case.density
+    if case.density < 1 and case.rows > 4 and case.cols > 4:
+        units[[1, -1]] = False
+        units[:, [0, 3]] = False
+    if uneven:
+        units[case.rows // 2] = True
+        units[:, case.cols // 2] = True
+    sparse = Sparse(units, block, index_bytes)
+    values = rng.standard_normal((len(sparse.cols), *block), np.float32)
+    x = rng.standard_normal((case.batch, case.cols * block[1]), np.float32)
+    dy = rng.standard_normal((case.batch, case.rows * block[0]), np.float32)
+    bias = rng.standard_normal(case.rows * block[0], np.float32)
+    return sparse, values, x, dy, bias
+
+
+def guarded(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """An output full of NaN, at an address that is 4-byte aligned only, and the guard cells around it."""
+    size = int(np.prod(shape))
+    room = np.full(size + 33, np.nan, np.float32)
+    return room[17 : 17 + size].reshape(shape), room
+
+
+def check(out: np.ndarray, room: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, terms: int) -> None:
+    """|out - exact| <= (terms + 2) eps sum|a||b|, the bound for a sum of `terms` products in any order."""
+    assert np.isnan(room[:17]).all() and np.isnan(room[17 + out.size :]).all(), "written outside the output"
+    assert out.shape == exact.shape
+    assert (np.abs(out - exact) <= (terms + 2) * EPS * magnitude).all()
+
+
+def run_all(case: Case, block: tuple[int, int], index_bytes: int, threads: int, uneven: bool = False) -> list[np.ndarray]:
+    """Every kernel on one case, each checked; returns the outputs."""
+    sparse, values, x, dy, bias = make(case, block, index_bytes, uneven)
+    pattern, batch = ctypes.byref(sparse.c), case.batch
+    w, x64, dy64 = sparse.dense(values), x.astype(np.float64), dy.astype(np.float64)
+    fan_in = w.shape[1] + 1
+    outputs = []
+
+    for b in (bias, None):
+        y, room = guarded(dy.shape)
+        assert LIB.rarefy_spmm_f32(pattern, at(values), at(x), at(b), at(y), batch, threads) == 0
+        add = np.zeros(1) if b is None else b.astype(np.float64)
+        check(y, room, x64 @ w.T + add, np.abs(x64) @ np.abs(w).T + np.abs(add), fan_in)
+        outputs.append(y)
+
+    def check_dx(dx: np.ndarray, room: np.ndarray) -> None:
+        check(dx, room, dy64 @ w, np.abs(dy64) @ np.abs(w), w.shape[0])
+
+    def check_dvalues(dvalues: np.ndarray, room: np.ndarray) -> None:
+        exact, magnitude = sparse.gather(dy64.T @ x64), sparse.gather(np.abs(dy64).T @ np.abs(x64))
+        check(dvalues, room, exact, magnitude, batch)
+
+    def check_dbias(dbias: np.ndarray, room: np.ndarray) -> None:
+        check(dbias, room, dy64.sum(0), np.abs(dy64).sum(0), batch)
+
+    dx, dx_room = guarded(x.shape)
+    assert LIB.rarefy_spmm_t_f32(pattern, at(values), at(dy), at(dx), batch, threads) == 0
+    check_dx(dx, dx_room)
+
+    for with_bias in (True, False):
+        dvalues, dvalues_room = guarded(values.shape)
+        dbias, dbias_room = guarded(bias.shape)
+        bias_at = at(dbias) if with_bias else None
+        assert LIB.rarefy_sddmm_f32(pattern, at(dy), at(x), at(dvalues), bias_at, batch, threads) == 0
+        check_dvalues(dvalues, dvalues_room)
+        if with_bias:
+            check_dbias(dbias, dbias_room)
+
+    for wanted in ((1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)):
+        dx, dx_room = guarded(x.shape)
+        dvalues, dvalues_room = guarded(values.shape)
+        dbias, dbias_room = guarded(bias.shape)
+        into = [at(a) if flag else None for a, flag in zip((dx, dvalues, dbias), wanted, strict=True)]
+        assert LIB.rarefy_backward_f32(pattern, at(values), at(dy), at(x), *into, batch, threads) == 0
+        if wanted[0]:
+            check_dx(dx, dx_room)
+        if wanted[1]:
+            check_dvalues(dvalues, dvalues_room)
+        if wanted[2]:
+            check_dbias(dbias, dbias_room)
+        if wanted == (1, 1, 1):
+            outputs += [dx, dvalues, dbias]
+    return outputs
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set that this CPU and build have; the one in use before is restored."""
+    before = LIB.rarefy_isa()
+    assert LIB.rarefy_set_isa(request.param.encode()) == 0
+    assert LIB.rarefy_isa().decode() == request.param
+    yield request.param
+    LIB.rarefy_set_isa(before)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_match_dense(isa: str, case: Case, block: tuple[int, int]) -> None:
+    run_all(case, block, index_bytes=4, threads=2)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_large_kernels_match_dense(isa: str, case: Case) -> None:
+    run_all(case, (1, 1), index_bytes=2, threads=2)
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=str)
+def test_large_blocks_match_dense(isa: str, block: tuple[int, int]) -> None:
+    run_all(Case(1100 // block[0], 1300 // block[1], 0.1, 260), block, index_bytes=2, threads=2)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)], ids=str)
+def test_uneven_rows(isa: str, block: tuple[int, int]) -> None:
+    run_all(Case(150, 260, 0.03, 300), block, index_bytes=2, threads=3, uneven=True)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("case", [Case(257, 130, 0.1, 10), Case(513, 700, 0.1, 700)], ids=str)
+def test_same_bits_whatever_the_threads_and_index_width(isa: str, case: Case, block: tuple[int, int]) -> None:
+    first = run_all(case, block, index_bytes=2, threads=1)
+    for index_bytes, threads in ((2, 1), (4, 1), (2, 2), (4, 5)):
+        for a, b in zip(first, run_all(case, block, index_bytes, threads), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_columns_beyond_uint16(isa: str) -> None:
+    run_all(Case(3, 70_000, 0.01, 5), (1, 1), index_bytes=4, threads=2)
+    run_all(Case(3, 70_000, 0.01, 300), (1, 1), index_bytes=4, threads=2)
+
+
+def test_padding_tokens_stay_out_of_the_gradient(isa: str) -> None:
+    """A value that is not finite in the last token reaches only what it must."""
+    sparse, values, x, dy, _ = make(Case(20, 30, 0.4, 70))
+    dy[-1, 4] = np.inf
+    dvalues = np.empty_like(values)
+    args = (at(values), at(dy), at(x), None, at(dvalues), None, 70, 2)
+    assert LIB.rarefy_backward_f32(ctypes.byref(sparse.c), *args) == 0
+    finite = np.isfinite(dvalues[:, 0, 0])
+    assert (finite == (np.nonzero(sparse.units)[0] != 4)).all()
+
+
+def test_the_callers_denormals_survive(isa: str) -> None:
+    """Kernels flush denormals while they run, and leave the caller's arithmetic as it was."""
+    run_all(Case(20, 30, 0.4, 70), (1, 1), 4, threads=1)
+    tiny = np.float32(1e-40) * np.ones(4, np.float32)
+    assert (tiny * np.float32(0.5) > 0).all()
+
+
+def test_concurrent_callers_agree() -> None:
+    case = Case(200, 300, 0.1, 150)
+    alone = run_all(case, (1, 1), 4, threads=1)
+    results: list[list[np.ndarray]] = []
+
+    def call() -> None:
+        for _ in range(5):
+            results.append(run_all(case, (1, 1), 4, threads=2))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 20
+    for outputs in results:
+        assert all(np.array_equal(a, b) for a, b in zip(alone, outputs, strict=True))
+
+
+def test_workspace_is_kept_and_released() -> None:
+    run_all(Case(200, 300, 0.1, 150), (1, 1), 4, threads=1)
+    assert LIB.rarefy_workspace_bytes() > 0
+    LIB.rarefy_workspace_release()
+    assert LIB.rarefy_workspace_bytes() == 0
+    run_all(Case(200, 300, 0.1, 150), (1, 1), 4, threads=1)
+
+
+@pytest.mark.parametrize("index_bytes", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_transpose(case: Case, index_bytes: int) -> None:
+    sparse = make(case, index_bytes=index_bytes)[0]
+    rows, cols = np.nonzero(sparse.units)
+    order = np.lexsort((rows, cols))
+    assert np.array_equal(sparse.t_perm, order)
+    assert np.array_equal(sparse.t_rows, rows[order])
+    assert np.array_equal(sparse.t_crow, np.concatenate([[0], np.cumsum(sparse.units.sum(0))]))
+
+
+def test_transpose_refuses_a_column_out_of_range() -> None:
+    sparse = make(Case(7, 5, 0.5, 3))[0]
+    sparse.cols[0] = 5
+    arrays = (sparse.crow, sparse.cols, sparse.t_crow, sparse.t_rows, sparse.t_perm)
+    assert LIB.rarefy_transpose(7, 5, *map(at, arrays), 4) == BAD_ARGUMENT
+
+
+def grow(sparse: Sparse, gradient: np.ndarray, k: int, tiles: list[tuple[int, int]], threads: int):
+    """(unit indices, scores, number not finite) after scanning the given (first unit row, number of unit rows)."""
+    br = sparse.block[0]
+    selection = LIB.rarefy_grow_new(k)
+    for first, count in tiles:
+        tile = np.ascontiguousarray(gradient[first * br : (first + count) * br])
+        args = (selection, ctypes.byref(sparse.c), at(tile), first, count, threads)
+        assert LIB.rarefy_grow_scan_f32(*args) == 0
+    units, scores, bad = np.full(k, -1, np.int64), np.full(k, np.nan, np.float32), np.zeros(1, np.int64)
+    found = LIB.rarefy_grow_finish(selection, at(units), at(scores), at(bad))
+    LIB.rarefy_grow_free(selection)
+    return units[:found], scores[:found], int(bad[0])
+
+
+def best_absent(sparse: Sparse, gradient: np.ndarray, k: int):
+    """The specification of `grow`, in numpy."""
+    rows, cols = sparse.units.shape
+    br, bc = sparse.block
+    blocks = np.abs(gradient).reshape(rows, br, cols, bc).transpose(0, 2, 1, 3).reshape(rows * cols, br * bc)
+    score = np.zeros(rows * cols, np.float32)
+    for entry in range(br * bc):
+        score = (score + blocks[:, entry]).astype(np.float32)
+    score = (score / np.float32(br * bc)).astype(np.float32)
+    absent = ~sparse.units.reshape(-1)
+    bad = int((absent & ~np.isfinite(score)).sum())
+    candidates = np.nonzero(absent & np.isfinite(score))[0]
+    order = candidates[np.lexsort((candidates, -score[candidates].astype(np.float64)))][:k]
+    return order, score[order], bad
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (4, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("k", [0, 1, 50, 700, 100_000])
+def test_grow_is_exact(k: int, block: tuple[int, int], ties: bool) -> None:
+    rng = np.random.default_rng(k)
+    rows, cols = 61, 83
+    sparse = Sparse(rng.random((rows, cols)) < 0.1, block, 2)
+    gradient = rng.standard_normal((rows * block[0], cols * block[1]), np.float32)
+    if ties:
+        gradient = np.round(gradient)
+    gradient[5, 7], gradient[6, 6], gradient[-1, -1] = np.nan, np.inf, -np.inf
+    expected = best_absent(sparse, gradient, k)
+    tiles = [(first, min(8, rows - first)) for first in range(0, rows, 8)]
+    for order in (tiles, tiles[::-1], [tiles[i] for i in rng.permutation(len(tiles))], [(0, rows)]):
+        for threads in (1, 2, 5):
+            units, scores, bad = grow(sparse, gradient, k, order, threads)
+            assert np.array_equal(units, expected[0])
+            assert np.array_equal(scores, expected[1])
+            assert bad == expected[2]
+
+
+def test_grow_with_full_buffers_and_ties_across_compactions() -> None:
+    """Many more candidates than the buffer holds, in ascending order of score and all equal."""
+    sparse = Sparse(np.zeros((200, 500), bool), (1, 1), 4)
+    rising = np.arange(100_000, dtype=np.float32).reshape(200, 500)
+    units, _, _ = grow(sparse, rising, 300, [(r, 10) for r in range(0, 200, 10)], 2)
+    assert np.array_equal(units, np.arange(99_999, 99_699, -1))
+    units, _, _ = grow(sparse, np.ones_like(rising), 300, [(r, 10) for r in range(190, -1, -10)], 2)
+    assert np.array_equal(units, np.arange(300))
+    units, scores, _ = grow(sparse, np.zeros_like(rising), 300, [(0, 200)], 2)
+    assert np.array_equal(units, np.arange(300)) and (scores == 0).all()
+
+
+def test_bad_arguments_are_refused() -> None:
+    sparse, values, x, _, _ = make(Case(8, 12, 0.5, 4))
+    y = np.empty((4, 8), np.float32)
+
+    def call(**changes: int) -> int:
+        c = CPattern.from_buffer_copy(sparse.c)
+        batch = changes.pop("batch", 4)
+        for field, value in changes.items():
+            setattr(c, field, value)
+        return LIB.rarefy_spmm_f32(ctypes.byref(c), at(values), at(x), None, at(y), batch, 1)
+
+    assert call() == 0
+    assert call(batch=-1) == BAD_ARGUMENT
+    assert call(index_bytes=8) == BAD_ARGUMENT
+    assert call(num_units=len(values) + 1) == BAD_ARGUMENT
+    assert call(block_rows=3) == BAD_ARGUMENT
+    assert call(block_rows=0) == BAD_ARGUMENT
+    assert call(block_cols=3, num_units=len(values)) == UNSUPPORTED_BLOCK
+    assert LIB.rarefy_supports(4, 4) == 1 and LIB.rarefy_supports(3, 4) == 0
+    assert LIB.rarefy_grow_new(-1) is None
+
+
+def test_unknown_isa_is_refused_and_named_in_the_environment() -> None:
+    before = LIB.rarefy_isa()
+    assert LIB.rarefy_set_isa(b"abacus") == NO_ISA
+    assert LIB.rarefy_isa() == before
+    script = (
+        "import ctypes, sys, torch; lib = ctypes.CDLL(sys.argv[1]); lib.rarefy_isa.restype = ctypes.c_char_p;"
+        "print(lib.rarefy_isa().decode(), lib.rarefy_spmm_f32(None, None, None, None, None, ctypes.c_int64(0), 1))"
+    )
+    for wanted, printed in (("abacus", f"unavailable {NO_ISA}"), ("portable", f"portable {BAD_ARGUMENT}")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(LIBRARY)],
+            env={**os.environ, "RAREFY_ISA": wanted},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_runtime_is_loaded() -> None:
+    run_all(Case(20, 30, 0.4, 70), (1, 1), 4, threads=2)
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = {path for path in paths if any(name in Path(path).name for name in ("libgomp", "libomp", "libiomp"))}
+    assert len(runtimes) == 1
