@@ -1,0 +1,38 @@
+"""rarefy: train neural networks sparse, from the first step."""
+
+from rarefy.convert import sparsify
+from rarefy.distributions import er, erk, uniform
+from rarefy.methods import SET, LayerView, Method, Needs, RigL, Static, unit_mean
+from rarefy.nn import SparseLinear
+from rarefy.optim import AdamW, param_groups
+from rarefy.pattern import Pattern
+from rarefy.plan import Explanation, Plan
+from rarefy.rewiring import Rewirer
+from rarefy.schedules import Constant, Cosine, Linear, Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SET",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "Explanation",
+    "LayerView",
+    "Linear",
+    "Method",
+    "Needs",
+    "Pattern",
+    "Plan",
+    "RigL",
+    "Rewirer",
+    "Schedule",
+    "SparseLinear",
+    "Static",
+    "er",
+    "erk",
+    "param_groups",
+    "sparsify",
+    "uniform",
+    "unit_mean",
+]

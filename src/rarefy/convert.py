@@ -1,0 +1,100 @@
+"""Making an existing model sparse: modules swapped in place, values only."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
+from rarefy.nn import SparseLinear
+from rarefy.nn.linear import INDEX_BUFFERS, gather_units
+from rarefy.pattern import Pattern
+from rarefy.plan import Decision, Plan, is_conv1d
+from rarefy.rewiring import Rewirer
+from rarefy.sampling import keyed_generator
+
+
+def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
+    """Replace the model's linear layers by sparse ones, as the plan says, and return the engine that will rewire them.
+
+    Create the optimizer afterwards, then `rewirer.attach(optimizer, total_steps=...)`.
+
+    Args:
+        model: changed in place. Layers that cannot be converted stay dense; `Rewirer.left_dense` lists them with the reason.
+            On the meta device no dense weight is ever allocated: call `to_empty`, then `reset_parameters` on the sparse layers.
+        sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would slow down
+            stays dense, with the figures as its reason; without it nothing is timed.
+    Raises:
+        ValueError: as `Plan.decide`. The model is then unchanged.
+
+    Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
+    """
+    decisions = plan.decide(model, sample)
+    modules = dict(model.named_modules())
+    layers: dict[str, SparseLinear] = {}
+    for decision in decisions:
+        if not decision.is_sparse:
+            continue
+        module = modules[decision.name]
+        layers[decision.name] = module if isinstance(module, SparseLinear) else _sparse_twin(module, decision, plan)
+    for name, layer in layers.items():
+        _replace(model, modules[name], layer)
+    left_dense = {decision.name: decision.why_dense for decision in decisions if not decision.is_sparse}
+    if not layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:5])
+        warnings.warn(f"no layer became sparse ({reasons})", stacklevel=2)
+    # DDP broadcasts buffers from rank 0: that crashes on uint16, and would overwrite patterns silently (rewiring rule 8.2).
+    indices = [f"{name}.{buffer}" for name in layers for buffer in (*INDEX_BUFFERS, "sink")]
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *indices]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense)
+
+
+def _seed(plan: Plan, name: str) -> int:
+    return int(keyed_generator(plan.seed, "first pattern", name).integers(2**62))
+
+
+def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLinear:
+    """The sparse layer that takes the place of a dense one."""
+    weight = cast(Tensor, module.weight).detach()
+    weight = weight.T if is_conv1d(module) else weight
+    bias = cast("nn.Parameter | None", module.bias)
+    assert decision.units is not None
+    layer = SparseLinear.__new__(SparseLinear)
+    layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
+    layer.pattern_seed = _seed(plan, decision.name)
+    layer.pattern_init = "balanced" if plan.init == "balanced" else "random"
+    if weight.device.type != "meta":
+        pattern = _first_pattern(weight, decision, plan)
+        layer.set_pattern(pattern)
+        with torch.no_grad():
+            values = gather_units(weight, pattern)
+            if plan.rescale:
+                values = values * row_rescale(pattern).view(-1, *[1] * (values.dim() - 1)).to(values)
+            layer.values.copy_(values)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+    layer.values.requires_grad_(cast(Tensor, module.weight).requires_grad)
+    return layer.train(module.training)
+
+
+def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
+    """By the plan's `init`, keyed by seed and name (rewiring rule 3.1)."""
+    assert decision.units is not None
+    if plan.init == "magnitude":
+        return magnitude_pattern(weight, decision.units, decision.block)
+    generator = torch.Generator().manual_seed(_seed(plan, decision.name))
+    draw = balanced_pattern if plan.init == "balanced" else Pattern.with_units
+    return draw(decision.shape, decision.units, decision.block, generator=generator)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model has `old`, under every name."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new

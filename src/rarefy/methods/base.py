@@ -1,0 +1,96 @@
+"""What a method is: scores for dropping and growing, and when. A new method is a new file with a subclass of `Method`."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rarefy.pattern import Pattern
+from rarefy.schedules import Cosine, Schedule
+
+
+class Needs(enum.Enum):
+    """What a method's growth looks at."""
+
+    NOTHING = "nothing"
+    """Growth is uniform at random."""
+    GRADIENT = "gradient"
+    """Growth takes the units of the highest `grow_score` of the dense gradient, which is streamed, not stored."""
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a method sees of a layer at a rewire; nothing in it may be written to."""
+
+    name: str
+    """The layer's name in the model."""
+    pattern: Pattern
+    """Where its K units are."""
+    values: Tensor
+    """(K,) for block 1, else (K, b_r, b_c), after the optimizer's step."""
+    step: int
+    """t, the optimizer steps applied so far."""
+
+
+def unit_mean(entries: Tensor) -> Tensor:
+    """Mean over the entries of each unit: (units,) or (units, b_r, b_c) -> (units,)."""
+    return entries if entries.dim() == 1 else entries.mean(dim=(1, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a pattern is found. Fields are the engine's options; subclasses add their own and say how units score."""
+
+    interval: int = 100
+    """Optimizer steps between two rewires of a layer."""
+
+    fraction: Schedule = Cosine(start=0.3)
+    """Part of a layer's active units replaced at one rewire, over the progress from `begin` to `end`."""
+
+    begin: int = 0
+    """First step after which layers may rewire."""
+
+    end: int | None = None
+    """Last step after which layers may rewire; None: 75% of the run's steps."""
+
+    stagger: bool = True
+    """Spread the layers evenly over the interval, so that costs are flat; False: all at once, as in the papers."""
+
+    may_return: bool = False
+    """Whether units dropped in a rewire are candidates for its growth; one that returns keeps value and state."""
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+    rewires: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _registry[cls.__name__.lower()] = cls
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"interval must be at least 1 step, got {self.interval}")
+        if self.begin < 0 or (self.end is not None and self.end < self.begin):
+            raise ValueError(f"begin and end must satisfy 0 <= begin <= end, got begin={self.begin}, end={self.end}")
+
+    def drop_score(self, view: LayerView) -> Tensor:
+        """(K,) scores of the active units; the lowest go. Here: mean magnitude of the values."""
+        return unit_mean(view.values.abs())
+
+    def grow_score(self, tile: Tensor, view: LayerView) -> Tensor:
+        """(units,) scores of a tile of the dense gradient; the highest come. Here: mean magnitude (has a fast kernel).
+
+        Args:
+            tile: (units,) for block 1, else (units, b_r, b_c): whole unit rows of the layer's dense gradient.
+        """
+        return unit_mean(tile.abs())
+
+
+_registry: dict[str, type[Method]] = {}
+
+
+def registered() -> dict[str, type[Method]]:
+    """Every method by its lower-case class name, users' own included."""
+    return dict(_registry)

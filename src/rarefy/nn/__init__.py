@@ -1,0 +1,5 @@
+"""Sparse modules."""
+
+from rarefy.nn.linear import SparseLinear
+
+__all__ = ["SparseLinear"]

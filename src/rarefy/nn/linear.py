@@ -1,0 +1,304 @@
+"""A linear layer that holds, computes and trains only the units of its pattern."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.init import balanced_pattern, bias_bound, linear_values, magnitude_pattern, values_shape
+from rarefy.ops import Index, index_dtype
+from rarefy.ops.reference import dense
+from rarefy.ops.sink import new_sink
+from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
+
+INDEX_BUFFERS = ("crow_indices", "col_indices", "t_crow", "t_rows", "t_perm")
+"""In the order of `rarefy.ops.Index`. The first two are the pattern and are saved; the others follow from them."""
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + bias, where W (out_features, in_features) has `values` at its units and nothing elsewhere.
+
+    Args:
+        density: share of units that exist, in (0, 1]; round(density * n) of them, at least one.
+        block: unit shape, an int (square) or (rows, columns); it must divide the matrix. 1 is unstructured.
+        generator: draws the first pattern and values; None: torch's global one.
+        device, dtype: as for nn.Linear. On the meta device nothing is drawn until `reset_parameters`.
+    Attributes:
+        values: Parameter, (nnz,) for block 1, else (num_units, block rows, block columns), in row order of units.
+        bias: Parameter (out_features,) or None.
+    Raises:
+        ValueError: density outside (0, 1], or a block that does not divide the matrix.
+
+    Fresh values follow each neuron's actual fan-in. Forward, input gradient and value gradient cost O(nnz * batch); memory
+    is the values' and at most 12 bytes of index a unit. Under autocast activations are cast, values and gradient are not.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+    t_crow: Tensor
+    t_rows: Tensor
+    t_perm: Tensor
+    sink: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        density: float,
+        block: Block = 1,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        rows, cols = unit_grid((out_features, in_features), as_block(block))
+        num_units = min(max(1, round(check_density(density) * rows * cols)), rows * cols)
+        self._allocate((out_features, in_features), as_block(block), num_units, bias, device, dtype)
+        if self.values.device.type != "meta":
+            self.reset_parameters(generator)
+
+    def _allocate(
+        self,
+        shape: tuple[int, int],
+        block: tuple[int, int],
+        num_units: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Modules' own set-up, and tensors of the right sizes, with nothing drawn yet."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.block = block
+        rows, cols = unit_grid(shape, block)
+        size = (num_units,) if block == (1, 1) else (num_units, *block)
+        self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        narrow = index_dtype(rows, cols)
+        lengths = {"crow_indices": rows + 1, "col_indices": num_units, "t_crow": cols + 1, "t_rows": num_units, "t_perm": num_units}
+        for name, length in lengths.items():
+            kind = narrow if name in ("col_indices", "t_rows") else torch.int32
+            empty = torch.empty(length, device=device, dtype=kind)
+            self.register_buffer(name, empty, persistent=name in INDEX_BUFFERS[:2])
+        self.register_buffer("sink", new_sink(), persistent=False)
+        self.pattern_seed: int | None = None
+        self.pattern_init: Literal["random", "balanced"] = "random"
+        self.has_pattern = False
+
+    # -- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pattern(
+        cls,
+        pattern: Pattern,
+        bias: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer with this pattern and fresh values."""
+        layer = cls.__new__(cls)
+        layer._allocate(pattern.shape, pattern.block, pattern.num_units, bias, device, dtype)
+        layer.set_pattern(pattern)
+        layer.reset_parameters(generator)
+        return layer
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, *, density: float | None = None, pattern: Pattern | None = None, block: Block = 1
+    ) -> Self:
+        """The layer whose values are the dense layer's at the units of `pattern`, never rescaled.
+
+        Args:
+            density: without a pattern, the share of units to keep: those of largest mean magnitude.
+            pattern: which units to keep; its block counts.
+        Raises:
+            ValueError: neither or both of density and pattern, or a pattern of another shape.
+        """
+        weight = linear.weight.detach()
+        if (density is None) == (pattern is None):
+            raise ValueError("from_dense needs either density= or pattern=, and not both")
+        if pattern is None:
+            rows, cols = unit_grid(weight.shape, as_block(block))
+            assert density is not None
+            pattern = magnitude_pattern(weight, max(1, round(check_density(density) * rows * cols)), block)
+        if pattern.shape != tuple(weight.shape):
+            raise ValueError(f"the pattern is for a {pattern.shape} matrix, the layer's weight is {tuple(weight.shape)}")
+        layer = cls.__new__(cls)
+        has_bias = linear.bias is not None
+        layer._allocate(pattern.shape, pattern.block, pattern.num_units, has_bias, weight.device, weight.dtype)
+        layer.set_pattern(pattern)
+        with torch.no_grad():
+            layer.values.copy_(gather_units(weight, pattern))
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        layer.train(linear.training)
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        return layer
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values and bias, and a pattern too if the layer has none yet (made on the meta device).
+
+        Draws on the CPU, from `generator`, the layer's own seed if `sparsify` gave one, or torch's global generator.
+        """
+        if generator is None and self.pattern_seed is not None:
+            generator = torch.Generator().manual_seed(self.pattern_seed)
+        if not self.has_pattern:
+            draw = Pattern.with_units if self.pattern_init == "random" else balanced_pattern
+            shape = (self.out_features, self.in_features)
+            self.set_pattern(draw(shape, self.num_units, self.block, generator=generator))
+        with torch.no_grad():
+            self.values.copy_(linear_values(self.pattern.to("cpu"), generator=generator))
+            if self.bias is not None:
+                bound = bias_bound(self.in_features)
+                self.bias.copy_((torch.rand(self.out_features, generator=generator) * 2 - 1) * bound)
+
+    # -- pattern ------------------------------------------------------------------------------------------------------
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the units are, as a value: a copy that later rewires do not change."""
+        self._need_pattern()
+        crow, cols = self.crow_indices.clone(), self.col_indices.to(torch.int32, copy=True)
+        return Pattern(crow, cols, (self.out_features, self.in_features), self.block)
+
+    def _need_pattern(self) -> None:
+        if not self.has_pattern or self.values.device.type == "meta":
+            raise ValueError(
+                "this SparseLinear was made on the meta device and has no pattern yet: "
+                "call model.to_empty(device=...), then reset_parameters() on it, or load a checkpoint"
+            )
+
+    def set_pattern(self, pattern: Pattern) -> None:
+        """Replace the pattern in place by one with as many units. Values stay as they are, in pattern order.
+
+        Raises:
+            ValueError: another shape, block or number of units.
+        """
+        mine = ((self.out_features, self.in_features), self.block, self.num_units)
+        if (pattern.shape, pattern.block, pattern.num_units) != mine:
+            raise ValueError(
+                f"a pattern of shape {mine[0]}, block {mine[1]} and {mine[2]} units is needed, got shape {pattern.shape}, "
+                f"block {pattern.block} and {pattern.num_units} units"
+            )
+        for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
+            getattr(self, name).copy_(array)
+        self.has_pattern = True
+
+    @property
+    def index(self) -> Index:
+        """The index tensors, as the ops take them."""
+        return Index(self.crow_indices, self.col_indices, self.t_crow, self.t_rows, self.t_perm, list(self.block))
+
+    @property
+    def num_units(self) -> int:
+        """K, the active units."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the matrix's entries that exist."""
+        size = self.out_features * self.in_features
+        return self.values.numel() / size if size else 0.0
+
+    def index_bytes(self) -> int:
+        """Bytes of all index tensors of the layer."""
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in INDEX_BUFFERS)
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = torch.ops.rarefy.spmm(
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            self.t_crow,
+            self.t_rows,
+            self.t_perm,
+            self.block,
+            x.reshape(-1, x.shape[-1]),
+            self.bias,
+            self.sink,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def dense_weight(self) -> Tensor:
+        """(out_features, in_features) with zeros where no unit is; for export and tests."""
+        self._need_pattern()
+        return dense(self.values.detach(), self.index)
+
+    def to_dense(self) -> nn.Linear:
+        """The nn.Linear that computes the same, with its own memory."""
+        weight = self.dense_weight()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "SparseLinear has no dense weight: use .values (what trains), .pattern (where it is) or .to_dense()"
+            )
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        block = "" if self.block == (1, 1) else f", block={self.block[0]}x{self.block[1]}"
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}"
+
+    # -- copies and checkpoints ------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.sink = new_sink()  # a copy must not answer for the layer that it was copied from
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Checks the pattern whole before anything of the layer is touched, then rebuilds what follows from it (rule 9.3)."""
+        crow, cols, values = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values"))
+        if crow is None and cols is None and values is None:
+            hint = " (the checkpoint has a dense weight there)" if prefix + "weight" in state_dict else ""
+            missing_keys.extend(prefix + name + hint for name in ("values", "crow_indices", "col_indices"))
+            return
+        try:
+            if crow is None or cols is None or values is None:
+                raise ValueError("values come with crow_indices and col_indices, and one of the three is missing")
+            if tuple(values.shape) != tuple(self.values.shape):
+                raise ValueError(
+                    f"{tuple(values.shape)} values do not fit this layer's {tuple(self.values.shape)}: "
+                    "it was made with another density or block"
+                )
+            if crow.device.type != "meta" and self.values.device.type != "meta":
+                self.set_pattern(Pattern(crow, cols, (self.out_features, self.in_features), self.block))
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
+            return
+        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def gather_units(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Values of a dense (O, I) weight at the units of a pattern, in the shape of `SparseLinear.values`."""
+    b_r, b_c = pattern.block
+    units = weight.reshape(pattern.num_unit_rows, b_r, pattern.num_unit_cols, b_c)
+    rows, cols = pattern.row_indices().to(weight.device), pattern.col_indices.long().to(weight.device)
+    return units[rows, :, cols, :].reshape(values_shape(pattern))

@@ -1,0 +1,59 @@
+"""The four operations: schema, reference, plain torch and native kernels. `using("tiled")` names a backend for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.ops import reference, schema, sink, tiled
+from rarefy.ops.backend import available, choose, using
+from rarefy.ops.index import Index, index_dtype
+
+__all__ = ["Index", "available", "index_dtype", "sink", "using"]
+
+
+def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:
+    schema.check_spmm(crow, t_crow, block, x)
+    index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    return choose(values.dtype, values.device, index.block).spmm(values, index, x, bias)
+
+
+def _spmm_t(values, crow, cols, t_crow, t_rows, t_perm, block, dy) -> Tensor:
+    schema.check_backward("spmm_t", crow, t_crow, block, dy, None)
+    index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    return choose(values.dtype, values.device, index.block).spmm_t(values, index, dy)
+
+
+def _sddmm(crow, cols, t_crow, t_rows, t_perm, block, dy, x) -> Tensor:
+    schema.check_backward("sddmm", crow, t_crow, block, dy, x)
+    index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    return choose(x.dtype, x.device, index.block).sddmm(index, dy, x)
+
+
+def _grow_candidates(crow, cols, t_crow, t_rows, t_perm, block, dy, x, k) -> tuple[Tensor, Tensor]:
+    schema.check_backward("grow_candidates", crow, t_crow, block, dy, x)
+    index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    return choose(x.dtype, x.device, index.block).grow_candidates(index, dy, x, k)
+
+
+def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, needs, sink=None):
+    schema.check_backward("spmm_backward", crow, t_crow, block, dy, x)
+    index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    backend = choose(values.dtype, values.device, index.block)
+    if backend in (reference, tiled):
+        wide = (dy.to(values.dtype), x.to(values.dtype))
+        dx = backend.spmm_t(values, index, dy) if needs[0] else None
+        dvalues = backend.sddmm(index, *wide) if needs[1] else None
+        dbias = wide[0].sum(dim=0) if needs[2] else None
+    else:
+        dx, dvalues, dbias = backend.spmm_backward(values, index, dy, x, list(needs))
+    if sink is not None:
+        _feed(sink, index, dy, x)
+    return tuple(values.new_empty(0) if gradient is None else gradient for gradient in (dx, dvalues, dbias))
+
+
+_feed = sink.feed  # the ops' own argument is called sink too
+
+# One function an op for every device, as the choice between implementations depends on more than the device.
+for _name in ("spmm", "spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
+    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])

@@ -1,0 +1,52 @@
+"""The index arguments that every op takes, in the order of the schema."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rarefy.pattern import Pattern
+
+
+class Index(NamedTuple):
+    """Units by row and by column. Columns and rows are uint16 where they fit, else int32; pointers are int32."""
+
+    crow: Tensor
+    cols: Tensor
+    t_crow: Tensor
+    t_rows: Tensor
+    t_perm: Tensor
+    block: list[int]
+
+    @property
+    def out_features(self) -> int:
+        return (self.crow.shape[0] - 1) * self.block[0]
+
+    @property
+    def in_features(self) -> int:
+        return (self.t_crow.shape[0] - 1) * self.block[1]
+
+    @property
+    def num_units(self) -> int:
+        return self.cols.shape[0]
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> Index:
+        """The index of a pattern, in the narrowest dtypes. Shares no memory with it."""
+        t_crow, t_rows, t_perm = pattern.transposed()
+        dtype = index_dtype(pattern.num_unit_rows, pattern.num_unit_cols)
+        return cls(
+            pattern.crow_indices.clone(),
+            pattern.col_indices.to(dtype, copy=True),
+            t_crow,
+            t_rows.to(dtype),
+            t_perm,
+            list(pattern.block),
+        )
+
+
+def index_dtype(num_unit_rows: int, num_unit_cols: int) -> torch.dtype:
+    """uint16 where both row and column numbers fit, else int32: one width a layer keeps the kernels few."""
+    return torch.uint16 if max(num_unit_rows, num_unit_cols) <= 65536 else torch.int32

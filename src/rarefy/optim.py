@@ -1,0 +1,121 @@
+"""AdamW whose newborns are treated as newborns, and the usual parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rarefy.nn import SparseLinear
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) with an age for every leading index of a parameter, so for every unit of a sparse layer.
+
+    After a rewire a newborn's moments are zero. Plain AdamW corrects their bias by the step count of the whole tensor, which
+    makes the first update up to (1 - beta1) / sqrt(1 - beta2), 3.2 times, too large; here the correction uses the unit's own
+    age, and the update of a unit born after the first step ramps up over its first `ramp` steps (Xiao et al. 2026,
+    arXiv:2606.00888). For parameters that never rewire this is AdamW.
+
+    Args:
+        params: parameters or groups, as for torch.optim.AdamW.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW.
+        ramp: steps over which a newborn's update grows to full size; 0: none.
+    Raises:
+        ValueError: a setting out of range.
+
+    State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for unstructured layers.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        ramp: int = 100,
+    ) -> None:
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and ramp >= 0):
+            raise ValueError(f"lr, eps, weight_decay and ramp must not be negative, got {lr}, {eps}, {weight_decay}, {ramp}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ramp": ramp})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if grad.is_sparse:
+            raise ValueError("rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape")
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+            state["age"] = torch.zeros(p.shape[:1], dtype=torch.int32, device=p.device)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        age = state["age"].add_(1)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if p.dim() == 0 or int(age.min()) == state["step"]:  # no newborn, so one correction for all: torch's own arithmetic
+            scale1, scale2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]) ** 0.5
+            denominator = (state["exp_avg_sq"].sqrt() / scale2).add_(group["eps"])
+            p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / scale1)
+            return
+        size, root = (factor[age].view(-1, *[1] * (p.dim() - 1)) for factor in _by_age(state["step"], group, p))
+        denominator = state["exp_avg_sq"].sqrt().mul_(root).add_(group["eps"])
+        p.sub_((state["exp_avg"] / denominator).mul_(size))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("ramp", 100)
+
+
+def _by_age(step: int, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables over age 0 .. step: the update's factor lr * ramp / (1 - beta1^age), and 1 / sqrt(1 - beta2^age).
+
+    In float64, then p's dtype: a table of `step` entries is cheaper than powers of K ages.
+    """
+    beta1, beta2 = group["betas"]
+    ages = torch.arange(step + 1, dtype=torch.float64, device=p.device).clamp(min=1)
+    size = group["lr"] / (1 - beta1**ages)
+    if group["ramp"]:
+        size[:-1] *= (ages[:-1] / group["ramp"]).clamp(max=1)  # the last entry is for those that were there from the start
+    return size.to(p.dtype), (1 - beta2**ages).rsqrt().to(p.dtype)
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weights with decay, and biases, norms and embeddings without.
+
+    Values of sparse layers are weights, though one-dimensional, so they decay; "decay if dim >= 2" recipes miss them.
+
+    Args:
+        model: after `sparsify`.
+        lr, weight_decay: as for the optimizer; groups may be edited before it is made.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    values = {id(m.values) for m in model.modules() if isinstance(m, SparseLinear)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decays = [p for p in trained if id(p) in values or (p.dim() >= 2 and id(p) not in embeddings)]
+    decayed = {id(p) for p in decays}
+    spared = [p for p in trained if id(p) not in decayed]
+    groups = [{"params": decays, "lr": lr, "weight_decay": weight_decay}, {"params": spared, "lr": lr, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,274 @@
+"""Puts a report together and writes it whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rarefy.report import numbers as say
+from rarefy.report.compare import (
+    LEVEL_BITS,
+    SAME_PACE,
+    Contender,
+    contenders,
+    pair_of,
+    reading,
+    steps_sentence,
+    verdict,
+)
+from rarefy.report.figures import PALETTE, all_figures
+from rarefy.report.read import Record, Run, number, numbers, read_run
+
+OPEN_ROWS = 40
+"""A plan of more layers than this begins folded."""
+
+
+def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """Write the report of a run, or of several runs over each other, as one offline HTML file.
+
+    Args:
+        run_dir: a run folder, or several to compare. Only its metrics.jsonl has to exist: a run that is still going, was
+            killed, or lacks files gives a report that says what is missing.
+        out: the file to write; `report.html` in the run folder by default, to be named for several runs. It appears
+            whole or not at all; one that was there is replaced.
+    Returns:
+        the path written.
+    Raises:
+        ValueError: a folder is no run folder, no folder is given, several without `out`, or `out` is in no folder.
+        OSError: the file cannot be written, on a full disk for example; what was there before is untouched.
+    """
+    folders = [Path(run_dir)] if isinstance(run_dir, Path | str) else [Path(folder) for folder in run_dir]
+    if not folders:
+        raise ValueError("a report needs at least one run folder, got none; give the folder of a run, such as runs/<id>.")
+    if out is None and len(folders) > 1:
+        raise ValueError(f"a report of {len(folders)} runs belongs to none of their folders; name its file: out='compare.html'.")
+    path = folders[0] / "report.html" if out is None else Path(out)
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it or name another.")
+    page = render([read_run(folder) for folder in folders])
+    _write_whole(path, page)
+    return path
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text.
+
+    Scripts are inlined, and the page's own policy lists them by hash and forbids any other script and every request: what a
+    run brought along could neither run nor fetch anything even if it were not escaped.
+    """
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    room = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(room),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    plotly_js, page_js = get_plotlyjs(), (room / "page.js").read_text(encoding="utf-8")
+    field = contenders(runs)
+    figures = all_figures(field)
+    drawn = {figure.id: [vars(view) for view in figure.views] for figure in figures}
+    return environment.get_template("template.html.j2").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        runs=runs,
+        field=field,
+        palette=PALETTE,
+        verdict=verdict(field),
+        steps_sentence=steps_sentence(field),
+        notes=_notes(runs),
+        cards=_cards(field),
+        table=_table(field),
+        figures={figure.id: figure for figure in figures},
+        no_empties=_no_empties(field),
+        plans=[_plan(run) for run in runs if run.plan is not None and run.plan["layers"]],
+        provenance=[_provenance(run) for run in runs],
+        figures_json=Markup(_embeddable(drawn)),
+        styles=Markup((room / "page.css").read_text(encoding="utf-8")),
+        plotly_js=Markup(plotly_js),
+        page_js=Markup(page_js),
+        script_hashes=Markup(" ".join(f"'{_hash(script)}'" for script in (plotly_js, page_js))),
+    )
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """What is missing, run by run, and what makes runs hard to compare."""
+    notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
+    machines = {json.dumps({k: v for k, v in run.machine.items() if k != "rarefy"}, sort_keys=True, default=str) for run in runs}
+    if len(machines) > 1:
+        notes.insert(0, "These runs come from different machines or settings of one: their times do not compare.")
+    data = {str(run.settings.get("data")) for run in runs}
+    if len(data) > 1:
+        notes.insert(0, "These runs saw different data: their losses do not compare.")
+    return notes
+
+
+def _cards(field: Sequence[Contender]) -> list[dict[str, Any]]:
+    """The four figures that a sparse network and its dense twin are judged by; each says who is better."""
+    pair = pair_of(field)
+    if pair is None:
+        return []
+    sparse, dense = pair
+    cards: list[dict[str, Any]] = []
+
+    def card(big: str, unit: str, what: str, form: Callable[[float], str], ours: float, theirs: float, level: bool) -> None:
+        better = None if level else sparse if ours < theirs else dense
+        cards.append({"big": big, "unit": unit, "what": what, "ours": form(ours), "theirs": form(theirs), "better": better})
+
+    at_time = reading(field, "train_s")
+    ours, theirs = at_time.bits.get(sparse, math.nan), at_time.bits.get(dense, math.nan)
+    if math.isfinite(ours - theirs):
+        level = abs(ours - theirs) < LEVEL_BITS
+        big = "level" if level else f"{ours - theirs:+.3f}".replace("-", "−")
+        card(big, "" if level else "bits per byte", "loss at equal time", say.bits, ours, theirs, level)
+    for what, form, less, more, ours, theirs in (
+        ("time per step", say.step_time, "faster", "slower", sparse.step_s, dense.step_s),
+        ("training memory", say.nbytes, "less", "more", sparse.total_bytes, dense.total_bytes),
+        ("nonzero parameters", say.count, "fewer", "more", sparse.nonzeros, dense.nonzeros),
+    ):
+        if not (ours > 0 and theirs > 0):
+            continue
+        factor = max(ours / theirs, theirs / ours)
+        level = factor < SAME_PACE
+        big = "same" if level else say.times(factor)
+        card(big, "" if level else less if ours < theirs else more, what, form, ours, theirs, level)
+    return cards
+
+
+def _table(field: Sequence[Contender]) -> dict[str, Any]:
+    """The closing table: a row per contender, the best of each column marked, and the ratio where there are two."""
+    at_time, at_steps = reading(field, "train_s"), reading(field, "step")
+    several = len(field) > 1
+    when = say.seconds(at_time.at) if at_time.at is not None else "not comparable" if several else "none"
+    steps = f"{at_steps.at:,.0f}" if at_steps.at is not None else "not comparable" if several else "none"
+    columns: list[tuple[str, str, Callable[[float], str], Callable[[Contender], float], int]] = [
+        ("Bits per byte at equal time" if several else "Bits per byte, last", when, say.bits, lambda c: at_time.bits.get(c, math.nan), -1),
+        ("At equal steps" if several else "After steps", steps, say.bits, lambda c: at_steps.bits.get(c, math.nan), -1),
+        ("Parameters", "", say.count, lambda c: c.parameters, 0),
+        ("Nonzeros", "", say.count, lambda c: c.nonzeros, 0),
+        ("Training memory", "with indices", say.nbytes, lambda c: c.total_bytes, -1),
+        ("Step", "median", say.step_time, lambda c: c.step_s, -1),
+        ("Step", "mean, with rewires", say.step_time, lambda c: c.mean_step_s, -1),
+        ("Tokens", "per second", say.count, lambda c: c.tokens_per_s, 1),
+        ("Trained", "steps", lambda steps: f"{steps:,.0f}", lambda c: float(c.twin.last_step), 0),
+        ("Trained", "time", say.seconds, lambda c: number(c.twin.train[-1], "train_s") if c.twin.train else math.nan, 0),
+    ]  # fmt: skip
+    rows = [{"contender": contender, "cells": []} for contender in field]
+    for _, _, form, value, sense in columns:
+        shown = [form(value(contender)) if math.isfinite(value(contender)) else say.DASH for contender in field]
+        ranked = [sense * value(contender) for contender in field if math.isfinite(value(contender))]
+        for row, text in zip(rows, shown, strict=True):
+            mine = sense * value(row["contender"])
+            best = sense != 0 and len(ranked) > 1 and mine == max(ranked) and shown.count(text) < len(field)
+            row["cells"].append({"text": text, "best": best})
+    pair = pair_of(field)
+    ratio: list[str] = []
+    if pair:
+        for place, (*_, value, _) in enumerate(columns):
+            ours, theirs = value(pair[0]), value(pair[1])
+            if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
+                ratio.append(say.DASH)
+            else:
+                ratio.append(f"{ours - theirs:+.3f}".replace("-", "−") if place < 2 else say.times(ours / theirs))
+    return {"columns": [column[:2] for column in columns], "rows": rows, "ratio": ratio, "pair": pair}
+
+
+def _no_empties(field: Sequence[Contender]) -> bool:
+    """Whether rewires were logged and none of them left a row or column empty."""
+    counts = [n for c in field for key in ("empty_rows", "empty_cols") for n in numbers(c.twin.rewire, key)]
+    return bool(counts) and not any(counts)
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    assert run.plan is not None
+    layers, totals = run.plan["layers"], run.plan["totals"]
+    sparse = sum(layer.get("kind") != "dense" for layer in layers)
+    asked = number(totals, "asked_density")
+    summary = f"{sparse} of {len(layers)} layers sparse"
+    if math.isfinite(number(totals, "density")):
+        summary += f", density {say.percent(number(totals, 'density'))}"
+        summary += f" where {say.percent(asked)} was asked for" if math.isfinite(asked) else ""
+    rows = [_plan_row(layer) for layer in layers]
+    return {
+        "name": run.name,
+        "summary": summary,
+        "rows": rows,
+        "total": {**_plan_row({**totals, "name": "all layers"}), "decision": "", "reason": ""} if totals else None,
+        "timed": any(math.isfinite(number(layer, "dense_ms")) for layer in layers),
+        "open": len(rows) <= OPEN_ROWS,
+    }
+
+
+def _plan_row(layer: Record) -> dict[str, Any]:
+    shape, block = layer.get("shape"), layer.get("block")
+    density, speedup = number(layer, "density"), number(layer, "speedup")
+    stored, dense_bytes = number(layer, "bytes"), number(layer, "dense_bytes")
+    blocked = isinstance(block, list) and block not in ([1, 1], []) and layer.get("kind") != "dense"
+    return {
+        "name": str(layer.get("name", "?")),
+        "shape": " × ".join(str(size) for size in shape) if isinstance(shape, list) else "",
+        "block": "×".join(str(size) for size in block) if blocked and isinstance(block, list) else "",
+        "density": say.percent(density),
+        "bar": min(100.0, max(0.0, 100 * density)) if math.isfinite(density) else None,
+        "nnz": say.count(number(layer, "nnz")),
+        "bytes": say.nbytes(stored),
+        "of_dense": say.percent(stored / dense_bytes) if dense_bytes > 0 else say.DASH,
+        "flops": say.count(number(layer, "flops")),
+        "sparse_ms": say.milliseconds(number(layer, "sparse_ms")),
+        "dense_ms": say.milliseconds(number(layer, "dense_ms")),
+        "speedup": say.times(speedup),
+        "slower": speedup < 1,
+        "decision": "dense" if layer.get("kind") == "dense" else "sparse",
+        "reason": str(layer.get("reason") or ""),
+    }
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    return {"run": run, "machine": _flat(run.machine), "settings": _flat(run.settings)}
+
+
+def _flat(tree: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, value) pairs."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{above}.{key}" if above else str(key)
+        if isinstance(value, Mapping) and value:
+            pairs += _flat(value, name)
+        else:
+            pairs.append((name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)))
+    return pairs
+
+
+def _embeddable(data: object) -> str:
+    """JSON for a script element: nothing in it can end the element, open a comment, or break an old parser's line."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Under a temporary name beside `path`, on the disk, and only then renamed: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

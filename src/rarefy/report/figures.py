@@ -1,0 +1,631 @@
+"""The plots, as plain plotly figures.
+
+Colours are names ("@c0", "@line", "@c1/0.2" with an opacity) that the page looks up in its style sheet, so that one figure
+serves light, dark and paper. Text that a run brought along (layer names, reasons, labels) goes through `plain`: plotly
+reads tags in text.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rarefy.report import numbers as say
+from rarefy.report.compare import Contender, reading
+from rarefy.report.read import Record, bits_per_byte, number, numbers
+
+PALETTE = 8
+"""Colours --c0 to --c7 in the style sheet; contenders beyond that begin again, with another dash."""
+
+Point = TypeVar("Point")
+
+MAX_POINTS = 1500
+"""Points of one drawn curve: more than a screen has columns."""
+
+MAX_LINES = 6
+"""Layers that are drawn as lines; more become a heatmap, which needs no legend."""
+
+MAX_COLUMNS = 90
+"""Columns of a heatmap."""
+
+MAX_BARS = 40
+"""Layers that get a labelled bar each; more become columns that say their name on hover."""
+
+TIME_PARTS = ("forward", "backward", "optimizer", "rewire", "data", "other")
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "indices")
+PART_COLOUR = {
+    "forward": 0, "parameters": 0, "backward": 1, "gradients": 1, "optimizer": 2,
+    "rewire": 3, "indices": 3, "data": 4, "other": 5,
+}  # fmt: skip
+"""The same colour for what belongs together; amber is what only a sparse network pays for."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One state of a figure: what its tab says and what plotly draws."""
+
+    label: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its title, what to look for in it, and one or more views to switch between."""
+
+    id: str
+    title: str
+    caption: str
+    views: list[View]
+    wide: bool = True
+    """Whether it needs the full width of the page."""
+
+
+def plain(text: object, limit: int | None = None) -> str:
+    """Text for plotly: tags made harmless, the front of a long name cut (its end tells layers apart)."""
+    text = " ".join(str(text).split())
+    if limit is not None and len(text) > limit:
+        text = "…" + text[1 - limit :]
+    return html.escape(text, quote=False)
+
+
+def all_figures(field: Sequence[Contender]) -> list[Figure]:
+    """Every figure that the data has something for, in reading order."""
+    drawn = (loss(field), density(field), *rewires(field), empties(field), time_split(field), memory(field))
+    return [figure for figure in drawn if figure is not None]
+
+
+# Loss
+
+
+def loss(field: Sequence[Contender]) -> Figure | None:
+    """Bits per byte against time, steps and FLOPs."""
+    longest = max((number(record, "train_s") for c in field for record in (*c.twin.train, *c.twin.eval)), default=0.0)
+    unit, per = ("s", 1) if not longest > 300 else ("min", 60) if longest <= 3 * 3600 else ("h", 3600)
+    axes = (
+        ("Time", "train_s", "training time", {"ticksuffix": f" {unit}"}),
+        ("Steps", "step", "step", {"tickformat": "~s"}),
+        ("FLOPs", "flops", "floating-point operations", {"tickformat": "~s"}),
+    )
+    views = []
+    for label, axis, title, ticks in axes:
+        scale = 1 / per if axis == "train_s" else 1.0
+        data: list[dict[str, Any]] = []
+        heights: list[float] = []
+        for contender in field:
+            data += _loss_traces(contender, axis, scale, heights)
+        if not data:
+            continue
+        layout = _layout(400, x=title, y="bits per byte", legend=len(field) > 1)
+        layout["xaxis"].update(ticks)
+        layout["yaxis"]["tickformat"] = ".2~f"
+        layout["yaxis"]["range"] = _loss_range(heights)
+        if axis != "flops" and len(field) > 1:
+            _mark_equal(layout, field, axis, scale)
+        views.append(View(label, data, layout))
+    if not views:
+        return None
+    caption = (
+        "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; what counts is "
+        "the gap at the dotted line, the last moment that all have reached. Against steps, speed does not count; against FLOPs, "
+        "only arithmetic does. Double-click shows the start as well."
+    )
+    return Figure("loss", "Loss", caption, views)
+
+
+def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[float]) -> list[dict[str, Any]]:
+    """The training line and the evaluations; `heights` collects what the vertical range has to show."""
+    colour, dash, name = _colour(contender), _dash(contender), plain(contender.label)
+    traces: list[dict[str, Any]] = []
+    hover = f"%{{y:.3f}} bits per byte<br>step %{{customdata:,}}<extra>{name}"
+    train = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.train]
+    train = [point for point in train if math.isfinite(point[0])]
+    evals = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.eval]
+    evals = [point for point in evals if math.isfinite(point[0])]
+    if any(math.isfinite(y) for _, y, _ in train):
+        smooth = _smooth([y for _, y, _ in train])
+        points = _thin([(x, y, step) for (x, _, step), y in zip(train, smooth, strict=True)])
+        heights += [y for _, y, _ in points[len(points) // 20 :]]
+        faint = bool(evals)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines" if len(points) > 1 else "markers",
+                "name": name,
+                "legendgroup": str(contender.colour),
+                "showlegend": not evals,
+                "x": [_number(x) for x, _, _ in points],
+                "y": [_number(y) for _, y, _ in points],
+                "customdata": [step for _, _, step in points],
+                "line": {"color": f"{colour}/0.4" if faint else colour, "width": 1.25 if faint else 2, "dash": dash},
+                "hovertemplate": hover + ", training</extra>",
+            }
+        )
+    if evals:
+        points = _thin(evals)
+        heights += [y for _, y, _ in points[1:] or points]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(points) <= 60 else "lines",
+                "name": name,
+                "legendgroup": str(contender.colour),
+                "showlegend": True,
+                "x": [_number(x) for x, _, _ in points],
+                "y": [_number(y) for _, y, _ in points],
+                "customdata": [step for _, _, step in points],
+                "line": {"color": colour, "width": 2.25, "dash": dash},
+                "marker": {"color": colour, "size": 6, "symbol": "diamond" if contender.dense else "circle"},
+                "hovertemplate": hover + "</extra>",
+            }
+        )
+    return traces
+
+
+def _loss_range(heights: list[float]) -> list[float] | None:
+    """From the best value up to where nearly all values lie: the first steps would flatten everything else."""
+    finite = sorted(y for y in heights if math.isfinite(y))
+    if not finite:
+        return None
+    low, high = finite[0], finite[int(0.95 * (len(finite) - 1))]
+    span = max(high - low, 0.05)
+    return [_number(low - 0.08 * span) or 0.0, _number(high + 0.15 * span) or 1.0]
+
+
+def _mark_equal(layout: dict[str, Any], field: Sequence[Contender], axis: str, scale: float) -> None:
+    """A dotted line where the contenders are compared."""
+    at = reading(field, "train_s" if axis == "train_s" else "step").at
+    if at is None:
+        return
+    what = f"equal time, {say.seconds(at)}" if axis == "train_s" else f"equal steps, {at:,.0f}"
+    at *= scale
+    line = {"color": "@ink-3", "width": 1.25, "dash": "dot"}
+    layout["shapes"] = [{"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}]
+    layout["annotations"] = [
+        {
+            "x": at, "y": 1, "yref": "paper", "xanchor": "right", "yanchor": "top", "xshift": -5, "showarrow": False,
+            "text": what, "font": {"size": 12, "color": "@ink-3"},
+        }
+    ]  # fmt: skip
+
+
+# Pattern
+
+
+def density(field: Sequence[Contender]) -> Figure | None:
+    """Density per layer, the dense ones hatched and with their reason."""
+    views = []
+    for contender, plan in _plans(field):
+        layers = plan["layers"]
+        if not layers:
+            continue
+        views.append(_density_view(contender, layers))
+    if not views:
+        return None
+    caption = (
+        "The part of each layer's weights that exists, in the order of the network. Hatched layers are dense; hover says why. "
+        "Very thin layers are where a network may lose its signal."
+    )
+    return Figure("density", "Density per layer", caption, views, wide=len(views[0].data[0]["customdata"]) > MAX_LINES)
+
+
+def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
+    names = [str(layer.get("name", "")) for layer in layers]
+    dense = [layer.get("kind") == "dense" for layer in layers]
+    values = [1.0 if is_dense else number(layer, "density") for layer, is_dense in zip(layers, dense, strict=True)]
+    hover = [
+        f"<b>{plain(name)}</b><br>{say.percent(value)} of {plain(_shape(layer))}"
+        + (f"<br>dense: {plain(_wrapped(layer.get('reason') or 'no reason given'))}" if is_dense else "")
+        for name, layer, value, is_dense in zip(names, layers, values, dense, strict=True)
+    ]
+    upright = len(layers) > MAX_BARS
+    across, along = ("y", "x") if upright else ("x", "y")
+    bars = {
+        "type": "bar",
+        "orientation": "v" if upright else "h",
+        across: [_number(value) for value in values],
+        along: list(range(len(layers))),
+        "customdata": hover,
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "marker": {
+            "color": ["@ink-3/0.28" if is_dense else _colour(contender) for is_dense in dense],
+            "pattern": {
+                "shape": ["/" if is_dense else "" for is_dense in dense],
+                "fgcolor": "@ink-3",
+                "fillmode": "overlay",
+                "size": 5,
+                "solidity": 0.25,
+            },
+            "line": {"width": 0},
+        },
+        "showlegend": False,
+    }
+    if not upright:
+        bars["text"] = [say.percent(value) for value in values]
+        bars["textposition"] = "outside"
+        bars["textfont"] = {"size": 11, "color": "@ink-2"}
+        bars["cliponaxis"] = False
+    layout = _layout(330 if upright else 46 + 22 * len(layers), x="", y="")
+    layout["bargap"] = 0.12 if upright else 0.3
+    layout[f"{across}axis"].update(tickformat=".0%", range=[0, 1.0 if upright else 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    _name_axis(layout[f"{along}axis"], names, reverse=not upright, every=math.ceil(len(names) / 24) if upright else 1)
+    if upright:
+        layout["xaxis"]["tickangle"] = -60
+    return View(contender.label, [bars], layout)
+
+
+def rewires(field: Sequence[Contender]) -> list[Figure]:
+    """Churn, exploration and newborn survival over the steps, by layer and on average."""
+    wanted = (
+        (
+            "churn", "Churn", ".1%",
+            "The part of a layer's units that one rewire replaced. It should follow the schedule and fade out before the end; "
+            "a layer that stays high never settles.",
+        ),
+        (
+            "exploration", "Exploration", ".1%",
+            "The part of all possible units that have been active at some time. It starts at the density and climbs while "
+            "rewiring finds new places; a flat line means that the same units come and go.",
+        ),
+        (
+            "newborn_survival", "Newborn survival", ".0%",
+            "Of the units that the previous rewire grew, the part that this one kept. Near zero, growth is wasted: "
+            "newborns need more time or a gentler start.",
+        ),
+    )  # fmt: skip
+    rewired = [contender for contender in field if contender.twin.rewire]
+    figures = []
+    for key, title, ticks, caption in wanted:
+        views = []
+        if mean := _mean_view(field, key, ticks):
+            views.append(mean)
+        for contender in rewired:
+            if view := _layers_view(contender, key, ticks, label="By layer" if len(rewired) == 1 else contender.label):
+                views.append(view)
+        if views:
+            figures.append(Figure(key.replace("_", "-"), title, caption, views))
+    return figures
+
+
+def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
+    """The mean over layers, one line per contender, with the range from the lowest to the highest layer."""
+    data = []
+    drawn = [contender for contender in field if any(math.isfinite(y) for y in numbers(contender.twin.rewire, key))]
+    for contender in drawn:
+        edges = _columns(contender.twin.rewire)
+        columns: list[list[float]] = [[] for _ in edges]
+        for record in contender.twin.rewire:
+            if math.isfinite(value := number(record, key)):
+                columns[_column(edges, record["step"])].append(value)
+        kept = [(edge, column) for edge, column in zip(edges, columns, strict=True) if column]
+        steps = [edge for edge, _ in kept]
+        colour, name = _colour(contender), plain(contender.label)
+        if any(len(column) > 1 for _, column in kept):
+            around = [max(column) for _, column in kept] + [min(column) for _, column in reversed(kept)]
+            data.append(
+                {
+                    "type": "scatter", "mode": "lines", "x": steps + steps[::-1], "y": [_number(y) for y in around],
+                    "fill": "toself", "fillcolor": f"{colour}/0.13", "line": {"width": 0, "color": f"{colour}/0"},
+                    "legendgroup": str(contender.colour), "showlegend": False, "hoverinfo": "skip",
+                }
+            )  # fmt: skip
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(kept) < 30 else "lines",
+                "name": name,
+                "legendgroup": str(contender.colour),
+                "x": steps,
+                "y": [_number(statistics.fmean(column)) for _, column in kept],
+                "line": {"color": colour, "width": 2.25, "dash": _dash(contender)},
+                "marker": {"color": colour, "size": 5},
+                "hovertemplate": f"%{{y:{ticks}}}<br>about step %{{x:,}}<extra>{name}, mean</extra>",
+            }
+        )
+    if not data:
+        return None
+    layout = _layout(320, x="step", y="", legend=len(drawn) > 1)
+    layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
+    layout["xaxis"].update(tickformat="~s")
+    return View("All layers", data, layout)
+
+
+def _layers_view(contender: Contender, key: str, ticks: str, label: str) -> View | None:
+    """A line per layer, or a heatmap where lines would be a tangle."""
+    records = [record for record in contender.twin.rewire if math.isfinite(number(record, key))]
+    if not records:
+        return None
+    names = _layer_order(contender, records)
+    if len(names) <= MAX_LINES:
+        data = []
+        for place, name in enumerate(names):
+            own = [(record["step"], number(record, key)) for record in records if str(record.get("layer")) == name]
+            data.append(
+                {
+                    "type": "scatter", "mode": "lines+markers" if len(own) < 30 else "lines", "name": plain(name, 28),
+                    "x": [step for step, _ in _thin(own)], "y": [_number(y) for _, y in _thin(own)],
+                    "line": {"color": f"@c{place % PALETTE}", "width": 2}, "marker": {"color": f"@c{place % PALETTE}", "size": 5},
+                    "hovertemplate": f"%{{y:{ticks}}}<br>step %{{x:,}}<extra>{plain(name)}</extra>",
+                }
+            )  # fmt: skip
+        layout = _layout(320, x="step", y="", legend=True)
+        layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
+    else:
+        data = [_heatmap(contender, names, records, key, ticks)]
+        layout = _layout(min(640, 90 + max(8, 20 - len(names) // 8) * len(names)), x="step", y="")
+        layout["yaxis"].update(showgrid=False)
+        layout["xaxis"].update(showgrid=False)
+        _name_axis(layout["yaxis"], names, reverse=True, every=math.ceil(len(names) / 32))
+    layout["xaxis"].update(tickformat="~s")
+    return View(label, data, layout)
+
+
+def _heatmap(contender: Contender, names: Sequence[str], records: Sequence[Record], key: str, ticks: str) -> dict[str, Any]:
+    edges = _columns(records)
+    row = {name: place for place, name in enumerate(names)}
+    cells: list[list[list[float]]] = [[[] for _ in edges] for _ in names]
+    for record in records:
+        cells[row[str(record.get("layer"))]][_column(edges, record["step"])].append(number(record, key))
+    return {
+        "type": "heatmap",
+        "x": edges,
+        "y": list(range(len(names))),
+        "z": [[_number(statistics.fmean(cell)) if cell else None for cell in line] for line in cells],
+        "customdata": [[plain(name)] * len(edges) for name in names],
+        "hovertemplate": f"<b>%{{customdata}}</b><br>%{{z:{ticks}}}<br>from step %{{x:,}}<extra></extra>",
+        "hoverongaps": False,
+        "zmin": 0,
+        "xgap": 1,
+        "ygap": 1,
+        "colorscale": [[0, "@low"], [1, _colour(contender)]],
+        "colorbar": {
+            "thickness": 10, "outlinewidth": 0, "tickformat": ticks.replace(".1", ".2~"), "nticks": 5, "len": 1, "xpad": 6,
+            "tickfont": {"size": 11, "color": "@ink-2"},
+        },
+    }  # fmt: skip
+
+
+def _columns(records: Sequence[Record]) -> list[int]:
+    """First steps of equal columns: as wide as a layer's usual interval, so that a column has one rewire of each."""
+    steps_of: dict[str, list[int]] = {}
+    for record in records:
+        steps_of.setdefault(str(record.get("layer")), []).append(record["step"])
+    gaps = [after - before for steps in steps_of.values() for before, after in zip(steps, steps[1:], strict=False)]
+    first = min(record["step"] for record in records)
+    last = max(record["step"] for record in records)
+    width = max(1, round(statistics.median(gaps))) if gaps else last - first + 1
+    width *= math.ceil((last - first + 1) / width / MAX_COLUMNS)
+    return list(range(first, last + 1, width))
+
+
+def _column(edges: Sequence[int], step: int) -> int:
+    return min((step - edges[0]) // (edges[1] - edges[0]), len(edges) - 1) if len(edges) > 1 else 0
+
+
+def empties(field: Sequence[Contender]) -> Figure | None:
+    """Empty rows and columns over all layers: outputs and inputs that nothing is connected to. None when there are none."""
+    data = []
+    for contender in field:
+        latest: dict[str, float] = {}
+        totals: dict[int, float] = {}
+        for record in contender.twin.rewire:
+            both = [n for n in (number(record, "empty_rows"), number(record, "empty_cols")) if math.isfinite(n)]
+            latest[str(record.get("layer"))] = sum(both)
+            totals[record["step"]] = sum(latest.values())
+        if any(totals.values()):
+            points = _thin(list(totals.items()))
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": plain(contender.label),
+                    "x": [step for step, _ in points],
+                    "y": [total for _, total in points],
+                    "line": {"color": _colour(contender), "width": 2.25, "shape": "hv", "dash": _dash(contender)},
+                    "hovertemplate": f"%{{y:,}}<br>step %{{x:,}}<extra>{plain(contender.label)}</extra>",
+                }
+            )
+    if not data:
+        return None
+    layout = _layout(260, x="step", y="", legend=len(data) > 1)
+    layout["yaxis"].update(rangemode="tozero", tickformat=",")
+    layout["xaxis"].update(tickformat="~s")
+    caption = (
+        "Rows and columns of the sparse layers without a single weight, over all layers: outputs that are only a bias and inputs "
+        "that nobody reads. A few are harmless; a rising line says that the network is narrowing."
+    )
+    return Figure("empty", "Empty rows and columns", caption, [View("", data, layout)])
+
+
+# Cost
+
+
+def time_split(field: Sequence[Contender]) -> Figure | None:
+    """Milliseconds per step by part, a bar per contender."""
+    split = {contender: parts for contender in field if (parts := time_per_step(contender))}
+    if not split:
+        return None
+    notes = []
+    for contender, parts in split.items():
+        if not contender.dense and parts.get("rewire"):
+            notes.append(f"Rewiring is {say.percent(parts['rewire'] / sum(parts.values()))} of {contender.label}.")
+    caption = "Average seconds of a training step and what they went into; shorter is faster. " + " ".join(notes[:3])
+    view = _stack(split, TIME_PARTS, say.step_time, " s")
+    return Figure("time", "Where the time went", caption.strip(), [view], wide=False)
+
+
+def time_per_step(contender: Contender) -> dict[str, float]:
+    """Average seconds per step by part, and what the parts leave of the training time as "other"."""
+    records = contender.twin.time
+    if not records or records[-1]["step"] <= 0:
+        return {}
+    last = records[-1]
+    parts = {part: number(last, f"{part}_s") / last["step"] for part in TIME_PARTS[:-1]}
+    parts = {part: seconds for part, seconds in parts.items() if math.isfinite(seconds) and seconds >= 0}
+    left = contender.mean_step_s - sum(parts.values())
+    if parts and left > 0.01 * sum(parts.values()):
+        parts["other"] = left
+    return parts
+
+
+def memory(field: Sequence[Contender]) -> Figure | None:
+    """Training memory by part, a bar per contender."""
+    split = {contender: parts for contender in field if (parts := contender.training_bytes)}
+    if not split:
+        return None
+    caption = (
+        "What training keeps from step to step; indices are the price of a pattern and counted. "
+        "Activations are not in it: they depend on the batch and are the same for all."
+    )
+    others = sorted({part for parts in split.values() for part in parts} - set(MEMORY_PARTS))
+    unit = max(sum(parts.values()) for parts in split.values())
+    power = 0 if unit < 2**10 else 1 if unit < 2**20 else 2 if unit < 2**30 else 3
+    suffix = (" B", " KiB", " MiB", " GiB")[power]
+    view = _stack(split, (*MEMORY_PARTS, *others), say.nbytes, suffix, scale=1024.0**-power)
+    return Figure("memory", "Training memory", caption, [view], wide=False)
+
+
+def _stack(
+    split: dict[Contender, dict[str, float]],
+    parts: Sequence[str],
+    form: Callable[[float], str],
+    suffix: str,
+    scale: float = 1.0,
+) -> View:
+    """Horizontal stacked bars with the total at their end."""
+    rows = list(split)
+    totals = [sum(split[contender].values()) for contender in rows]
+    data = []
+    for part in parts:
+        values = [split[contender].get(part, 0.0) for contender in rows]
+        if not any(values):
+            continue
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": plain(part),
+                "x": [_number(value * scale) for value in values],
+                "y": list(range(len(rows))),
+                "customdata": [
+                    f"<b>{plain(contender.label)}</b><br>{plain(part)} {form(value)}"
+                    + (f", {say.percent(value / total)}" if total else "")
+                    for contender, value, total in zip(rows, values, totals, strict=True)
+                ],
+                "hovertemplate": "%{customdata}<extra></extra>",
+                "marker": {"color": f"@p{PART_COLOUR.get(part, 5)}", "line": {"width": 1, "color": "@surface"}},
+            }
+        )
+    layout = _layout(96 + 44 * len(rows), x="", y="", legend=True)
+    layout["barmode"] = "stack"
+    layout["bargap"] = 0.38
+    layout["legend"]["traceorder"] = "normal"
+    layout["xaxis"].update(ticksuffix=suffix, nticks=5, range=[0, (_number(max(totals) * scale * 1.2) or 1.0)])
+    layout["annotations"] = [
+        {
+            "x": _number(total * scale), "y": place, "text": f"<b>{form(total)}</b>", "showarrow": False,
+            "xanchor": "left", "xshift": 6, "font": {"size": 12, "color": "@ink"},
+        }
+        for place, total in enumerate(totals)
+    ]  # fmt: skip
+    _name_axis(layout["yaxis"], [contender.label for contender in rows], reverse=True)
+    return View("", data, layout)
+
+
+# Parts that figures share
+
+
+def _layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, Any]:
+    axis = {
+        "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "ticks": "", "automargin": True,
+        "tickfont": {"size": 12, "color": "@ink-2"},
+    }  # fmt: skip
+
+    def titled(text: str) -> dict[str, Any]:
+        return {**axis, "title": {"text": text, "standoff": 10, "font": {"size": 12, "color": "@ink-2"}}} if text else {**axis}
+
+    return {
+        "height": height,
+        "margin": {"l": 10, "r": 14, "t": 36 if legend else 10, "b": 10},
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "@ink"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": "@raised", "bordercolor": "@line", "font": {"size": 12, "color": "@ink"}, "align": "left"},
+        "showlegend": legend,
+        "legend": {
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "yref": "paper",
+            "font": {"size": 12, "color": "@ink-2"}, "bgcolor": "rgba(0,0,0,0)", "itemclick": "toggle",
+        },
+        "xaxis": titled(x),
+        "yaxis": titled(y),
+    }  # fmt: skip
+
+
+def _name_axis(axis: dict[str, Any], names: Sequence[str], *, reverse: bool, every: int = 1) -> None:
+    """Names on an axis of places 0, 1, 2, ...: names as data would be taken for numbers or merged when equal."""
+    axis["tickvals"] = list(range(0, len(names), max(1, every)))
+    axis["ticktext"] = [plain(name, 26) + "\u2002" for name in names[:: max(1, every)]]
+    axis["showgrid"] = False
+    axis["range"] = [len(names) - 0.5, -0.5] if reverse else [-0.5, len(names) - 0.5]
+
+
+def _plans(field: Sequence[Contender]) -> Iterable[tuple[Contender, Record]]:
+    """The plan of each run, under its first sparse contender."""
+    seen = set()
+    for contender in sorted(field, key=lambda contender: (contender.dense, contender.colour)):
+        if contender.run.plan is not None and contender.run.path not in seen:
+            seen.add(contender.run.path)
+            yield contender, contender.run.plan
+
+
+def _layer_order(contender: Contender, records: Sequence[Record]) -> list[str]:
+    """As in the plan, which is the network's order; else as they first rewired."""
+    met = list(dict.fromkeys(str(record.get("layer")) for record in records))
+    plan = contender.run.plan
+    order = {str(layer.get("name")): place for place, layer in enumerate(plan["layers"])} if plan else {}
+    return sorted(met, key=lambda name: order.get(name, len(order)))
+
+
+def _shape(layer: Record) -> str:
+    shape = layer.get("shape")
+    return " × ".join(f"{size}" for size in shape) if isinstance(shape, list) else "?"
+
+
+def _wrapped(text: object, limit: int = 160) -> str:
+    text = str(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _colour(contender: Contender) -> str:
+    return f"@c{contender.colour % PALETTE}"
+
+
+def _dash(contender: Contender) -> str:
+    return ("solid", "dash", "dot")[contender.colour // PALETTE % 3]
+
+
+def _number(value: float) -> float | None:
+    """Six significant digits are more than a screen shows; JSON has no NaN, a gap is null."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _thin(points: list[Point]) -> list[Point]:
+    """At most MAX_POINTS of them, evenly, the last one kept."""
+    every = math.ceil(len(points) / MAX_POINTS)
+    return points if every <= 1 else points[:-1:every] + points[-1:]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over a fortieth of the curve, narrower towards the ends; a NaN stays one."""
+    half = max(1, len(values) // 80)
+    smoothed = []
+    for place, value in enumerate(values):
+        reach = min(half, place, len(values) - 1 - place)
+        window = [v for v in values[place - reach : place + reach + 1] if math.isfinite(v)]
+        smoothed.append(statistics.fmean(window) if math.isfinite(value) else math.nan)
+    return smoothed

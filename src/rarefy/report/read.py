@@ -1,0 +1,269 @@
+"""A run folder as data, however much of it is there.
+
+Only `metrics.jsonl` is needed. Whatever else is absent, cut short or unreadable becomes a line in `Run.notes`, so that a
+report can be built from a run that is still going, was killed, or was written by another version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Record = Mapping[str, Any]
+
+SAMPLE_CHARACTERS = 20_000
+"""A longer sample is cut: the report shows a taste, the folder keeps the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """One network of a run: its description and its records, by kind, in order of steps."""
+
+    name: str
+    about: Record = field(default_factory=dict)
+    """Its entry in the run record: parameters, nonzeros, density, flops_per_token, training_bytes."""
+    train: tuple[Record, ...] = ()
+    eval: tuple[Record, ...] = ()
+    rewire: tuple[Record, ...] = ()
+    time: tuple[Record, ...] = ()
+    end: Record | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is a control without a pattern: by its density, or by its name where none is given."""
+        density = number(self.about, "density")
+        return density >= 1 if math.isfinite(density) else self.name.startswith("dense")
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which anything is known; 0 for a twin that has not begun."""
+        last = [records[-1] for records in (self.train, self.eval, self.time) if records]
+        return max((int(record["step"]) for record in last), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder holds. `notes` says, a sentence each, what is missing or was left out."""
+
+    path: Path
+    name: str
+    created: str = ""
+    command: str = ""
+    machine: Record = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
+    twins: tuple[Twin, ...] = ()
+    plan: Record | None = None
+    sample: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.twins) and all(twin.end is not None for twin in self.twins)
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ValueError: the folder or its metrics.jsonl does not exist.
+    """
+    folder = Path(folder)
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        what = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"{str(folder)!r} is not a run folder: {what}. Expected what a training run writes; "
+            "give the folder that `rarefy train --run DIR` named, usually runs/<id>."
+        )
+    notes: list[str] = []
+    records = _records(metrics, notes)
+    about: dict[str, Any] = {}
+    for record in records:  # a resumed run may say again what it is: the last word counts
+        if record["kind"] == "run":
+            about.update(record)
+    twins = _twins(about, records)
+    plan = _plan(folder / "plan.json", notes)
+    settings = about.get("settings")
+    if not isinstance(settings, Mapping):
+        settings = _settings(folder / "run.yaml", notes)
+    summary = _mapping(folder / "summary.json", notes, absent="it is written when a run ends")
+    if not about:
+        notes.append("metrics.jsonl has no run record: parameters, memory and the machine are unknown.")
+    if not twins:
+        notes.append("Nothing has been recorded yet.")
+    for twin in twins:
+        if twin.end is None:
+            notes.append(f"{twin.name} has not ended: its figures go to step {twin.last_step:,}.")
+        if not twin.eval:
+            notes.append(f"{twin.name} has no evaluations.")
+        if not twin.dense and not twin.rewire:
+            notes.append(f"{twin.name} has no rewires on record.")
+        if not twin.time:
+            notes.append(f"{twin.name} has no record of where its time went.")
+    return Run(
+        path=folder,
+        name=str(about.get("id") or folder.resolve().name),
+        created=str(about.get("created") or ""),
+        command=_command(about, summary or {}),
+        machine=about["machine"] if isinstance(about.get("machine"), Mapping) else {},
+        settings=settings,
+        twins=twins,
+        plan=plan,
+        sample=_sample(folder / "sample.txt", notes),
+        notes=tuple(notes),
+    )
+
+
+def number(record: Record, key: str) -> float:
+    """A finite float, or NaN for anything else: absent, null, text, infinite."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def numbers(records: Iterable[Record], key: str) -> list[float]:
+    return [number(record, key) for record in records]
+
+
+def bits_per_byte(record: Record) -> float:
+    """As recorded, or from the loss in nats per byte."""
+    bits = number(record, "bits_per_byte")
+    return bits if math.isfinite(bits) else number(record, "loss") / math.log(2)
+
+
+def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Every line that is a JSON object with a kind; the others are counted in a note.
+
+    The last line of a run that is being written, or was killed, is often half a line: that is ordinary and said apart.
+    """
+    good: list[dict[str, Any]] = []
+    bad: list[int] = []
+    last = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for last, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                bad.append(last)
+                continue
+            if isinstance(record, dict) and isinstance(record.get("kind"), str):
+                good.append(record)
+            else:
+                bad.append(last)
+    if bad and bad[-1] == last:
+        bad.pop()
+        notes.append("The last line of metrics.jsonl is incomplete and was left out.")
+    if bad:
+        lines_ = "line" if len(bad) == 1 else "lines"
+        notes.append(f"{len(bad)} unreadable {lines_} of metrics.jsonl left out, the first is line {bad[0]}.")
+    return good
+
+
+def _twins(about: Record, records: list[dict[str, Any]]) -> tuple[Twin, ...]:
+    """Those the run record lists, then any that only left records; sparse ones first."""
+    listed = about.get("twins")
+    described: dict[str, Record] = {}
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, Mapping) and entry.get("name"):
+            described[str(entry["name"])] = entry
+    by_twin: dict[str, dict[str, list[Record]]] = {name: {} for name in described}
+    for record in records:
+        name = record.get("twin")
+        if not isinstance(name, str) or record["kind"] not in ("train", "eval", "rewire", "time", "end"):
+            continue
+        if isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
+            continue
+        by_twin.setdefault(name, {}).setdefault(record["kind"], []).append(record)
+    twins = []
+    for name, kinds in by_twin.items():
+        ends = kinds.pop("end", [])
+        kept = {kind: _as_kept(kind, of_kind) for kind, of_kind in kinds.items()}
+        twin = Twin(name=name, about=described.get(name, {}), **kept)
+        # A run that was stopped and then resumed has an end on record that is no longer its end.
+        if ends and int(ends[-1]["step"]) >= twin.last_step:
+            twin = Twin(name=name, about=twin.about, end=ends[-1], **kept)
+        twins.append(twin)
+    return tuple(sorted(twins, key=lambda twin: twin.dense))
+
+
+def _as_kept(kind: str, records: list[Record]) -> tuple[Record, ...]:
+    """Records of one kind without those that a resume took back.
+
+    A run killed at step 530 goes on from its checkpoint of step 500 and logs 501 to 530 again: a record that does not come
+    after the one before it takes back all that reached its step. Layers rewire at the same step, so these may be equal.
+    """
+    kept: list[Record] = []
+    for record in records:
+        step, layer = record["step"], record.get("layer")
+        while kept and (
+            kept[-1]["step"] > step or (kept[-1]["step"] == step and (kind != "rewire" or kept[-1].get("layer") == layer))
+        ):
+            kept.pop()
+        kept.append(record)
+    if kind != "rewire":
+        return tuple(kept)
+    # Several layers at one step: a resume exactly there repeats each of them; the later one is what the run kept.
+    return tuple({(record["step"], str(record.get("layer"))): record for record in kept}.values())
+
+
+def _plan(path: Path, notes: list[str]) -> Record | None:
+    plan = _mapping(path, notes, absent="the plan is not shown")
+    if plan is None:
+        return None
+    layers = plan.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, Mapping) for layer in layers):
+        notes.append("plan.json lists no layers: the plan is not shown.")
+        return None
+    totals = plan.get("totals")
+    return {"layers": layers, "totals": totals if isinstance(totals, Mapping) else {}}
+
+
+def _mapping(path: Path, notes: list[str], absent: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        notes.append(f"{path.name} is missing: {absent}.")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path.name} cannot be read: {error}.")
+        return None
+    if not isinstance(found, dict):
+        notes.append(f"{path.name} cannot be read: it holds no JSON object.")
+        return None
+    return found
+
+
+def _settings(path: Path, notes: list[str]) -> Record:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        notes.append("Neither the run record nor run.yaml has the settings.")
+        return {}
+    except (OSError, yaml.YAMLError):
+        notes.append("run.yaml cannot be read: the settings are not shown.")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sample(path: Path, notes: list[str]) -> str:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append("sample.txt is missing: no sample text.")
+        return ""
+    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "\n…"
+
+
+def _command(about: Record, summary: Record) -> str:
+    command = about.get("command") or summary.get("command") or ""
+    return shlex.join(str(part) for part in command) if isinstance(command, list) else str(command)

@@ -1,0 +1,5 @@
+"""The engine that rewires: exact counts, ties, state, ranks, schedules and resume live here, once."""
+
+from rarefy.rewiring.engine import Rewirer
+
+__all__ = ["Rewirer"]

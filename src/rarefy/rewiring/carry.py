@@ -1,0 +1,75 @@
+"""What survives a rewire: values, every per-unit optimizer tensor, companions (rewiring rules 7.1 to 7.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
+"""Optimizers whose state mixes units, so that no unit's part of it can be moved."""
+
+
+def check_carried(optimizer: Optimizer, name: str, values: nn.Parameter) -> None:
+    """Whether the optimizer's state of `values` can move with the units (7.3).
+
+    Raises:
+        ValueError: a state tensor is neither a scalar nor one entry a unit; nothing was changed.
+    """
+    for key, tensor in _tensors(optimizer.state.get(values, {})):
+        if tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != values.shape[0]:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for the {values.shape[0]} units of "
+                f"{name}: that cannot be moved with them; use an elementwise optimizer such as rarefy.AdamW or torch.optim.SGD"
+            )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse, by name, an optimizer whose state cannot be carried (7.3), before a step is wasted.
+
+    Raises:
+        ValueError: it is a known matrix or whole-vector method, or a trial step on a tiny parameter shows such state.
+    """
+    kind = type(optimizer)
+    if any(base.__name__ in MATRIX_OPTIMIZERS for base in kind.__mro__):
+        raise ValueError(
+            f"{kind.__name__} keeps state that mixes all weights of a layer, which cannot move with rewired units: "
+            "use an elementwise optimizer such as rarefy.AdamW or torch.optim.SGD"
+        )
+    trial = nn.Parameter(torch.ones(7))
+    trial.grad = torch.ones(7)
+    try:
+        probe = kind([trial], **optimizer.defaults)
+        probe.step()
+    except Exception:  # its constructor wants more than its defaults: each rewire checks the real state anyway
+        return
+    check_carried(probe, "a trial parameter", trial)
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of an optimizer's state for one parameter, those in nested dicts, lists and tuples too."""
+    for key, item in state.items():
+        if isinstance(item, Tensor):
+            yield str(key), item
+        elif isinstance(item, dict):
+            yield from _tensors(item)
+        elif isinstance(item, list | tuple):
+            yield from _tensors({f"{key}[{i}]": part for i, part in enumerate(item)})
+
+
+def per_unit_tensors(optimizer: Optimizer | None, values: nn.Parameter) -> list[Tensor]:
+    """The values and every state tensor that has one row a unit."""
+    state = {} if optimizer is None else optimizer.state.get(values, {})
+    num_units = values.shape[0]
+    moved = [tensor for _, tensor in _tensors(state) if tensor.dim() > 0 and tensor.shape[0] == num_units]
+    return [values.detach(), *moved]
+
+
+def move_units(tensor: Tensor, kept_from: Tensor, kept_to: Tensor) -> None:
+    """In place along the first dimension: survivors to their new rows bitwise, newborn rows to zero (7.1, 7.2)."""
+    moved = torch.zeros_like(tensor)
+    moved[kept_to] = tensor[kept_from]
+    tensor.copy_(moved)

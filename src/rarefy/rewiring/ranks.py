@@ -1,0 +1,51 @@
+"""What ranks of torch.distributed must agree on (rewiring rules 6.4, 8.2, 8.3). Without it, every question is free."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Ranks that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(gradient: Tensor) -> Tensor:
+    """The average of a dense gradient over ranks, in place; the absolute value is taken afterwards, by the score (6.2)."""
+    if world_size() > 1:
+        dist.all_reduce(gradient)
+        gradient /= world_size()
+    return gradient
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set anywhere."""
+    if world_size() == 1:
+        return flag
+    anywhere = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return bool(anywhere.item())
+
+
+def check_agreement(name: str, values: Tensor, pattern_digest: str) -> None:
+    """Compare a digest of pattern and values over all ranks (8.2).
+
+    Raises:
+        RuntimeError: ranks differ.
+    """
+    if world_size() == 1:
+        return
+    content = values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    digest = hashlib.sha256(content + pattern_digest.encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=values.device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    if any(not torch.equal(mine, other) for other in everyone):
+        raise RuntimeError(
+            f"ranks disagree on the pattern or values of {name} after a rewire: start them from the same seed and data order, "
+            "let DDP average gradients, and give every rank the same optimizer settings"
+        )
