@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from rarefy.ops import native, reference, tiled
+from rarefy.ops import library, native, reference, tiled
 
 _named = os.environ.get("RAREFY_BACKEND", "auto")
 _told: set[str] = set()
@@ -18,7 +18,7 @@ _told: set[str] = set()
 
 def available() -> list[str]:
     """Names that `using` takes on this machine, the specification first, the fastest last."""
-    return ["reference", "tiled", *reversed(native.isas())]
+    return ["reference", "tiled", *reversed(library.isas())]
 
 
 @contextmanager
@@ -31,16 +31,16 @@ def using(name: str) -> Iterator[None]:
     global _named
     if name != "auto" and name not in available():
         raise ValueError(f"backend {name!r} is not available here; there are: {', '.join(available())}")
-    before, isa = _named, native.isa()
+    before, isa = _named, library.isa()
     _named = name
-    if name in native.isas():
-        native.set_isa(name)
+    if name in library.isas():
+        library.set_isa(name)
     try:
         yield
     finally:
         _named = before
         if isa is not None:
-            native.set_isa(isa)
+            library.set_isa(isa)
 
 
 def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> ModuleType:

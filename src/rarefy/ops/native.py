@@ -1,109 +1,29 @@
-"""The C++ kernels behind the four operations: fp32 on CPU, through a plain C interface (csrc/rarefy.h).
-
-The library links neither torch nor Python. It is loaded after torch, so that it finds torch's OpenMP runtime, and is told
-the thread count at every call, so that `torch.set_num_threads` holds.
-"""
+"""The C++ kernels behind the four operations: fp32 on CPU, other dtypes by conversion at the border."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rarefy.ops.index import Index
-from rarefy.pattern import unit_grid
-
-LIBRARY = "librarefy_kernels.so"
-
-_POINTER = ctypes.c_void_p
-_INT64 = ctypes.c_int64
+from rarefy.ops.library import INT64, POINTER, call, load
 
 
 class _CPattern(ctypes.Structure):
     """`rarefy_pattern` of csrc/rarefy.h."""
 
     _fields_ = [
-        *((name, _INT64) for name in ("out_features", "in_features", "block_rows", "block_cols", "num_units")),
-        *((name, _POINTER) for name in ("crow", "cols", "t_crow", "t_rows", "t_perm")),
+        *((name, INT64) for name in ("out_features", "in_features", "block_rows", "block_cols", "num_units")),
+        *((name, POINTER) for name in ("crow", "cols", "t_crow", "t_rows", "t_perm")),
         ("index_bytes", ctypes.c_int32),
     ]
 
 
-_SIGNATURES = {
-    "rarefy_isa": (ctypes.c_char_p, []),
-    "rarefy_isas": (ctypes.c_char_p, []),
-    "rarefy_set_isa": (ctypes.c_int, [ctypes.c_char_p]),
-    "rarefy_supports": (ctypes.c_int, [_INT64, _INT64]),
-    "rarefy_spmm_f32": (ctypes.c_int, [_POINTER, *[_POINTER] * 4, _INT64, ctypes.c_int]),
-    "rarefy_spmm_t_f32": (ctypes.c_int, [_POINTER, *[_POINTER] * 3, _INT64, ctypes.c_int]),
-    "rarefy_sddmm_f32": (ctypes.c_int, [_POINTER, *[_POINTER] * 4, _INT64, ctypes.c_int]),
-    "rarefy_backward_f32": (ctypes.c_int, [_POINTER, *[_POINTER] * 6, _INT64, ctypes.c_int]),
-    "rarefy_grow_new": (_POINTER, [_INT64]),
-    "rarefy_grow_scan_f32": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64, _INT64, ctypes.c_int]),
-    "rarefy_grow_finish": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER]),
-    "rarefy_grow_free": (None, [_POINTER]),
-}
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The loaded library, or why there is none."""
-    beside = Path(__file__).parent.parent / LIBRARY
-    path = beside if beside.is_file() else Path(str(resources.files("rarefy") / LIBRARY))
-    if not path.is_file():
-        return "this installation has no compiled kernels (there was no C++ compiler, or the wheel is the pure one)"
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"the compiled kernels could not be loaded: {error}"
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    wanted = os.environ.get("RAREFY_ISA")
-    if wanted and library.rarefy_set_isa(wanted.encode()):
-        raise ValueError(
-            f"RAREFY_ISA={wanted} is not available on this machine; there are: {library.rarefy_isas().decode()}"
-        )
-    return library
-
-
-def _call(name: str, *arguments: object) -> None:
-    code = getattr(_library(), name)(*arguments)
-    if code:
-        raise RuntimeError(f"kernel {name} failed with code {code}")
-
-
-def isas() -> list[str]:
-    """Instruction sets that build and CPU offer, best first; empty without the library."""
-    library = _library()
-    return [] if isinstance(library, str) else library.rarefy_isas().decode().split(",")
-
-
-def isa() -> str | None:
-    """The instruction set in use, None without the library."""
-    library = _library()
-    return None if isinstance(library, str) else library.rarefy_isa().decode()
-
-
-def set_isa(name: str) -> None:
-    """Use this instruction set from now on.
-
-    Raises:
-        ValueError: it is not one of `isas()`.
-    """
-    library = _library()
-    if isinstance(library, str) or library.rarefy_set_isa(name.encode()):
-        raise ValueError(f"instruction set {name!r} is not available here; there are: {', '.join(isas()) or 'none'}")
-
-
 def why_not(dtype: torch.dtype, device: torch.device, block: list[int]) -> str | None:
     """Why the kernels cannot run such values; None when they can."""
-    library = _library()
+    library = load()
     if isinstance(library, str):
         return library
     if device.type != "cpu":
@@ -143,7 +63,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
     values, x32, bias = _f32(values), _f32(x), None if bias is None else _f32(bias)
     y = x32.new_empty(x.shape[0], index.out_features)
     arguments = (values.data_ptr(), x32.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
-    _call("rarefy_spmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    call("rarefy_spmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
     return y.to(x.dtype)
 
 
@@ -152,7 +72,7 @@ def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
     values, dy32 = _f32(values), _f32(dy)
     dx = dy32.new_empty(dy.shape[0], index.in_features)
     arguments = (values.data_ptr(), dy32.data_ptr(), dx.data_ptr(), dy.shape[0], torch.get_num_threads())
-    _call("rarefy_spmm_t_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    call("rarefy_spmm_t_f32", ctypes.byref(_c_pattern(index)), *arguments)
     return dx.to(dy.dtype)
 
 
@@ -165,7 +85,7 @@ def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
     dy32, x32, dvalues = _f32(dy), _f32(x), _empty_values(index)
     arguments = (dy32.data_ptr(), x32.data_ptr(), dvalues.data_ptr(), None, x.shape[0], torch.get_num_threads())
-    _call("rarefy_sddmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    call("rarefy_sddmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
     return dvalues.to(x.dtype)
 
 
@@ -179,7 +99,7 @@ def spmm_backward(
     dbias = dy32.new_empty(index.out_features) if needs[2] else None
     inputs = (v32.data_ptr(), dy32.data_ptr(), x32.data_ptr())
     outputs = (_pointer(dx), _pointer(dvalues), _pointer(dbias))
-    _call("rarefy_backward_f32", ctypes.byref(_c_pattern(index)), *inputs, *outputs, x.shape[0], torch.get_num_threads())
+    call("rarefy_backward_f32", ctypes.byref(_c_pattern(index)), *inputs, *outputs, x.shape[0], torch.get_num_threads())
     return (
         None if dx is None else dx.to(dy.dtype),
         None if dvalues is None else dvalues.to(values.dtype),
@@ -193,13 +113,13 @@ TILE_ROWS = 128
 
 def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `rarefy.ops.schema`. One tile of dense gradient exists at a time; its scan keeps the best k."""
-    unit_rows, _ = unit_grid((index.out_features, index.in_features), (index.block[0], index.block[1]))
-    k = min(k, unit_rows * (index.t_crow.shape[0] - 1) - index.num_units)
+    unit_rows, unit_cols = index.crow.shape[0] - 1, index.t_crow.shape[0] - 1
+    k = min(k, unit_rows * unit_cols - index.num_units)
     units, scores = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
     dy32, x32 = _f32(dy), _f32(x)
     step = max(1, TILE_ROWS // index.block[0])
     buffer = torch.empty(step * index.block[0], index.in_features, dtype=torch.float32)
-    pattern, nonfinite, library = _c_pattern(index), _INT64(0), _library()
+    pattern, nonfinite, library = _c_pattern(index), INT64(0), load()
     assert isinstance(library, ctypes.CDLL)
     selection = library.rarefy_grow_new(k)
     try:
@@ -208,7 +128,7 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
             tile = buffer[: rows * index.block[0]]
             torch.mm(dy32[:, first * index.block[0] : (first + rows) * index.block[0]].T, x32, out=tile)
             threads = torch.get_num_threads()
-            _call("rarefy_grow_scan_f32", selection, ctypes.byref(pattern), tile.data_ptr(), first, rows, threads)
+            call("rarefy_grow_scan_f32", selection, ctypes.byref(pattern), tile.data_ptr(), first, rows, threads)
         found = library.rarefy_grow_finish(selection, units.data_ptr(), scores.data_ptr(), ctypes.byref(nonfinite))
     finally:
         library.rarefy_grow_free(selection)

@@ -68,8 +68,13 @@ def per_unit_tensors(optimizer: Optimizer | None, values: nn.Parameter) -> list[
     return [values.detach(), *moved]
 
 
-def move_units(tensor: Tensor, kept_from: Tensor, kept_to: Tensor) -> None:
-    """In place along the first dimension: survivors to their new rows bitwise, newborn rows to zero (7.1, 7.2)."""
-    moved = torch.zeros_like(tensor)
-    moved[kept_to] = tensor[kept_from]
-    tensor.copy_(moved)
+def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:
+    """In place along the first dimension: survivors to their new rows bitwise, newborn rows to zero (7.1, 7.2).
+
+    Args:
+        stays: (K,) boolean, which rows leave their value to a survivor, in order.
+        survives: (K,) boolean, which rows hold a survivor afterwards; as many.
+    """
+    kept = tensor[stays]
+    tensor.zero_()
+    tensor[survives] = kept

@@ -20,7 +20,7 @@ from rarefy.ops import sink as sinks
 from rarefy.pattern import Pattern
 from rarefy.rewiring import ranks
 from rarefy.rewiring.carry import check_carried, check_optimizer, move_units, per_unit_tensors
-from rarefy.rewiring.select import highest, lowest, num_to_replace, random_absent
+from rarefy.rewiring.select import contains, highest, lowest, num_to_replace, random_absent
 from rarefy.rewiring.track import Tracker
 from rarefy.sampling import keyed_generator
 
@@ -240,7 +240,7 @@ class Rewirer:
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name)
         active = view.pattern.unit_indices()
-        drop = torch.sort(lowest(self.method.drop_score(view), k)).values
+        drop = lowest(self.method.drop_score(view), k)
         grown = self._grow_by_gradient(view, active, drop, k) if by_gradient else self._grow_at_random(name, active, drop, k)
         finite = grown is not None and bool(torch.isfinite(layer.values).all())
         if ranks.any_rank(not finite, layer.values.device) or grown is None:
@@ -302,29 +302,27 @@ class Rewirer:
         return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
 
     def _replace(self, name: str, active: Tensor, drop: Tensor, grown: Tensor) -> Tensor:
-        """Swap the units at positions `drop` for units `grown`; returns those that are new, ascending (7).
+        """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending (7).
 
         A grown unit that was just dropped never left: it stays a survivor.
         """
         layer = self.layers[name]
-        grown = torch.sort(grown).values
-        leaving = active[drop]
-        newborn = grown[~torch.isin(grown, leaving)]
+        leaving, newborn = active[drop], grown
+        if self.method.may_return:
+            newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
         stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-        stays[drop[~torch.isin(leaving, grown)]] = False
-        kept_from = stays.nonzero().flatten()
-        survivors = active[kept_from]
-        # Two sorted runs merge: a newborn's place is its rank among newborns plus the survivors before it.
+        stays[drop] = False
+        survivors = active[stays]
+        # Two ascending runs merge: a newborn's place is its rank among newborns plus the survivors before it.
         born_at = torch.searchsorted(survivors, newborn) + torch.arange(newborn.numel(), device=active.device)
-        is_survivor = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-        is_survivor[born_at] = False
-        kept_to = is_survivor.nonzero().flatten()
+        survives = torch.ones_like(stays)
+        survives[born_at] = False
         units = torch.empty_like(active)
-        units[born_at], units[kept_to] = newborn, survivors
+        units[born_at], units[survives] = newborn, survivors
         pattern = Pattern.from_sorted_units(units, (layer.out_features, layer.in_features), layer.block)
         for owner in (layer, *self._companions[name]):
             for tensor in per_unit_tensors(self._optimizer if owner is layer else None, owner.values):
-                move_units(tensor, kept_from, kept_to)
+                move_units(tensor, stays, survives)
             owner.set_pattern(pattern)
         layer.values.grad = None
         return newborn

@@ -22,14 +22,28 @@ def num_to_replace(fraction: float, num_active: int, num_all: int) -> int:
 
 
 def lowest(score: Tensor, k: int) -> Tensor:
-    """Indices of the k lowest scores; equal scores by lower index (5.2)."""
-    return torch.sort(score, stable=True).indices[:k]
+    """Ascending indices of the k lowest scores; of equal scores the lower indices (5.2). O(K): a selection, not a sort."""
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=score.device)
+    threshold = torch.kthvalue(score, k).values
+    taken = score < threshold
+    equals = (score == threshold).nonzero().flatten()
+    taken[equals[: k - int(taken.sum())]] = True
+    return taken.nonzero().flatten()
 
 
 def highest(score: Tensor, units: Tensor, k: int) -> Tensor:
-    """Of candidate `units`, the k of highest score; equal scores by lower unit (6.2)."""
+    """Of candidate `units`, in any order, the k of highest score, ascending; of equal scores the lower units (6.2)."""
     units, order = torch.sort(units)
-    return units[torch.sort(score[order], descending=True, stable=True).indices[:k]]
+    return units[lowest(-score[order], min(k, units.numel()))]
+
+
+def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
+    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search."""
+    if not ascending.numel():
+        return torch.zeros(wanted.shape, dtype=torch.bool, device=wanted.device)
+    at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
+    return ascending[at] == wanted
 
 
 def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy.pattern import Pattern
+from rarefy.rewiring.select import contains
 from rarefy.sampling import keyed_generator, sample_without_replacement
 
 
@@ -40,7 +41,7 @@ class Tracker:
         """Figures of a rewire that grew units `grown` and led to `pattern`."""
         survival = None
         if self.newborns.numel():
-            survival = float(torch.isin(self.newborns, pattern.unit_indices().cpu()).float().mean())
+            survival = float(contains(pattern.unit_indices().cpu(), self.newborns).float().mean())
         self.newborns = grown.cpu()
         self._see(pattern)
         used_cols = torch.zeros(pattern.num_unit_cols, dtype=torch.bool)
