@@ -24,10 +24,12 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     Create the optimizer afterwards, then `rewirer.attach(optimizer, total_steps=...)`.
 
     Args:
-        model: changed in place. Layers that cannot be converted stay dense; `Rewirer.left_dense` lists them with the reason.
-            On the meta device no dense weight is ever allocated: call `to_empty`, then `reset_parameters` on the sparse layers.
-        sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would slow down
-            stays dense, with the figures as its reason; without it nothing is timed.
+        model: changed in place. Layers that cannot be converted stay dense; `Rewirer.left_dense` lists them with the
+            reason.
+            On the meta device no dense weight is ever allocated: call `to_empty`, then `reset_parameters` on the
+                sparse layers.
+        sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would
+            slow down stays dense, with the figures as its reason; without it nothing is timed.
     Raises:
         ValueError: as `Plan.decide`. The model is then unchanged.
 
@@ -47,7 +49,8 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:5])
         warnings.warn(f"no layer became sparse ({reasons})", stacklevel=2)
-    # DDP broadcasts buffers from rank 0: that crashes on uint16, and would overwrite patterns silently (rewiring rule 8.2).
+    # DDP broadcasts buffers from rank 0: that crashes on uint16, and would overwrite patterns silently (rewiring rule
+    # 8.2).
     indices = [f"{name}.{buffer}" for name in layers for buffer in (*INDEX_BUFFERS, "sink")]
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *indices]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)

@@ -1,19 +1,26 @@
-"""What a layer costs: bytes and FLOPs by counting, milliseconds by timing sparse beside dense, interleaved, on the spot."""
+"""What a layer costs: bytes and FLOPs by counting, milliseconds by timing sparse beside dense, interleaved, on the
+spot.
+"""
 
 from __future__ import annotations
 
 import functools
+import gc
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.nn import SparseLinear
-from rarefy.ops import index_dtype
+from rarefy.ops import backend, index_dtype, library, native
 from rarefy.pattern import Pattern, unit_grid
 from rarefy.sampling import keyed_generator
 
@@ -24,6 +31,11 @@ class LayerCost:
 
     sparse_ms: float
     dense_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over sparse time."""
+        return self.dense_ms / self.sparse_ms
 
 
 def layer_flops(nnz: int) -> int:
@@ -44,8 +56,8 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     """Rows of input that each named layer sees in one forward of `sample`; 0 for a layer that is not called.
 
     Args:
-        sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present mode, and
-            puts torch's random state back.
+        sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
+            mode, and puts torch's random state back.
     """
     names = list(names)
     tokens = dict.fromkeys(names, 0)
@@ -71,43 +83,170 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     return tokens
 
 
-@functools.lru_cache(maxsize=512)
 def measure(shape: tuple[int, int], units: int, block: tuple[int, int], tokens: int, *, bias: bool = True) -> LayerCost:
     """Time a layer of this shape, sparse and dense in turn, in this process with torch's threads. About 0.3 s a shape.
 
-    The pattern is random, as at the start of training. Each distinct question is asked once a process.
+    The pattern is random, as at the start of training. The same question under the same threads and kernels is timed
+    once a process.
     """
+    return _measure(shape, units, block, tokens, bias, torch.get_num_threads(), kernels_for(block))
+
+
+def measure_dense(shape: tuple[int, int], tokens: int, *, bias: bool = True) -> float:
+    """Median milliseconds of the dense layer alone, forward and backward: for layers that no plan would make sparse."""
+    return _measure_dense(shape, tokens, bias, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=512)
+def _measure(
+    shape: tuple[int, int], units: int, block: tuple[int, int], tokens: int, bias: bool, *conditions: Any
+) -> LayerCost:
     generator = torch.Generator().manual_seed(int(keyed_generator(*shape, units).integers(2**62)))
     pattern = Pattern.with_units(shape, units, block, generator)
-    sparse = SparseLinear.from_pattern(pattern, bias, generator=generator)
-    dense = nn.Linear(shape[1], shape[0], bias)
-    x = torch.randn(tokens, shape[1], generator=generator, requires_grad=True)
-    dy = torch.randn(tokens, shape[0], generator=generator)
-
-    def step(layer: nn.Module) -> None:
-        layer.zero_grad()
-        x.grad = None
-        layer(x).backward(dy)
-
-    sparse_ms, dense_ms = interleaved_ms([lambda: step(sparse), lambda: step(dense)])
+    x, dy = random_batch(shape, tokens, generator)
+    sparse = LayerStep(SparseLinear.from_pattern(pattern, bias, generator=generator), x, dy)
+    dense = LayerStep(nn.Linear(shape[1], shape[0], bias), x, dy)
+    sparse_ms, dense_ms = interleaved_ms([sparse, dense])
     return LayerCost(sparse_ms, dense_ms)
 
 
-def interleaved_ms(contenders: list[Callable[[], None]], *, budget_s: float = 0.3, rounds: int = 25) -> list[float]:
-    """Median milliseconds of each callable, timed in turn round by round, so that noise hits all alike.
+@functools.lru_cache(maxsize=512)
+def _measure_dense(shape: tuple[int, int], tokens: int, bias: bool, *conditions: Any) -> float:
+    x, dy = random_batch(shape, tokens, torch.Generator().manual_seed(0))
+    return interleaved_ms([LayerStep(nn.Linear(shape[1], shape[0], bias), x, dy)], budget_s=0.15)[0]
 
-    At least three rounds after one to warm up, then until the budget or the rounds are spent.
+
+def random_batch(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A layer's input x (tokens, in), which wants a gradient, and dy (tokens, out), the gradient of its output."""
+    x = torch.randn(tokens, shape[1], generator=generator, requires_grad=True)
+    return x, torch.randn(tokens, shape[0], generator=generator)
+
+
+class LayerStep:
+    """What a training step asks of one layer: the forward, then the gradients of input, weights and bias, through
+    autograd.
+
+    The gradients of the step before are given back first, as `zero_grad` does in a loop, so that a dense layer
+    allocates its
+    dense gradient anew and a sparse one its own: both pay for their memory.
     """
-    for contender in contenders:
-        contender()
-    times: list[list[float]] = [[] for _ in contenders]
-    started = time.perf_counter()
-    while len(times[0]) < 3 or (len(times[0]) < rounds and time.perf_counter() - started < budget_s):
-        for contender, taken in zip(contenders, times, strict=True):
-            begun = time.perf_counter()
-            contender()
-            taken.append((time.perf_counter() - begun) * 1e3)
-    return [statistics.median(taken) for taken in times]
+
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+        self.layer, self.x, self.dy = layer, x, dy
+        self._y: Tensor | None = None
+
+    def forward(self) -> None:
+        """x to y, remembered for `backward`."""
+        self._y = self.layer(self.x)
+
+    def backward(self) -> None:
+        """dy to the gradients of what `forward` computed."""
+        assert self._y is not None
+        self.layer.zero_grad(set_to_none=True)
+        self.x.grad = None
+        self._y.backward(self.dy)
+        self._y = None
+
+    def __call__(self) -> None:
+        self.forward()
+        self.backward()
+
+
+# -- timing ---------------------------------------------------------------------------------------------------------
+
+Lap = Callable[[], object]
+"""A piece of work that is timed by itself."""
+
+
+def interleaved_ms(contenders: Sequence[Lap], *, budget_s: float = 0.3, rounds: int = 25) -> list[float]:
+    """Median milliseconds of each callable, timed in turn; see `interleaved`."""
+    return [
+        statistics.median(laps[0]) for laps in interleaved([[c] for c in contenders], budget_s=budget_s, rounds=rounds)
+    ]
+
+
+def interleaved(
+    groups: Sequence[Sequence[Lap]],
+    *,
+    budget_s: float,
+    rounds: int = 25,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[list[float]]]:
+    """Milliseconds of every lap in every round: result[group][lap][round].
+
+    A round runs every group once, so that what disturbs the machine disturbs all alike; every other round runs the
+    groups in the opposite order, so that none always finds the caches as the same neighbour left them. The laps of a
+    group keep their order. One round to warm up is not counted. Python's garbage collector waits meanwhile.
+
+    Args:
+        budget_s: seconds to spend, warming up included; no round begins that would be expected to pass them.
+        rounds: the most rounds. At least three are run, whatever the budget.
+        clock: seconds that only grow.
+    """
+    times: list[list[list[float]]] = [[[] for _ in group] for group in groups]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = clock()
+        for group in groups:
+            for lap in group:
+                lap()
+        for done in range(max(rounds, LEAST_ROUNDS)):
+            spent = clock() - started
+            if done >= LEAST_ROUNDS and spent * (done + 2) / (done + 1) > budget_s:
+                break
+            for at in range(len(groups)) if done % 2 == 0 else reversed(range(len(groups))):
+                for lap, taken in zip(groups[at], times[at], strict=True):
+                    begun = clock()
+                    lap()
+                    taken.append((clock() - begun) * 1e3)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+LEAST_ROUNDS = 3
+"""Fewer have no median worth the name."""
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def kernels_for(block: tuple[int, int]) -> str:
+    """What runs fp32 products of such blocks on the CPU here and now: an instruction set, "tiled" or "reference".
+
+    Raises:
+        ValueError: the user named a backend that cannot.
+    """
+    chosen = backend.choose(torch.float32, torch.device("cpu"), list(block))
+    return library.isa() or "" if chosen is native else chosen.__name__.rpartition(".")[2]
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must name to mean anything: cpu, cores, isa, threads, python, torch and rarefy versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": kernels_for((1, 1)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rarefy": metadata.version("rarefy"),
+    }
+
+
+def _cpu_name() -> str:
+    """The model as the system names it; the architecture where it names none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:

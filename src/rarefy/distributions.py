@@ -28,7 +28,8 @@ def uniform(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, fl
 
 
 def er(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Density per layer by Erdos-Renyi: proportional to (out + in) / (out * in), whatever the kernel (Mocanu et al. 2018).
+    """Density per layer by Erdos-Renyi: proportional to (out + in) / (out * in), whatever the kernel (Mocanu et al.
+    2018).
 
     Arguments, cap and errors as for `erk`.
     """

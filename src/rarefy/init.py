@@ -48,22 +48,24 @@ def magnitude_pattern(weight: Tensor, num_units: int, block: Block = 1) -> Patte
     return Pattern.from_units(units.cpu(), weight.shape, block)
 
 
-def linear_values(pattern: Pattern, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def linear_values(
+    pattern: Pattern, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Fresh values for a linear layer, by each row's actual fan-in: U(-1/sqrt(f), 1/sqrt(f)), f = inputs of that row.
 
     nn.Linear draws from the same law with f = in_features, so every neuron's output variance is what the dense layer
     had (Evci et al. 2022, arXiv:2010.03533, section 3.1).
     """
-    b_r, b_c = pattern.block
-    fan_in = (torch.diff(pattern.crow_indices) * b_c).clamp(min=1).to(torch.float32)
+    fan_in = (torch.diff(pattern.crow_indices) * pattern.block[1]).clamp(min=1).to(torch.float32)
     bound = fan_in.rsqrt().repeat_interleave(torch.diff(pattern.crow_indices).long())
     drawn = torch.rand(values_shape(pattern), generator=generator, dtype=torch.float32) * 2 - 1
     return (drawn * bound.view(-1, *[1] * (drawn.dim() - 1))).to(dtype or torch.get_default_dtype())
 
 
 def row_rescale(pattern: Pattern) -> Tensor:
-    """(K,) float32 factor 1 / sqrt(row density) of each unit: kept values of a dense init scaled by it keep each neuron's
-    output variance (rule 3.2; Evci et al. 2022)."""
+    """(K,) float32 factor 1 / sqrt(row density) of each unit: kept values of a dense init scaled by it keep each
+    neuron's output variance (rule 3.2; Evci et al. 2022).
+    """
     counts = torch.diff(pattern.crow_indices).float()
     factor = (pattern.num_unit_cols / counts.clamp(min=1)).sqrt()
     return factor.repeat_interleave(counts.long())

@@ -13,12 +13,13 @@ from rarefy.nn import SparseLinear
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with an age for every leading index of a parameter, so for every unit of a sparse layer.
+    """AdamW (Loshchilov & Hutter 2019) with an age for every leading index of a parameter, so for every unit of a
+    sparse layer.
 
-    After a rewire a newborn's moments are zero. Plain AdamW corrects their bias by the step count of the whole tensor, which
-    makes the first update up to (1 - beta1) / sqrt(1 - beta2), 3.2 times, too large; here the correction uses the unit's own
-    age, and the update of a unit born after the first step ramps up over its first `ramp` steps (Xiao et al. 2026,
-    arXiv:2606.00888). For parameters that never rewire this is AdamW.
+    After a rewire a newborn's moments are zero. Plain AdamW corrects their bias by the step count of the whole
+    tensor, which makes the first update up to (1 - beta1) / sqrt(1 - beta2), 3.2 times, too large; here the
+    correction uses the unit's own age, and the update of a unit born after the first step ramps up over its first
+    `ramp` steps (Xiao et al. 2026, arXiv:2606.00888). For parameters that never rewire this is AdamW.
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW.
@@ -27,7 +28,8 @@ class AdamW(Optimizer):
     Raises:
         ValueError: a setting out of range.
 
-    State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for unstructured layers.
+    State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for
+    unstructured layers.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class AdamW(Optimizer):
         ramp: int = 100,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and ramp >= 0):
-            raise ValueError(f"lr, eps, weight_decay and ramp must not be negative, got {lr}, {eps}, {weight_decay}, {ramp}")
+            raise ValueError(
+                f"lr, eps, weight_decay and ramp must not be negative, got {lr}, {eps}, {weight_decay}, {ramp}"
+            )
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ramp": ramp})
@@ -61,7 +65,9 @@ class AdamW(Optimizer):
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if grad.is_sparse:
-            raise ValueError("rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape")
+            raise ValueError(
+                "rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape"
+            )
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -74,7 +80,9 @@ class AdamW(Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         age = state["age"].add_(1)
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        if p.dim() == 0 or int(age.min()) == state["step"]:  # no newborn, so one correction for all: torch's own arithmetic
+        if (
+            p.dim() == 0 or int(age.min()) == state["step"]
+        ):  # no newborn, so one correction for all: torch's own arithmetic
             scale1, scale2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]) ** 0.5
             denominator = (state["exp_avg_sq"].sqrt() / scale2).add_(group["eps"])
             p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / scale1)
@@ -98,7 +106,9 @@ def _by_age(step: int, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor
     ages = torch.arange(step + 1, dtype=torch.float64, device=p.device).clamp(min=1)
     size = group["lr"] / (1 - beta1**ages)
     if group["ramp"]:
-        size[:-1] *= (ages[:-1] / group["ramp"]).clamp(max=1)  # the last entry is for those that were there from the start
+        size[:-1] *= (ages[:-1] / group["ramp"]).clamp(
+            max=1
+        )  # the last entry is for those that were there from the start
     return size.to(p.dtype), (1 - beta2**ages).rsqrt().to(p.dtype)
 
 
@@ -117,5 +127,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[di
     decays = [p for p in trained if id(p) in values or (p.dim() >= 2 and id(p) not in embeddings)]
     decayed = {id(p) for p in decays}
     spared = [p for p in trained if id(p) not in decayed]
-    groups = [{"params": decays, "lr": lr, "weight_decay": weight_decay}, {"params": spared, "lr": lr, "weight_decay": 0.0}]
+    groups = [
+        {"params": decays, "lr": lr, "weight_decay": weight_decay},
+        {"params": spared, "lr": lr, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

@@ -1,7 +1,7 @@
 """Where the units of a sparse matrix are: one small immutable value object.
 
-Shapes: O x I the dense matrix, b_r x b_c a unit (1 x 1 = unstructured), R = O / b_r unit rows, C = I / b_c unit columns,
-n = R * C units in all, K of them active.
+Shapes: O x I the dense matrix, b_r x b_c a unit (1 x 1 = unstructured), R = O / b_r unit rows, C = I / b_c unit
+columns, n = R * C units in all, K of them active.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Pattern:
         block = as_block(block)
         rows, cols = unit_grid(shape, block)
         if max(rows, cols, col_indices.numel()) > 2**31 - 1:
-            raise ValueError(f"a pattern holds at most 2**31 - 1 units, rows and columns, got {col_indices.numel()} units")
+            raise ValueError(
+                f"a pattern holds at most 2**31 - 1 units, rows and columns, got {col_indices.numel()} units"
+            )
         check_indices(crow_indices, col_indices, rows, cols)
         object.__setattr__(self, "shape", (int(shape[0]), int(shape[1])))
         object.__setattr__(self, "block", block)
@@ -199,7 +201,9 @@ class Pattern:
         return self.row_indices() * self.num_unit_cols + self.col_indices
 
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pointers (C + 1,), unit rows (K,) and permutation (K,) of the units in column order; see `transpose_indices`."""
+        """Pointers (C + 1,), unit rows (K,) and permutation (K,) of the units in column order; see
+        `transpose_indices`.
+        """
         return transpose_indices(self.crow_indices, self.col_indices, self.num_unit_cols)
 
     def to_mask(self) -> Tensor:
@@ -248,7 +252,9 @@ def check_indices(crow: Tensor, cols: Tensor, num_rows: int, num_cols: int) -> N
         ValueError: a wrong length, pointers that do not run from 0 to K, or columns out of range, unsorted or repeated.
     """
     if crow.dim() != 1 or crow.numel() != num_rows + 1:
-        raise ValueError(f"crow_indices must have {num_rows + 1} entries for {num_rows} unit rows, got {tuple(crow.shape)}")
+        raise ValueError(
+            f"crow_indices must have {num_rows + 1} entries for {num_rows} unit rows, got {tuple(crow.shape)}"
+        )
     if cols.dim() != 1:
         raise ValueError(f"col_indices must be one-dimensional, got shape {tuple(cols.shape)}")
     if crow.is_floating_point() or cols.is_floating_point():
@@ -257,8 +263,8 @@ def check_indices(crow: Tensor, cols: Tensor, num_rows: int, num_cols: int) -> N
     counts = torch.diff(crow)
     if int(crow[0]) != 0 or int(crow[-1]) != cols.numel() or bool((counts < 0).any()):
         raise ValueError(
-            f"crow_indices must rise from 0 to the number of units ({cols.numel()}), got {int(crow[0])} to {int(crow[-1])}"
-            + (", falling in between" if bool((counts < 0).any()) else "")
+            f"crow_indices must rise from 0 to the number of units ({cols.numel()}), "
+            f"got {int(crow[0])} to {int(crow[-1])}" + (", falling in between" if bool((counts < 0).any()) else "")
         )
     if not cols.numel():
         return

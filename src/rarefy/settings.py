@@ -1,6 +1,7 @@
 """Settings as plain data: frozen dataclasses to and from what YAML and JSON can hold, with errors that help.
 
-An object whose class is one of a family (methods, schedules) is written as {"name": class name in lower case, fields...}.
+An object whose class is one of a family (methods, schedules) is written as {"name": class name in lower case,
+fields...}.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What a method is: scores for dropping and growing, and when. A new method is a new file with a subclass of `Method`."""
+"""What a method is: scores for dropping and growing, and when. A new method is a new file with a subclass of
+`Method`.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -47,7 +49,7 @@ class Method:
     interval: int = 100
     """Optimizer steps between two rewires of a layer."""
 
-    fraction: Schedule = Cosine(start=0.3)
+    fraction: Schedule = field(default_factory=lambda: Cosine(start=0.3))
     """Part of a layer's active units replaced at one rewire, over the progress from `begin` to `end`."""
 
     begin: int = 0

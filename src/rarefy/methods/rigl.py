@@ -1,7 +1,8 @@
 """Gradient growth. Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134, Algorithm 1.
 
 Departs from the authors' code in three defaults: just-dropped units may not return in the same rewire, layers
-take turns instead of rewiring all at once, and that step's weight update is applied. `RigL.paper()` restores the first two.
+take turns instead of rewiring all at once, and that step's weight update is applied. `RigL.paper()` restores the
+first two.
 """
 
 from __future__ import annotations

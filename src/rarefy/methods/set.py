@@ -3,8 +3,9 @@ inspired by network science", Nature Communications 9:2383, Algorithm 1.
 
 Departs from the paper in three defaults: rewires are counted in steps, not epochs; the units smallest in magnitude go,
 where the paper removes the smallest positive and the largest negative ones, which is the same but for the split between
-signs; and the fraction follows a cosine, where the paper keeps 0.3: `SET.paper()` restores that and rewires all layers at
-once. `SET.itop()` gives the longer interval and larger fraction of Liu et al. 2021 (arXiv:2102.02887, section 4).
+signs; and the fraction follows a cosine, where the paper keeps 0.3: `SET.paper()` restores that and rewires all
+layers at once. `SET.itop()` gives the longer interval and larger fraction of Liu et al. 2021 (arXiv:2102.02887,
+section 4).
 """
 
 from __future__ import annotations

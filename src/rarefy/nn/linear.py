@@ -31,8 +31,9 @@ class SparseLinear(nn.Module):
     Raises:
         ValueError: density outside (0, 1], or a block that does not divide the matrix.
 
-    Fresh values follow each neuron's actual fan-in. Forward, input gradient and value gradient cost O(nnz * batch); memory
-    is the values' and at most 12 bytes of index a unit. Under autocast activations are cast, values and gradient are not.
+    Fresh values follow each neuron's actual fan-in. Forward, input gradient and value gradient cost O(nnz * batch);
+    memory is the values' and at most 12 bytes of index a unit. Under autocast activations are cast, values and
+    gradient are not.
     """
 
     values: nn.Parameter
@@ -80,7 +81,13 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         narrow = index_dtype(rows, cols)
-        lengths = {"crow_indices": rows + 1, "col_indices": num_units, "t_crow": cols + 1, "t_rows": num_units, "t_perm": num_units}
+        lengths = {
+            "crow_indices": rows + 1,
+            "col_indices": num_units,
+            "t_crow": cols + 1,
+            "t_rows": num_units,
+            "t_perm": num_units,
+        }
         for name, length in lengths.items():
             kind = narrow if name in ("col_indices", "t_rows") else torch.int32
             empty = torch.empty(length, device=device, dtype=kind)
@@ -129,7 +136,9 @@ class SparseLinear(nn.Module):
             assert density is not None
             pattern = magnitude_pattern(weight, max(1, round(check_density(density) * rows * cols)), block)
         if pattern.shape != tuple(weight.shape):
-            raise ValueError(f"the pattern is for a {pattern.shape} matrix, the layer's weight is {tuple(weight.shape)}")
+            raise ValueError(
+                f"the pattern is for a {pattern.shape} matrix, the layer's weight is {tuple(weight.shape)}"
+            )
         layer = cls.__new__(cls)
         has_bias = linear.bias is not None
         layer._allocate(pattern.shape, pattern.block, pattern.num_units, has_bias, weight.device, weight.dtype)
@@ -184,8 +193,8 @@ class SparseLinear(nn.Module):
         mine = ((self.out_features, self.in_features), self.block, self.num_units)
         if (pattern.shape, pattern.block, pattern.num_units) != mine:
             raise ValueError(
-                f"a pattern of shape {mine[0]}, block {mine[1]} and {mine[2]} units is needed, got shape {pattern.shape}, "
-                f"block {pattern.block} and {pattern.num_units} units"
+                f"a pattern of shape {mine[0]}, block {mine[1]} and {mine[2]} units is needed, "
+                f"got shape {pattern.shape}, block {pattern.block} and {pattern.num_units} units"
             )
         for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
             getattr(self, name).copy_(array)
@@ -239,7 +248,9 @@ class SparseLinear(nn.Module):
     def to_dense(self) -> nn.Linear:
         """The nn.Linear that computes the same, with its own memory."""
         weight = self.dense_weight()
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
+        )
         linear.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
@@ -257,7 +268,8 @@ class SparseLinear(nn.Module):
         bias = "" if self.bias is not None else ", bias=False"
         return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}"
 
-    # -- copies and checkpoints ------------------------------------------------------------------------------------------
+    # -- copies and checkpoints
+    # ------------------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -273,7 +285,9 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Checks the pattern whole before anything of the layer is touched, then rebuilds what follows from it (rule 9.3)."""
+        """Checks the pattern whole before anything of the layer is touched, then rebuilds what follows from it (rule
+        9.3).
+        """
         crow, cols, values = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values"))
         if crow is None and cols is None and values is None:
             hint = " (the checkpoint has a dense weight there)" if prefix + "weight" in state_dict else ""

@@ -1,4 +1,6 @@
-"""The four operations: schema, reference, plain torch and native kernels. `using("tiled")` names a backend for tests."""
+"""The four operations: schema, reference, plain torch and native kernels. `using("tiled")` names a backend for
+tests.
+"""
 
 from __future__ import annotations
 

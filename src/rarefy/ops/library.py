@@ -1,7 +1,7 @@
 """The compiled kernels as a loaded library (csrc/rarefy.h): found, opened once, its instruction set chosen.
 
-It links neither torch nor Python. It is opened after torch, so that it finds torch's OpenMP runtime, and is told the thread
-count at every call, so that `torch.set_num_threads` holds.
+It links neither torch nor Python. It is opened after torch, so that it finds torch's OpenMP runtime, and is told the
+thread count at every call, so that `torch.set_num_threads` holds.
 """
 
 from __future__ import annotations

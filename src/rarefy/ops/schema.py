@@ -1,6 +1,7 @@
 """The numeric core on one page: every op, its schema, shapes and gradient.
 
-    B rows of input (tokens), I input features, O output features, b_r x b_c the block, R = O / b_r, C = I / b_c, K units.
+    B rows of input (tokens), I input features, O output features, b_r x b_c the block, R = O / b_r, C = I / b_c, K
+    units.
 
     values  (K,) for 1 x 1 blocks, else (K, b_r, b_c)     crow (R + 1,)  cols (K,)        units by row
     block   [b_r, b_c]                                    t_crow (C + 1,)  t_rows (K,)  t_perm (K,)   the same by column
@@ -11,11 +12,13 @@
     grow_candidates  the k absent units of largest mean |dy^T x|, best first, ties by lower unit; streamed, exact
     spmm_backward    spmm_t, sddmm and the bias gradient in one call, so that dy is packed once; feeds the growth sink
 
-All cost O(nnz B) time and O(nnz + activations) memory, but `grow_candidates`, which costs a dense weight gradient's time
-and O(k + tile) memory. W is (O, I) and exists nowhere. `spmm` returns x's dtype and accumulates in at least the values'.
-The arrays of the index are plain tensors in the schema, so a rewire, which writes them in place, recompiles nothing.
+All cost O(nnz B) time and O(nnz + activations) memory, but `grow_candidates`, which costs a dense weight gradient's
+time and O(k + tile) memory. W is (O, I) and exists nowhere. `spmm` returns x's dtype and accumulates in at least the
+values'. The arrays of the index are plain tensors in the schema, so a rewire, which writes them in place, recompiles
+nothing.
 
-Each op has a specification (`reference`), a plain-torch fallback of bounded memory (`tiled`) and CPU kernels (`native`).
+Each op has a specification (`reference`), a plain-torch fallback of bounded memory (`tiled`) and CPU kernels
+(`native`).
 """
 
 from __future__ import annotations
@@ -25,10 +28,14 @@ from torch import Tensor
 
 _INDEX = "Tensor crow, Tensor cols, Tensor t_crow, Tensor t_rows, Tensor t_perm, int[] block"
 
-torch.library.define("rarefy::spmm", f"(Tensor values, {_INDEX}, Tensor x, Tensor? bias=None, Tensor? sink=None) -> Tensor")
+torch.library.define(
+    "rarefy::spmm", f"(Tensor values, {_INDEX}, Tensor x, Tensor? bias=None, Tensor? sink=None) -> Tensor"
+)
 torch.library.define("rarefy::spmm_t", f"(Tensor values, {_INDEX}, Tensor dy) -> Tensor")
 torch.library.define("rarefy::sddmm", f"({_INDEX}, Tensor dy, Tensor x) -> Tensor")
-torch.library.define("rarefy::grow_candidates", f"({_INDEX}, Tensor dy, Tensor x, int k) -> (Tensor units, Tensor scores)")
+torch.library.define(
+    "rarefy::grow_candidates", f"({_INDEX}, Tensor dy, Tensor x, int k) -> (Tensor units, Tensor scores)"
+)
 torch.library.define(
     "rarefy::spmm_backward",
     f"(Tensor values, {_INDEX}, Tensor dy, Tensor x, bool[] needs, Tensor(a!)? sink=None) -> (Tensor, Tensor, Tensor)",

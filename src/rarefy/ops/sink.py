@@ -1,8 +1,8 @@
 """How a backward pass hands growth scores to the engine (rewiring rules 6.2 to 6.4).
 
-A layer's sink is an int64 tensor [slot, calls] that `spmm_backward` is given and writes: slot 0 means no one is waiting;
-any other slot names a collector registered here. The tensor is all that a compiled graph sees, so arming a layer recompiles
-nothing; what a collector needs is allocated for the layers that rewire at this step and freed with it.
+A layer's sink is an int64 tensor [slot, calls] that `spmm_backward` is given and writes: slot 0 means no one is
+waiting; any other slot names a collector registered here. The tensor is all that a compiled graph sees, so arming a
+layer recompiles nothing; what a collector needs is allocated for the layers that rewire at this step and freed with it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
 class _StepCollector:
     """Knows where a step begins, so that what a step left behind that was never applied (AMP) is forgotten.
 
-    A step's first backward finds no gradient on the values and is another pass than the last; a layer that is used twice in
-    one pass finds none the second time either, but in the same pass.
+    A step's first backward finds no gradient on the values and is another pass than the last; a layer that is used
+    twice in one pass finds none the second time either, but in the same pass.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -110,7 +110,8 @@ class BestUnits(_StepCollector):
         self.active_gradient = torch.empty(0)
 
     def add(self, index: Index, dy: Tensor, x: Tensor) -> None:
-        self.count_call()  # calls of one step cannot be combined: the engine then leaves the rewire out and accumulates next time
+        # Calls of one step cannot be combined: the engine then leaves the rewire out, and accumulates the next time.
+        self.count_call()
         if self.score is None:
             self.units, self.scores = torch.ops.rarefy.grow_candidates(*index, dy, x, self.k)
         else:
@@ -120,7 +121,9 @@ class BestUnits(_StepCollector):
 
 
 class DenseGradient(_StepCollector):
-    """The dense gradient of the layer, summed over the step's backward calls: O * I floats for this one step (rule 6.4)."""
+    """The dense gradient of the layer, summed over the step's backward calls: O * I floats for this one step (rule
+    6.4).
+    """
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(values)

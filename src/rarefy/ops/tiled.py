@@ -100,10 +100,9 @@ def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:
     return gradient.flatten() if index.block == [1, 1] else gradient.view(-1, b_r, b_c)
 
 
-def best_absent(
-    index: Index, scored_tiles: Iterator[tuple[Tile, Tensor]], k: int
-) -> tuple[Tensor, Tensor]:
-    """The k best absent units over all tiles: (units, scores), best first, ties by lower unit index (rewiring rule 6.2).
+def best_absent(index: Index, scored_tiles: Iterator[tuple[Tile, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k best absent units over all tiles: (units, scores), best first, ties by lower unit index (rewiring rule
+    6.2).
 
     Args:
         scored_tiles: in ascending order of rows, (tile, (unit rows, unit columns) float32 scores).
@@ -115,7 +114,9 @@ def best_absent(
     scores = torch.empty(0, dtype=torch.float32, device=index.crow.device)
     threshold = -torch.inf
     for tile, tile_scores in scored_tiles:
-        tile_scores = torch.nan_to_num(tile_scores.flatten(), nan=torch.inf)  # shows among the best: rule 8.3 needs to see it
+        tile_scores = torch.nan_to_num(
+            tile_scores.flatten(), nan=torch.inf
+        )  # shows among the best: rule 8.3 needs to see it
         wanted = tile_scores >= threshold  # equals stay: a lower unit may still be among them
         wanted[positions(index, tile)] = False
         found = wanted.nonzero().flatten()
@@ -133,7 +134,9 @@ def best_absent(
 def grow_candidates(
     index: Index, dy: Tensor, x: Tensor, k: int, score: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `rarefy.ops.schema`. `score` turns a tile of the gradient into (unit rows, unit columns); default: mean |g|."""
+    """See `rarefy.ops.schema`. `score` turns a tile of the gradient into (unit rows, unit columns); default: mean
+    |g|.
+    """
     scored = (
         (tile, unit_scores(dense, index.block) if score is None else score(dense))
         for tile, dense in gradient_tiles(index, dy, x, TILE_ENTRIES // 4)

@@ -22,8 +22,8 @@ def check_carried(optimizer: Optimizer, name: str, values: nn.Parameter) -> None
     for key, tensor in _tensors(optimizer.state.get(values, {})):
         if tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != values.shape[0]:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for the {values.shape[0]} units of "
-                f"{name}: that cannot be moved with them; use an elementwise optimizer such as rarefy.AdamW or torch.optim.SGD"
+                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for the "
+                f"{values.shape[0]} units of {name}: that cannot be moved with them; use an elementwise optimizer such as rarefy.AdamW"
             )
 
 

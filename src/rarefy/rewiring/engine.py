@@ -1,4 +1,4 @@
-"""The engine: decides when, asks the method for scores, replaces exactly k units, and moves everything that belongs to them.
+"""The engine: decides when, asks the method for scores, replaces exactly k units, and moves what belongs to them.
 
 Numbers in parentheses are the rewiring rules (docs/rewiring.md).
 """
@@ -37,9 +37,10 @@ class Rewirer:
 
     Attributes:
         t: optimizer steps applied so far (4.1).
-        history: one record a rewire (10): step, layer, num_units, changed, churn, exploration, newborn_survival, empty_rows,
-            empty_cols, seconds, grown_by.
-        skipped: rewires skipped because values or scores were not finite, or a gradient could not be combined (8.3, 6.4).
+        history: one record a rewire (10): step, layer, num_units, changed, churn, exploration, newborn_survival,
+            empty_rows, empty_cols, seconds, grown_by.
+        skipped: rewires skipped because values or scores were not finite, or a gradient could not be combined (8.3,
+            6.4).
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Rewirer:
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
         self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
         self._calls_per_step: dict[str, int] = {}
-        self._trackers = {name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern}
+        self._trackers = {
+            name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
+        }
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -84,7 +87,8 @@ class Rewirer:
         for name, layer in self.layers.items():
             if layer.values.requires_grad and id(layer.values) not in held:
                 raise ValueError(
-                    f"the optimizer does not hold the values of {name}: create it after sparsify(), from model.parameters()"
+                    f"the optimizer does not hold the values of {name}: "
+                    "create it after sparsify(), from model.parameters()"
                 )
             check_carried(optimizer, name, layer.values)
         if self.method.rewires and self.method.end is None and total_steps is None:
@@ -93,7 +97,8 @@ class Rewirer:
         self.detach()
         self._optimizer, self.total_steps = optimizer, total_steps
         if hook:
-            self._hook = optimizer.register_step_post_hook(self._after_step)  # an optimizer's copies leave its hooks behind
+            # On the optimizer, whose copies leave hooks behind; modules' copies would take the engine along.
+            self._hook = optimizer.register_step_post_hook(self._after_step)
         self._arm()
         return self
 
@@ -106,7 +111,11 @@ class Rewirer:
 
     def _warn_about_decay(self, held: Mapping[int, dict[str, Any]]) -> None:
         decays = {bool(group.get("weight_decay")) for group in held.values()}
-        spared = [n for n, l in self.layers.items() if id(l.values) in held and not held[id(l.values)].get("weight_decay")]
+        spared = [
+            name
+            for name, layer in self.layers.items()
+            if id(layer.values) in held and not held[id(layer.values)].get("weight_decay")
+        ]
         if decays == {True, False} and spared:
             warnings.warn(
                 f"weight decay is on for some parameters, but off for the values of {len(spared)} sparse layers "
@@ -116,7 +125,7 @@ class Rewirer:
             )
 
     def register_companion(self, model: nn.Module) -> None:
-        """Keep a copy of the model (EMA, SWA) in step: its layers of the same name get the same patterns, values moved (7.4).
+        """Keep a copy of the model (EMA, SWA) in step: layers of the same name rewire with this one's (7.4).
 
         Raises:
             ValueError: a layer is missing in the copy or has another number of units.
@@ -126,7 +135,9 @@ class Rewirer:
         for name, layer in self.layers.items():
             copy = modules.get(name)
             if not isinstance(copy, SparseLinear) or copy.values.shape != layer.values.shape:
-                raise ValueError(f"the companion has no SparseLinear {name!r} of {layer.num_units} units: copy the sparsified model")
+                raise ValueError(
+                    f"the companion has no SparseLinear {name!r} of {layer.num_units} units: copy the sparsified model"
+                )
             found[name] = copy
         for name, copy in found.items():
             self._companions[name].append(copy)
@@ -144,11 +155,17 @@ class Rewirer:
         """Whether the layer at this position rewires after step t (4.2)."""
         method = self.method
         offset = position * method.interval // len(self.layers) if method.stagger else 0
-        return method.rewires and method.begin <= t <= self.end and t > 0 and (t - method.begin - offset) % method.interval == 0
+        return (
+            method.rewires
+            and method.begin <= t <= self.end
+            and t > 0
+            and (t - method.begin - offset) % method.interval == 0
+        )
 
     def due(self, t: int) -> list[str]:
         """Names of the layers that rewire after step t; a frozen layer never does."""
-        return [n for i, (n, l) in enumerate(self.layers.items()) if self.is_due(i, t) and l.values.requires_grad]
+        layers = enumerate(self.layers.items())
+        return [name for at, (name, layer) in layers if self.is_due(at, t) and layer.values.requires_grad]
 
     def _k(self, layer: SparseLinear, t: int) -> int:
         span = self.end - self.method.begin
@@ -195,18 +212,20 @@ class Rewirer:
     # -- stepping -----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Count one applied optimizer step and rewire what is due. After `attach(hook=True)` the hook has done it already.
+        """Count one applied optimizer step and rewire what is due; after `attach(hook=True)` that is done already.
 
         Raises:
             ValueError: `attach` was not called.
         """
         if self._optimizer is None:
-            raise ValueError("call rewirer.attach(optimizer, total_steps=...) first: rewiring moves the optimizer's state too")
+            raise ValueError(
+                "call rewirer.attach(optimizer, total_steps=...) first: rewiring moves the optimizer's state too"
+            )
         if self._hook is None:
             self._step()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        """The optimizer's post-step hook. Fused optimizers run it even for a step that AMP's scaler had them skip (4.1)."""
+        """The post-step hook, which fused optimizers run even for a step that AMP's scaler had them skip (4.1)."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):
             self._step()
@@ -241,10 +260,16 @@ class Rewirer:
         view = self._view(name)
         active = view.pattern.unit_indices()
         drop = lowest(self.method.drop_score(view), k)
-        grown = self._grow_by_gradient(view, active, drop, k) if by_gradient else self._grow_at_random(name, active, drop, k)
+        grown = (
+            self._grow_by_gradient(view, active, drop, k)
+            if by_gradient
+            else self._grow_at_random(name, active, drop, k)
+        )
         finite = grown is not None and bool(torch.isfinite(layer.values).all())
         if ranks.any_rank(not finite, layer.values.device) or grown is None:
-            self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or growth scores are not all finite")
+            self._skip(
+                f"the rewire of {name} at step {self.t} was skipped: its values or growth scores are not all finite"
+            )
             return
         newborn = self._replace(name, active, drop, grown.to(active.device))
         pattern = layer.pattern
@@ -263,12 +288,12 @@ class Rewirer:
         )
 
     def _unused(self, name: str) -> bool:
-        """Whether there is no gradient of this step to grow by: the layer took no part, or took part in a way that cannot be used."""
+        """Whether this step left no gradient to grow by: the layer took no part, or one that cannot be used."""
         collector = self._collectors.get(name)
         if isinstance(collector, sinks.BestUnits) and collector.calls > 1:
             self._skip(
-                f"{name} was used {collector.calls} times in this step, after once in the one before: its rewire at step "
-                f"{self.t} is left out, as what single calls kept cannot be combined any more"
+                f"{name} was used {collector.calls} times in this step, after once in the one before: "
+                f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
             )
             return True
         unused = collector is None or collector.calls == 0
@@ -288,7 +313,9 @@ class Rewirer:
         layer, collector = self.layers[view.name], self._collectors[view.name]
         if isinstance(collector, sinks.BestUnits):
             units, scores = collector.units, collector.scores
-            returning = self.method.grow_score(collector.active_gradient, view)[drop] if self.method.may_return else None
+            returning = (
+                self.method.grow_score(collector.active_gradient, view)[drop] if self.method.may_return else None
+            )
         else:
             assert collector.gradient is not None
             gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
@@ -302,7 +329,8 @@ class Rewirer:
         return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
 
     def _replace(self, name: str, active: Tensor, drop: Tensor, grown: Tensor) -> Tensor:
-        """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending (7).
+        """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending
+        (7).
 
         A grown unit that was just dropped never left: it stays a survivor.
         """
@@ -341,7 +369,9 @@ class Rewirer:
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and tensors: with the model's and the optimizer's state, all that a bitwise resume needs (9.1)."""
+        """Numbers, strings and tensors: with the model's and the optimizer's state, all that a bitwise resume needs
+        (9.1).
+        """
         return {
             "t": self.t,
             "seed": self.seed,
@@ -350,7 +380,7 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "calls_per_step": dict(self._calls_per_step),
-            "trackers": {name: self._tracker(name).state_dict() for name, l in self.layers.items() if l.has_pattern},
+            "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -15,7 +15,9 @@ def world_size() -> int:
 
 
 def mean_over_ranks(gradient: Tensor) -> Tensor:
-    """The average of a dense gradient over ranks, in place; the absolute value is taken afterwards, by the score (6.2)."""
+    """The average of a dense gradient over ranks, in place; the absolute value is taken afterwards, by the score
+    (6.2).
+    """
     if world_size() > 1:
         dist.all_reduce(gradient)
         gradient /= world_size()
@@ -46,6 +48,6 @@ def check_agreement(name: str, values: Tensor, pattern_digest: str) -> None:
     dist.all_gather(everyone, mine)
     if any(not torch.equal(mine, other) for other in everyone):
         raise RuntimeError(
-            f"ranks disagree on the pattern or values of {name} after a rewire: start them from the same seed and data order, "
+            f"ranks disagree on the pattern or values of {name} after a rewire: start them from the same seed, "
             "let DDP average gradients, and give every rank the same optimizer settings"
         )

@@ -22,7 +22,9 @@ def num_to_replace(fraction: float, num_active: int, num_all: int) -> int:
 
 
 def lowest(score: Tensor, k: int) -> Tensor:
-    """Ascending indices of the k lowest scores; of equal scores the lower indices (5.2). O(K): a selection, not a sort."""
+    """Ascending indices of the k lowest scores; of equal scores the lower indices (5.2). O(K): a selection, not a
+    sort.
+    """
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=score.device)
     threshold = torch.kthvalue(score, k).values
@@ -52,7 +54,8 @@ def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -
     Args:
         present: ascending unit indices that may not be drawn.
 
-    The r-th absent unit is r plus the number of present units before it; present[j] has present[j] - j absent ones before.
+    The r-th absent unit is r plus the number of present units before it; present[j] has present[j] - j absent ones
+    before.
     """
     ranks = sample_without_replacement(num_all - present.numel(), k, generator)
     absent_before = present.cpu() - torch.arange(present.numel())

@@ -15,8 +15,8 @@ from rarefy.sampling import keyed_generator, sample_without_replacement
 class Tracker:
     """Exploration and newborn survival of one layer.
 
-    Exploration R_s (ITOP, Liu et al. 2021): units ever active over all units, estimated on a fixed sample of unit rows that
-    holds about as many positions as the layer has units.
+    Exploration R_s (ITOP, Liu et al. 2021): units ever active over all units, estimated on a fixed sample of unit
+    rows that holds about as many positions as the layer has units.
     """
 
     def __init__(self, name: str, pattern: Pattern) -> None:
@@ -60,6 +60,8 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when the state is of another layer."""
         if tuple(state["seen"].shape) != tuple(self.seen.shape):
-            raise ValueError(f"exploration was tracked on {tuple(state['seen'].shape)} positions, here {tuple(self.seen.shape)}")
+            raise ValueError(
+                f"exploration was tracked on {tuple(state['seen'].shape)} positions, here {tuple(self.seen.shape)}"
+            )
         self.seen = state["seen"].bool().clone()
         self.newborns = state["newborns"].long().clone()
