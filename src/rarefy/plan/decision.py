@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarefy.cost import LayerCost, layer_bytes, layer_flops
+from rarefy.methods import Method, Needs
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Explanation:
 
     asked_density: float
     decisions: list[Decision]
+    method: Method
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -102,9 +104,21 @@ class Explanation:
             "layers": len(rows),
         }
 
+    @property
+    def growth_bytes(self) -> int:
+        """Most bytes of dense gradient held at one step that rewires, with several micro-batches or ranks (rule 6.4).
+
+        With one of each the gradient is streamed, and only a tile of it exists.
+        """
+        if self.method.needs is not Needs.GRADIENT:
+            return 0
+        sizes = sorted((4 * d.shape[0] * d.shape[1] for d in self.decisions if d.is_sparse), reverse=True)
+        at_once = -(-len(sizes) // self.method.interval) if self.method.stagger else len(sizes)
+        return sum(sizes[:at_once])
+
     def to_json(self) -> dict[str, Any]:
         """{"layers": rows, "totals": totals}."""
-        return {"layers": self.rows, "totals": self.totals}
+        return {"layers": self.rows, "totals": {**self.totals, "growth_bytes": self.growth_bytes}}
 
     def __str__(self) -> str:
         head = ["layer", "shape", "density", "nnz", "bytes", "of dense", "FLOPs/token", "of dense"]
@@ -129,6 +143,11 @@ class Explanation:
             f"{totals['sparse_layers']} of {totals['layers']} layers sparse, "
             f"density {totals['density']:.4f} (asked {self.asked_density:g})"
         )
+        if self.growth_bytes:
+            summary += (
+                f"\ngrowth by gradient: streamed; with several micro-batches or ranks up to {self.growth_bytes:,} bytes of "
+                "dense gradient at a step that rewires"
+            )
         return "\n".join([*lines, summary, *notes])
 
 

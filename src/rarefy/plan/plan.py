@@ -145,7 +145,7 @@ class Plan:
 
     def explain(self, model: nn.Module, sample: Any = None) -> Explanation:
         """What `sparsify(model, plan, sample)` would do: `print` it. Arguments and errors as for `decide`."""
-        return Explanation(self.density, self.decide(model, sample))
+        return Explanation(self.density, self.decide(model, sample), self.method)
 
     def _check_filters(self, layers: Mapping[str, Layer], model: nn.Module) -> None:
         if not layers:
