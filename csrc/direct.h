@@ -1,6 +1,7 @@
 // Kernels that follow the compressed rows as they are: no preparation, so the right ones for few tokens.
 #pragma once
 
+#include "dots.h"
 #include "pack.h"
 #include "view.h"
 
@@ -70,68 +71,20 @@ void direct_rows(const View<Index> &view, const float *values, const float *pane
 }
 
 // dvalues of unit rows [begin, end) from `panels` packed panels of dy and x, summed in the order of the panels.
-// A unit's dot products are kept as vectors in `dots` (kDots + BR * BC of them) until there are enough to add across.
-constexpr int kDots = 256;
 template <int BR, int BC, int NV, class Index>
 void direct_dvalues(const View<Index> &view, const float *dy_panels, const float *x_panels, int64_t panels,
-                    int64_t begin, int64_t end, bool accumulate, float *dvalues, float *dots) {
+                    int64_t begin, int64_t end, bool accumulate, float *dvalues, float *dots_buffer) {
   constexpr int P = NV * VL;
-  constexpr int RI = min_int(BR, VL == 16 ? 4 : 2), RJ = min_int(BC, 4);  // one register tile of dot products
-  const int64_t dy_size = view.num_rows * BR * P, x_size = view.num_cols * BC * P;
+  Dots dots(dots_buffer);
   for (int64_t p = 0; p < panels; ++p) {
-    const bool add = accumulate || p > 0;
-    const float *x_panel = x_panels + p * x_size;
-    float *target = dvalues + int64_t(view.ptr[begin]) * (BR * BC);  // where dots[0] belongs
-    int64_t waiting = 0;
-    auto flush = [&](int64_t count) {
-      int64_t d = 0;
-      for (; d < count; d += VL) {
-        vec sums[VL];
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) sums[i] = load(dots + (d + i) * VL);  // past `count`: stale, finite or not, unused
-        const vec sum = reduce(sums);
-        if (d + VL <= count) {
-          store_any(target + d, add ? load_any(target + d) + sum : sum);
-        } else {
-          for (int64_t i = 0; d + i < count; ++i) target[d + i] = add ? target[d + i] + sum[i] : sum[i];
-        }
-      }
-      target += count;
-    };
+    const float *dy = dy_panels + p * view.num_rows * (BR * P), *x = x_panels + p * view.num_cols * (BC * P);
+    dots.begin(dvalues + int64_t(view.ptr[begin]) * (BR * BC), accumulate || p > 0);
     for (int64_t r = begin; r < end; ++r) {
-      const float *dy = dy_panels + p * dy_size + r * BR * P;
       for (int64_t k = view.ptr[r]; k < view.ptr[r + 1]; ++k) {
-        const float *x = x_panel + int64_t(view.cols[k]) * (BC * P);
-        float *out = dots + waiting * VL;
-        for (int i0 = 0; i0 < BR; i0 += RI) {
-          for (int j0 = 0; j0 < BC; j0 += RJ) {
-            vec acc[RI][RJ] = {};
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-#pragma GCC unroll 4
-              for (int i = 0; i < RI; ++i) {
-                const vec y = load(dy + (i0 + i) * P + v * VL);
-#pragma GCC unroll 4
-                for (int j = 0; j < RJ; ++j) acc[i][j] += y * load(x + (j0 + j) * P + v * VL);
-              }
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < RI; ++i) {
-#pragma GCC unroll 4
-              for (int j = 0; j < RJ; ++j) store(out + ((i0 + i) * BC + j0 + j) * VL, acc[i][j]);
-            }
-          }
-        }
-        waiting += BR * BC;
-        if (waiting >= kDots) {
-          const int64_t whole = waiting / VL * VL;
-          flush(whole);
-          for (int64_t d = whole; d < waiting; ++d) store(dots + (d - whole) * VL, load(dots + d * VL));
-          waiting -= whole;
-        }
+        unit_dots<BR, BC, NV>(dy + r * (BR * P), x + int64_t(view.cols[k]) * (BC * P), dots);
       }
     }
-    flush(waiting);
+    dots.finish();
   }
 }
 

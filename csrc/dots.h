@@ -1,0 +1,98 @@
+// Dot products over the tokens of a panel: kept as vectors until VL of them can be added across together.
+#pragma once
+
+#include "simd.h"
+
+namespace rarefy {
+namespace {
+
+constexpr int kDots = 128;  // vectors that wait at most, besides those of one addition
+
+// Collects dot products in the order of their places target[0], target[1], ...
+class Dots {
+ public:
+  // buffer: kDots + kDots vectors, finite.
+  explicit Dots(float *buffer) : buffer_(buffer), waiting_(0), target_(nullptr), add_(false) {}
+
+  void begin(float *target, bool add) {
+    target_ = target;
+    add_ = add;
+    waiting_ = 0;
+  }
+  // Where the next vectors go; at most kDots before `advance`.
+  float *next() { return buffer_ + waiting_ * VL; }
+  void advance(int64_t count) {
+    waiting_ += count;
+    if (waiting_ >= kDots) flush_whole();
+  }
+  void finish() {
+    flush_whole();
+    if (waiting_ > 0) {
+      const vec sum = reduce_at(0);
+      for (int64_t i = 0; i < waiting_; ++i) target_[i] = add_ ? target_[i] + sum[i] : sum[i];
+      target_ += waiting_;
+      waiting_ = 0;
+    }
+  }
+  // VL dot products at once. Not to be mixed with `next`.
+  void put(vec (&sums)[VL]) {
+    const vec sum = reduce(sums);
+    store_any(target_, add_ ? load_any(target_) + sum : sum);
+    target_ += VL;
+  }
+
+ private:
+  vec reduce_at(int64_t d) const {
+    vec sums[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) sums[i] = load(buffer_ + (d + i) * VL);
+    return reduce(sums);
+  }
+  void flush_whole() {
+    int64_t d = 0;
+    for (; d + VL <= waiting_; d += VL) {
+      const vec sum = reduce_at(d);
+      store_any(target_ + d, add_ ? load_any(target_ + d) + sum : sum);
+    }
+    target_ += d;
+    for (int64_t i = d; i < waiting_; ++i) store(buffer_ + (i - d) * VL, load(buffer_ + i * VL));
+    waiting_ -= d;
+  }
+
+  float *buffer_;
+  int64_t waiting_;
+  float *target_;
+  bool add_;
+};
+
+// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j].
+template <int BR, int BC, int NV>
+inline void unit_dots(const float *dy, const float *x, Dots &dots) {
+  constexpr int P = NV * VL;
+  constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
+  for (int i0 = 0; i0 < BR; i0 += RI) {
+    for (int j0 = 0; j0 < BC; j0 += RJ) {
+      vec acc[VL] = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+        for (int i = 0; i < RI; ++i) {
+          const vec y = load(dy + (i0 + i) * P + v * VL);
+#pragma GCC unroll 16
+          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + (j0 + j) * P + v * VL);
+        }
+      }
+      if constexpr (RI * RJ == VL) {
+        dots.put(acc);
+      } else {
+        static_assert(RI == BR && RJ == BC, "a unit smaller than a vector is one tile");
+#pragma GCC unroll 16
+        for (int i = 0; i < RI * RJ; ++i) store(dots.next() + i * VL, acc[i]);
+        dots.advance(RI * RJ);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rarefy

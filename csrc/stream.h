@@ -1,0 +1,119 @@
+// A pattern reordered for one call so that the inputs it reads stay in the L1 cache.
+//
+// A nonzero of an unstructured matrix does one multiply-add for each load of an input. From L2 that feeds an AVX-512
+// core to a third of its arithmetic, from L1 to twice that. So the inputs are cut into tiles of columns that fit in L1,
+// and the units are visited tile by tile; a row's units in one tile are a segment, and its sums are kept in L2 between
+// tiles. A segment is a dozen units long and its length would be mispredicted every time: the segments of a tile are
+// therefore sorted by length, which also lets two rows of equal length share a loop.
+//
+// Order of the units: chunk of rows, tile of columns, segment by length, column. A chunk's units are the same set as in
+// the compressed rows, so chunks are built in parallel and without a prefix sum.
+#pragma once
+
+#include "view.h"
+
+namespace rarefy {
+namespace {
+
+struct Segment {
+  uint16_t row;  // in its chunk
+  uint16_t length;
+};
+
+struct Stream {
+  int64_t num_rows, num_cols, num_units;  // of the view, in units
+  int64_t chunk_rows, tile_cols;          // in units; tile_cols is a power of two
+  int64_t num_chunks, num_tiles;
+  int tile_shift;
+  Segment *segments;     // chunk_rows places for each (chunk, tile)
+  int32_t *num_segments; // for each (chunk, tile)
+  int32_t *first_unit;   // for each (chunk, tile)
+  uint16_t *offsets;     // of the unit's inputs in the tile, in steps of 8 bytes
+  int32_t *order;        // the unit's place in the values
+  float *values;         // a copy in this order
+};
+
+constexpr int kOffsetBytes = 8;  // an x86 address multiplies by it for nothing
+
+// The most columns a tile may have for its offsets to fit 16 bits.
+constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (panel * int64_t(sizeof(float))); }
+
+inline Stream plan_stream(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t chunk_rows, int64_t tile_cols) {
+  Stream s = {};
+  s.num_rows = num_rows;
+  s.num_cols = num_cols;
+  s.num_units = num_units;
+  while ((int64_t(1) << s.tile_shift) < tile_cols) ++s.tile_shift;
+  s.tile_cols = int64_t(1) << s.tile_shift;
+  s.chunk_rows = max64(1, min64(min64(chunk_rows, num_rows), 65535));
+  s.num_chunks = ceil_div(num_rows, s.chunk_rows);
+  s.num_tiles = ceil_div(num_cols, s.tile_cols);
+  return s;
+}
+
+inline void carve_stream(Stream &s, Carver &carver, int unit_entries) {
+  s.segments = carver.take<Segment>(s.num_chunks * s.num_tiles * s.chunk_rows);
+  s.num_segments = carver.take<int32_t>(s.num_chunks * s.num_tiles);
+  s.first_unit = carver.take<int32_t>(s.num_chunks * s.num_tiles);
+  s.offsets = carver.take<uint16_t>(s.num_units);
+  s.order = carver.take<int32_t>(s.num_units);
+  s.values = carver.take<float>(s.num_units * unit_entries);
+}
+
+// Scratch for build_chunk, in int32.
+inline int64_t build_scratch(const Stream &s) { return s.chunk_rows * (s.num_tiles + 1) + s.tile_cols + 1; }
+
+// values may be null: then only the index is built.
+template <int UNIT, class Index>
+void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t chunk, int step,
+                 int32_t *scratch) {
+  const int64_t first = chunk * s.chunk_rows, rows = min64(s.chunk_rows, view.num_rows - first);
+  const int64_t tiles = s.num_tiles;
+  // bounds[r * (tiles + 1) + t]: the first unit of row r at or beyond tile t.
+  int32_t *bounds = scratch, *places = scratch + s.chunk_rows * (tiles + 1);
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t *bound = bounds + r * (tiles + 1);
+    const int32_t begin = view.ptr[first + r], end = view.ptr[first + r + 1];
+    for (int64_t t = 0; t <= tiles; ++t) bound[t] = begin;
+    for (int32_t k = begin; k < end; ++k) bound[(int64_t(view.cols[k]) >> s.tile_shift) + 1] = k + 1;
+    for (int64_t t = 1; t <= tiles; ++t) bound[t] = bound[t] > bound[t - 1] ? bound[t] : bound[t - 1];
+  }
+  int32_t unit = view.ptr[first];
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t at = chunk * tiles + t;
+    Segment *segments = s.segments + at * s.chunk_rows;
+    for (int64_t i = 0; i <= s.tile_cols; ++i) places[i] = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t *bound = bounds + r * (tiles + 1) + t;
+      ++places[bound[1] - bound[0]];
+    }
+    int32_t count = 0;  // longest first; empty segments are left out
+    for (int64_t i = s.tile_cols; i > 0; --i) {
+      const int32_t here = places[i];
+      places[i] = count;
+      count += here;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t *bound = bounds + r * (tiles + 1) + t;
+      const int32_t length = bound[1] - bound[0];
+      if (length > 0) segments[places[length]++] = {uint16_t(r), uint16_t(length)};
+    }
+    s.num_segments[at] = count;
+    s.first_unit[at] = unit;
+    const int64_t tile_begin = t << s.tile_shift;
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t from = bounds[segments[i].row * (tiles + 1) + t];
+      for (int32_t j = 0; j < segments[i].length; ++j, ++unit) {
+        const int32_t k = from + j, place = view.perm != nullptr ? view.perm[k] : k;
+        s.offsets[unit] = uint16_t((view.cols[k] - tile_begin) * step);
+        s.order[unit] = place;
+        if (values != nullptr) {
+          for (int e = 0; e < UNIT; ++e) s.values[int64_t(unit) * UNIT + e] = values[int64_t(place) * UNIT + e];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rarefy
