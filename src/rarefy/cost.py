@@ -1,19 +1,13 @@
-"""What a layer costs: bytes and FLOPs by counting, milliseconds by timing sparse beside dense, interleaved, on the
-spot.
-"""
+"""What a layer costs: bytes and FLOPs by counting, milliseconds by timing sparse beside dense in turn, on the spot."""
 
 from __future__ import annotations
 
 import functools
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +23,15 @@ from rarefy.sampling import keyed_generator
 class LayerCost:
     """Median milliseconds of one forward and backward (input, weight and bias gradient), fp32, on this machine."""
 
-    sparse_ms: float
+    sparse_ms: float | None
+    """None: only the dense layer was timed, since nothing would make it sparse."""
+
     dense_ms: float
 
     @property
-    def speedup(self) -> float:
+    def speedup(self) -> float | None:
         """Dense time over sparse time."""
-        return self.dense_ms / self.sparse_ms
+        return None if self.sparse_ms is None else self.dense_ms / self.sparse_ms
 
 
 def layer_flops(nnz: int) -> int:
@@ -53,7 +49,7 @@ def layer_bytes(shape: tuple[int, int], units: int | None, block: tuple[int, int
 
 
 def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:
-    """Rows of input that each named layer sees in one forward of `sample`; 0 for a layer that is not called.
+    """Rows of input that each named layer sees in one forward of `sample`; 0 for a layer that is not called as one.
 
     Args:
         sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
@@ -65,12 +61,13 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            x = arguments[0] if arguments else next(iter(keywords.values()))
-            tokens[name] += x.numel() // x.shape[-1]
+            x = arguments[0] if arguments else next(iter(keywords.values()), None)
+            if isinstance(x, Tensor) and x.dim() and x.shape[-1]:
+                tokens[name] += x.numel() // x.shape[-1]
 
         return hook
 
-    handles = [modules[n].register_forward_pre_hook(count(n), with_kwargs=True) for n in names]
+    handles = [modules[n].register_forward_pre_hook(count(n), with_kwargs=True) for n in names if n in modules]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if isinstance(sample, Mapping):
@@ -84,12 +81,15 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
 
 
 def measure(shape: tuple[int, int], units: int, block: tuple[int, int], tokens: int, *, bias: bool = True) -> LayerCost:
-    """Time a layer of this shape, sparse and dense in turn, in this process with torch's threads. About 0.3 s a shape.
+    """Time a layer of this shape, sparse and dense in turn, in this process with torch's threads. From 0.3 s, by size.
 
     The pattern is random, as at the start of training. The same question under the same threads and kernels is timed
-    once a process.
+    once a process, with `units` rounded to three figures: layers that share a budget differ by one. Torch's random
+    state is left as it is.
     """
-    return _measure(shape, units, block, tokens, bias, torch.get_num_threads(), kernels_for(block))
+    rows, cols = unit_grid(shape, block)
+    rounded = min(int(float(f"{units:.3g}")), rows * cols)
+    return _measure(shape, rounded, block, tokens, bias, torch.get_num_threads(), kernels_for(block))
 
 
 def measure_dense(shape: tuple[int, int], tokens: int, *, bias: bool = True) -> float:
@@ -105,7 +105,7 @@ def _measure(
     pattern = Pattern.with_units(shape, units, block, generator)
     x, dy = random_batch(shape, tokens, generator)
     sparse = LayerStep(SparseLinear.from_pattern(pattern, bias, generator=generator), x, dy)
-    dense = LayerStep(nn.Linear(shape[1], shape[0], bias), x, dy)
+    dense = LayerStep(dense_layer(shape, bias), x, dy)
     sparse_ms, dense_ms = interleaved_ms([sparse, dense])
     return LayerCost(sparse_ms, dense_ms)
 
@@ -113,7 +113,7 @@ def _measure(
 @functools.lru_cache(maxsize=512)
 def _measure_dense(shape: tuple[int, int], tokens: int, bias: bool, *conditions: Any) -> float:
     x, dy = random_batch(shape, tokens, torch.Generator().manual_seed(0))
-    return interleaved_ms([LayerStep(nn.Linear(shape[1], shape[0], bias), x, dy)], budget_s=0.15)[0]
+    return interleaved_ms([LayerStep(dense_layer(shape, bias), x, dy)], budget_s=0.15)[0]
 
 
 def random_batch(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,13 +122,17 @@ def random_batch(shape: tuple[int, int], tokens: int, generator: torch.Generator
     return x, torch.randn(tokens, shape[0], generator=generator)
 
 
-class LayerStep:
-    """What a training step asks of one layer: the forward, then the gradients of input, weights and bias, through
-    autograd.
+def dense_layer(shape: tuple[int, int], bias: bool = True) -> nn.Linear:
+    """The dense layer of a shape (out, in), drawn without touching torch's random state."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Linear(shape[1], shape[0], bias)
 
-    The gradients of the step before are given back first, as `zero_grad` does in a loop, so that a dense layer
-    allocates its
-    dense gradient anew and a sparse one its own: both pay for their memory.
+
+class LayerStep:
+    """What a training step asks of one layer: forward, then the gradients of input, weights and bias, through autograd.
+
+    The gradients of the step before are given back first, as `zero_grad` does in a loop: each layer allocates its own
+    anew, the dense one a dense one, and pays for it.
     """
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -158,7 +162,7 @@ Lap = Callable[[], object]
 """A piece of work that is timed by itself."""
 
 
-def interleaved_ms(contenders: Sequence[Lap], *, budget_s: float = 0.3, rounds: int = 25) -> list[float]:
+def interleaved_ms(contenders: Sequence[Lap], *, budget_s: float = 0.3, rounds: int = 100) -> list[float]:
     """Median milliseconds of each callable, timed in turn; see `interleaved`."""
     return [
         statistics.median(laps[0]) for laps in interleaved([[c] for c in contenders], budget_s=budget_s, rounds=rounds)
@@ -169,7 +173,7 @@ def interleaved(
     groups: Sequence[Sequence[Lap]],
     *,
     budget_s: float,
-    rounds: int = 25,
+    rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[list[float]]]:
     """Milliseconds of every lap in every round: result[group][lap][round].
@@ -210,9 +214,6 @@ LEAST_ROUNDS = 3
 """Fewer have no median worth the name."""
 
 
-# -- the machine ------------------------------------------------------------------------------------------------------
-
-
 def kernels_for(block: tuple[int, int]) -> str:
     """What runs fp32 products of such blocks on the CPU here and now: an instruction set, "tiled" or "reference".
 
@@ -221,29 +222,6 @@ def kernels_for(block: tuple[int, int]) -> str:
     """
     chosen = backend.choose(torch.float32, torch.device("cpu"), list(block))
     return library.isa() or "" if chosen is native else chosen.__name__.rpartition(".")[2]
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must name to mean anything: cpu, cores, isa, threads, python, torch and rarefy versions."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "isa": kernels_for((1, 1)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rarefy": metadata.version("rarefy"),
-    }
-
-
-def _cpu_name() -> str:
-    """The model as the system names it; the architecture where it names none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Decision:
     @property
     def speedup(self) -> float | None:
         """Dense time over sparse time."""
-        return None if self.cost is None else self.cost.dense_ms / self.cost.sparse_ms
+        return None if self.cost is None else self.cost.speedup
 
     def row(self) -> dict[str, Any]:
         """Plain data for tables, JSON and reports."""
@@ -90,18 +90,29 @@ class Explanation:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over all layers, and the density realised over the sparse ones."""
+        """Sums over all layers, and the density realised over the sparse ones.
+
+        Times are of the layers that were timed (`timed_layers`), forward and backward: planned_ms takes each as it was
+        decided, dense_ms all of them dense, speedup is their ratio; None where nothing was timed.
+        """
         rows = self.rows
         sparse = [row for row in rows if row["kind"] == "sparse"]
         size = sum(row["shape"][0] * row["shape"][1] for row in sparse)
         sums = {key: sum(row[key] for row in rows) for key in ("nnz", "bytes", "dense_bytes", "flops", "dense_flops")}
         realised = sum(row["nnz"] for row in sparse) / size if size else 1.0
+        timed = [row for row in rows if row["dense_ms"] is not None]
+        planned_ms = sum(row["sparse_ms"] if row["kind"] == "sparse" else row["dense_ms"] for row in timed)
+        dense_ms = sum(row["dense_ms"] for row in timed)
         return {
             **sums,
             "asked_density": self.asked_density,
             "density": realised,
             "sparse_layers": len(sparse),
             "layers": len(rows),
+            "timed_layers": len(timed),
+            "planned_ms": planned_ms if timed else None,
+            "dense_ms": dense_ms if timed else None,
+            "speedup": dense_ms / planned_ms if timed else None,
         }
 
     @property
@@ -125,8 +136,7 @@ class Explanation:
         head += ["sparse ms", "dense ms", "speed"]
         rows, totals = self.rows, self.totals
         table = [head, *(_cells(row) for row in rows)]
-        untimed = dict.fromkeys(("shape", "sparse_ms", "dense_ms", "speedup"))
-        total = {**totals, **untimed, "kind": "sparse", "name": "all"}
+        total = {**totals, "shape": None, "kind": "sparse", "name": "all", "sparse_ms": totals["planned_ms"]}
         table.append(_cells(total))
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]
         lines = [
@@ -143,10 +153,15 @@ class Explanation:
             f"{totals['sparse_layers']} of {totals['layers']} layers sparse, "
             f"density {totals['density']:.4f} (asked {self.asked_density:g})"
         )
+        if totals["timed_layers"]:
+            summary += (
+                f"\nlinear layers of one step, forward and backward: {totals['planned_ms']:.1f} ms as planned, "
+                f"{totals['dense_ms']:.1f} ms if dense: {totals['speedup']:.2f}x ({totals['timed_layers']} layers timed)"
+            )
         if self.growth_bytes:
             summary += (
-                f"\ngrowth by gradient: streamed; with several micro-batches or ranks up to {self.growth_bytes:,} bytes of "
-                "dense gradient at a step that rewires"
+                f"\ngrowth by gradient: streamed; with several micro-batches or ranks up to {self.growth_bytes:,} "
+                "bytes of dense gradient at a step that rewires"
             )
         return "\n".join([*lines, summary, *notes])
 

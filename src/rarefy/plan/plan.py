@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rarefy.cost import LayerCost, measure, tokens_per_layer
+from rarefy.cost import LayerCost, measure, measure_dense, tokens_per_layer
 from rarefy.distributions import er, erk, exact_counts, uniform
 from rarefy.init import PatternInit
 from rarefy.methods import Method, RigL
@@ -112,16 +112,14 @@ class Plan:
         Args:
             sample: an example input (a tensor, or a tuple or dict of arguments). With it each distinct shape is
                 timed, sparse and dense, forward and backward, on the spot; a layer that sparse would slow down is
-                left dense.
+                left dense and keeps both times. Of a layer that is dense anyway only the dense time is taken.
         Raises:
             ValueError: no layer to convert, or a filter that matches nothing.
         """
         layers = find_layers(model)
         self._check_filters(layers, model)
         why_dense = {name: self._why_dense(layer) for name, layer in layers.items()}
-        tokens = (
-            {} if sample is None else tokens_per_layer(model, sample, [n for n, why in why_dense.items() if not why])
-        )
+        tokens = {} if sample is None else tokens_per_layer(model, sample, layers)
         costs: dict[str, LayerCost] = {}
         while (
             True
@@ -132,6 +130,8 @@ class Plan:
                 block = layer.module.block if isinstance(layer.module, SparseLinear) else as_block(self.block)
                 if name in counts and tokens.get(name):
                     costs[name] = measure(layer.shape, counts[name], block, tokens[name], bias=layer.bias)
+                elif name not in costs and tokens.get(name) and min(layer.shape) > 0:
+                    costs[name] = LayerCost(None, measure_dense(layer.shape, tokens[name], bias=layer.bias))
                 why, units, cost = why_dense[name], counts.get(name), costs.get(name)
                 decisions.append(Decision(name, layer.shape, why, block, units, tokens.get(name), cost))
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
