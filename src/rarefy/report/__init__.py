@@ -1,8 +1,8 @@
-"""One offline HTML file that shows what a run did: loss against time, where the time and memory went, what the pattern did.
+"""One offline HTML file that shows what a run did: loss against time, time and memory by part, what the pattern did.
 
     from rarefy.report import build_report
-    build_report("runs/2026-01-31-a")                                         # -> runs/2026-01-31-a/report.html
-    build_report(["runs/rigl", "runs/set"], out="runs/comparison.html")       # runs overlaid
+    build_report("runs/2026-01-31-a")                                    # -> runs/2026-01-31-a/report.html
+    build_report(["runs/rigl", "runs/set"], out="runs/comparison.html")  # runs overlaid
 
 plotly and jinja2 are imported when a report is built, not before.
 """

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rarefy.report.compare import (
     verdict,
 )
 from rarefy.report.figures import PALETTE, all_figures
-from rarefy.report.read import Record, Run, number, numbers, read_run
+from rarefy.report.read import Record, Run, find, number, numbers, read_run
 
 OPEN_ROWS = 40
 """A plan of more layers than this begins folded."""
@@ -34,8 +35,8 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
     """Write the report of a run, or of several runs over each other, as one offline HTML file.
 
     Args:
-        run_dir: a run folder, or several to compare. Only its metrics.jsonl has to exist: a run that is still going, was
-            killed, or lacks files gives a report that says what is missing.
+        run_dir: a run folder, or several to compare. Only its metrics.jsonl has to exist: a run that is still going,
+            was killed, or lacks files gives a report that says what is missing.
         out: the file to write; `report.html` in the run folder by default, to be named for several runs. It appears
             whole or not at all; one that was there is replaced.
     Returns:
@@ -46,22 +47,28 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
     """
     folders = [Path(run_dir)] if isinstance(run_dir, Path | str) else [Path(folder) for folder in run_dir]
     if not folders:
-        raise ValueError("a report needs at least one run folder, got none; give the folder of a run, such as runs/<id>.")
+        raise ValueError(
+            "a report needs at least one run folder, got none; give the folder of a run, such as runs/<id>."
+        )
     if out is None and len(folders) > 1:
-        raise ValueError(f"a report of {len(folders)} runs belongs to none of their folders; name its file: out='compare.html'.")
+        raise ValueError(
+            f"a report of {len(folders)} runs belongs to none of their folders; name its file: out='compare.html'."
+        )
+    runs = [read_run(folder) for folder in folders]
     path = folders[0] / "report.html" if out is None else Path(out)
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it or name another.")
-    page = render([read_run(folder) for folder in folders])
-    _write_whole(path, page)
+        raise ValueError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it or name another."
+        )
+    _write_whole(path, render(runs))
     return path
 
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text.
 
-    Scripts are inlined, and the page's own policy lists them by hash and forbids any other script and every request: what a
-    run brought along could neither run nor fetch anything even if it were not escaped.
+    Scripts are inlined, and the page's own policy lists them by hash and forbids any other script and every request:
+    what a run brought along could neither run nor fetch anything even if it were not escaped.
     """
     import jinja2
     from markupsafe import Markup
@@ -75,6 +82,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = say.unbroken
     plotly_js, page_js = get_plotlyjs(), (room / "page.js").read_text(encoding="utf-8")
     field = contenders(runs)
     figures = all_figures(field)
@@ -86,7 +94,7 @@ def render(runs: Sequence[Run]) -> str:
         palette=PALETTE,
         verdict=verdict(field),
         steps_sentence=steps_sentence(field),
-        notes=_notes(runs),
+        notes=_notes(runs, field),
         cards=_cards(field),
         table=_table(field),
         figures={figure.id: figure for figure in figures},
@@ -101,15 +109,18 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[Run], field: Sequence[Contender]) -> list[str]:
     """What is missing, run by run, and what makes runs hard to compare."""
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
-    machines = {json.dumps({k: v for k, v in run.machine.items() if k != "rarefy"}, sort_keys=True, default=str) for run in runs}
+    notes[:0] = [
+        f"Diverged: {c.label}, its loss is not a number at step {c.diverged_at:,}." for c in field if c.diverged_at
+    ]
+    machines = {tuple(_flat(run.machine)) for run in runs if run.machine}
     if len(machines) > 1:
-        notes.insert(0, "These runs come from different machines or settings of one: their times do not compare.")
-    data = {str(run.settings.get("data")) for run in runs}
+        notes.insert(0, "These runs come from different machines, threads or versions: their times do not compare.")
+    data = {str(found) for run in runs if (found := find(run.settings, "data")) is not None}
     if len(data) > 1:
-        notes.insert(0, "These runs saw different data: their losses do not compare.")
+        notes.insert(0, f"These runs saw different data ({', '.join(sorted(data))}): their losses do not compare.")
     return notes
 
 
@@ -121,9 +132,13 @@ def _cards(field: Sequence[Contender]) -> list[dict[str, Any]]:
     sparse, dense = pair
     cards: list[dict[str, Any]] = []
 
-    def card(big: str, unit: str, what: str, form: Callable[[float], str], ours: float, theirs: float, level: bool) -> None:
+    def card(
+        big: str, unit: str, what: str, form: Callable[[float], str], ours: float, theirs: float, level: bool
+    ) -> None:
         better = None if level else sparse if ours < theirs else dense
-        cards.append({"big": big, "unit": unit, "what": what, "ours": form(ours), "theirs": form(theirs), "better": better})
+        cards.append(
+            {"big": big, "unit": unit, "what": what, "ours": form(ours), "theirs": form(theirs), "better": better}
+        )
 
     at_time = reading(field, "train_s")
     ours, theirs = at_time.bits.get(sparse, math.nan), at_time.bits.get(dense, math.nan)
@@ -132,7 +147,14 @@ def _cards(field: Sequence[Contender]) -> list[dict[str, Any]]:
         big = "level" if level else f"{ours - theirs:+.3f}".replace("-", "−")
         card(big, "" if level else "bits per byte", "loss at equal time", say.bits, ours, theirs, level)
     for what, form, less, more, ours, theirs in (
-        ("time per step", say.step_time, "faster", "slower", sparse.step_s, dense.step_s),
+        (
+            "time per step",
+            say.step_times((sparse.step_s, dense.step_s)),
+            "faster",
+            "slower",
+            sparse.step_s,
+            dense.step_s,
+        ),
         ("training memory", say.nbytes, "less", "more", sparse.total_bytes, dense.total_bytes),
         ("nonzero parameters", say.count, "fewer", "more", sparse.nonzeros, dense.nonzeros),
     ):
@@ -148,22 +170,21 @@ def _cards(field: Sequence[Contender]) -> list[dict[str, Any]]:
 def _table(field: Sequence[Contender]) -> dict[str, Any]:
     """The closing table: a row per contender, the best of each column marked, and the ratio where there are two."""
     at_time, at_steps = reading(field, "train_s"), reading(field, "step")
-    several = len(field) > 1
-    when = say.seconds(at_time.at) if at_time.at is not None else "not comparable" if several else "none"
-    steps = f"{at_steps.at:,.0f}" if at_steps.at is not None else "not comparable" if several else "none"
+    equal = "equal " if len(field) > 1 else ""
+    when = f"at {equal}time, {say.seconds(at_time.at)}" if at_time.at is not None else f"no {equal}time"
+    steps = f"at {equal}steps, {at_steps.at:,.0f}" if at_steps.at is not None else f"no {equal}steps"
+    pace = say.step_times(contender.step_s for contender in field)
     columns: list[tuple[str, str, Callable[[float], str], Callable[[Contender], float], int]] = [
-        ("Bits per byte at equal time" if several else "Bits per byte, last", when, say.bits, lambda c: at_time.bits.get(c, math.nan), -1),
-        ("At equal steps" if several else "After steps", steps, say.bits, lambda c: at_steps.bits.get(c, math.nan), -1),
+        ("Bits per byte", when, say.bits, lambda c: at_time.bits.get(c, math.nan), -1),
+        ("Bits per byte", steps, say.bits, lambda c: at_steps.bits.get(c, math.nan), -1),
         ("Parameters", "", say.count, lambda c: c.parameters, 0),
         ("Nonzeros", "", say.count, lambda c: c.nonzeros, 0),
         ("Training memory", "with indices", say.nbytes, lambda c: c.total_bytes, -1),
-        ("Step", "median", say.step_time, lambda c: c.step_s, -1),
-        ("Step", "mean, with rewires", say.step_time, lambda c: c.mean_step_s, -1),
+        ("Step", "median", pace, lambda c: c.step_s, -1),
+        ("Step", "mean", pace, lambda c: c.mean_step_s, -1),
         ("Tokens", "per second", say.count, lambda c: c.tokens_per_s, 1),
-        ("Trained", "steps", lambda steps: f"{steps:,.0f}", lambda c: float(c.twin.last_step), 0),
-        ("Trained", "time", say.seconds, lambda c: number(c.twin.train[-1], "train_s") if c.twin.train else math.nan, 0),
     ]  # fmt: skip
-    rows = [{"contender": contender, "cells": []} for contender in field]
+    rows: list[dict[str, Any]] = [{"contender": c, "trained": _trained(c), "cells": []} for c in field]
     for _, _, form, value, sense in columns:
         shown = [form(value(contender)) if math.isfinite(value(contender)) else say.DASH for contender in field]
         ranked = [sense * value(contender) for contender in field if math.isfinite(value(contender))]
@@ -181,6 +202,11 @@ def _table(field: Sequence[Contender]) -> dict[str, Any]:
             else:
                 ratio.append(f"{ours - theirs:+.3f}".replace("-", "−") if place < 2 else say.times(ours / theirs))
     return {"columns": [column[:2] for column in columns], "rows": rows, "ratio": ratio, "pair": pair}
+
+
+def _trained(contender: Contender) -> str:
+    spent = number(contender.twin.train[-1], "train_s") if contender.twin.train else math.nan
+    return f"{contender.twin.last_step:,} steps" + (f" in {say.seconds(spent)}" if math.isfinite(spent) else "")
 
 
 def _no_empties(field: Sequence[Contender]) -> bool:
@@ -234,7 +260,11 @@ def _plan_row(layer: Record) -> dict[str, Any]:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    return {"run": run, "machine": _flat(run.machine), "settings": _flat(run.settings)}
+    created = run.created
+    with contextlib.suppress(ValueError):
+        moment = datetime.fromisoformat(created)
+        created = f"{moment:%d %B %Y, %H:%M}".lstrip("0") + (f" {moment.tzname()}" if moment.tzinfo else "")
+    return {"run": run, "created": created, "machine": _flat(run.machine), "settings": _flat(run.settings)}
 
 
 def _flat(tree: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
@@ -245,7 +275,9 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             pairs += _flat(value, name)
         else:
-            pairs.append((name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)))
+            pairs.append(
+                (name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
+            )
     return pairs
 
 
@@ -260,7 +292,7 @@ def _hash(script: str) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Under a temporary name beside `path`, on the disk, and only then renamed: a reader sees the old file or the new one."""
+    """Under a temporary name beside `path`, onto the disk, then renamed: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:

@@ -1,7 +1,8 @@
 """Who did better, at equal time and at equal steps, in numbers and in one sentence.
 
 A contender is a twin of a run. Evaluations happen at different moments for different contenders, so their curves are
-interpolated linearly, and only as far as all of them reach: nothing is extrapolated, and what cannot be compared says why.
+interpolated linearly, and only as far as all of them reach: nothing is extrapolated, and what cannot be compared says
+why.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def reading(field: Sequence[Contender], axis: Axis) -> Reading:
     curves = {contender: curve for contender in field if (curve := contender.curve(axis))}
     absent = [contender.label for contender in field if contender not in curves]
     if len(curves) < 2 <= len(field):
-        return Reading(None, {}, f"{_listed(absent)} {'has' if len(absent) == 1 else 'have'} no evaluations.")
+        return Reading(None, {}, f"{listed(absent)} {'has' if len(absent) == 1 else 'have'} no evaluations.")
     if not curves:
         return Reading(None, {}, "There are no evaluations.")
     at = min(curve[-1][0] for curve in curves.values())
@@ -201,8 +202,8 @@ def steps_sentence(field: Sequence[Contender]) -> str:
     known = {c: bits for c, bits in at_steps.bits.items() if math.isfinite(bits)}
     figures = ", ".join(f"{c.label} {say.bits(bits)}" for c, bits in sorted(known.items(), key=lambda item: item[1]))
     gone = [c.label for c in at_steps.bits if c not in known]
-    tail = f" {_listed(gone)} had diverged." if gone else ""
-    return f"At equal steps ({at_steps.at:,.0f}): {figures or 'none'} bits per byte.{tail}"
+    tail = f"; {listed(gone)} had diverged" if gone else ""
+    return f"At equal steps ({at_steps.at:,.0f}): {figures or 'none'} bits per byte{tail}."
 
 
 def _alone(one: Contender) -> Verdict:
@@ -210,7 +211,7 @@ def _alone(one: Contender) -> Verdict:
     begin = ("Only ", one, f" was trained, so there is no {'sparse' if one.dense else 'dense'} twin to compare it with")
     if one.diverged_at is not None:
         return Verdict((*begin, f"; its loss stopped being a number at step {one.diverged_at:,}."))
-    pace = f", a {what} step took {say.step_time(one.step_s)}" if math.isfinite(one.step_s) else ""
+    pace = f", a {what} step took {say.step_times([one.step_s])(one.step_s)}" if math.isfinite(one.step_s) else ""
     if not one.twin.eval:
         return Verdict((*begin, f"; it has no evaluations yet{pace}."))
     last = one.twin.eval[-1]
@@ -239,10 +240,14 @@ def _duel(sparse: Contender, dense: Contender) -> Verdict:
     return Verdict((*parts, *pace, "."), better=dense)
 
 
-def _diverged(begin: str, sparse: Contender, dense: Contender, at: Reading, pace: tuple[str | Contender, ...]) -> Verdict:
+def _diverged(
+    begin: str, sparse: Contender, dense: Contender, at: Reading, pace: tuple[str | Contender, ...]
+) -> Verdict:
     gone = [contender for contender in (sparse, dense) if not math.isfinite(at.bits[contender])]
     if len(gone) == 2:
-        return Verdict((begin, "neither can be read: the losses of ", sparse, " and ", dense, " were not numbers", *pace, "."))
+        return Verdict(
+            (begin, "neither can be read: the losses of ", sparse, " and ", dense, " were not numbers", *pace, ".")
+        )
     (lost,) = gone
     held = dense if lost is sparse else sparse
     since = f" (step {lost.diverged_at:,})" if lost.diverged_at is not None else ""
@@ -258,7 +263,8 @@ def _pace(sparse: Contender, dense: Contender) -> tuple[str | Contender, ...]:
         how = "about the same"
     else:
         how = f"{say.times(max(factor, 1 / factor))} {'faster' if factor > 1 else 'slower'}"
-    return (f"; a sparse step took {say.step_time(sparse.step_s)}, a dense one {say.step_time(dense.step_s)} ({how})",)
+    form = say.step_times((sparse.step_s, dense.step_s))
+    return (f"; a sparse step took {form(sparse.step_s)}, a dense one {form(dense.step_s)} ({how})",)
 
 
 def _ranking(field: Sequence[Contender]) -> Verdict:
@@ -278,15 +284,15 @@ def _ranking(field: Sequence[Contender]) -> Verdict:
         between = "; " if place == 1 else " and " if place == len(ranked) - 1 else ", "
         parts += [between, contender, f" {say.bits(at_time.bits[contender])}"]
     if gone:
-        parts.append("; without " + _listed([contender.label for contender in gone]) + ", diverged or not evaluated")
+        parts.append("; without " + listed([contender.label for contender in gone]) + ", diverged or not evaluated")
     return Verdict((*parts, "."), better=ranked[0] if ahead else None)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "none"
+def listed(names: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def _median(values: Iterable[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.median(finite) if finite else math.nan
-

@@ -1,8 +1,8 @@
 """The plots, as plain plotly figures.
 
-Colours are names ("@c0", "@line", "@c1/0.2" with an opacity) that the page looks up in its style sheet, so that one figure
-serves light, dark and paper. Text that a run brought along (layer names, reasons, labels) goes through `plain`: plotly
-reads tags in text.
+Colours are names ("@c0", "@line", "@c1/0.2" with an opacity) that the page looks up in its style sheet, so that one
+figure serves light, dark and paper. Text that a run brought along (layer names, reasons, labels) goes through `plain`:
+plotly reads tags in text.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from rarefy.report import numbers as say
-from rarefy.report.compare import Contender, reading
+from rarefy.report.compare import Contender, listed, reading
 from rarefy.report.read import Record, bits_per_byte, number, numbers
 
 PALETTE = 8
@@ -101,7 +102,8 @@ def loss(field: Sequence[Contender]) -> Figure | None:
         if not data:
             continue
         layout = _layout(400, x=title, y="bits per byte", legend=len(field) > 1)
-        layout["xaxis"].update(ticks)
+        reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
+        layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
         layout["yaxis"]["tickformat"] = ".2~f"
         layout["yaxis"]["range"] = _loss_range(heights)
         if axis != "flops" and len(field) > 1:
@@ -110,9 +112,9 @@ def loss(field: Sequence[Contender]) -> Figure | None:
     if not views:
         return None
     caption = (
-        "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; what counts is "
-        "the gap at the dotted line, the last moment that all have reached. Against steps, speed does not count; against FLOPs, "
-        "only arithmetic does. Double-click shows the start as well."
+        "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; what "
+        "counts is the gap at the dotted line, the last moment that all have reached. Against steps, speed does not "
+        "count; against FLOPs, only arithmetic does. Double-click shows the start as well."
     )
     return Figure("loss", "Loss", caption, views)
 
@@ -136,6 +138,7 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
                 "type": "scatter",
                 "mode": "lines" if len(points) > 1 else "markers",
                 "name": name,
+                "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "showlegend": not evals,
                 "x": [_number(x) for x, _, _ in points],
@@ -153,6 +156,7 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
                 "type": "scatter",
                 "mode": "lines+markers" if len(points) <= 60 else "lines",
                 "name": name,
+                "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "showlegend": True,
                 "x": [_number(x) for x, _, _ in points],
@@ -183,12 +187,16 @@ def _mark_equal(layout: dict[str, Any], field: Sequence[Contender], axis: str, s
         return
     what = f"equal time, {say.seconds(at)}" if axis == "train_s" else f"equal steps, {at:,.0f}"
     at *= scale
+    early = at < 0.7 * layout["xaxis"]["range"][1]  # the label goes where there is room, and no curve
     line = {"color": "@ink-3", "width": 1.25, "dash": "dot"}
-    layout["shapes"] = [{"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}]
+    layout["shapes"] = [
+        {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
+    ]
     layout["annotations"] = [
         {
-            "x": at, "y": 1, "yref": "paper", "xanchor": "right", "yanchor": "top", "xshift": -5, "showarrow": False,
-            "text": what, "font": {"size": 12, "color": "@ink-3"},
+            "x": at, "y": 1, "yref": "paper", "yanchor": "top", "showarrow": False, "text": what,
+            "xanchor": "left" if early else "right", "xshift": 5 if early else -5,
+            "font": {"size": 12, "color": "@ink-3"},
         }
     ]  # fmt: skip
 
@@ -207,8 +215,8 @@ def density(field: Sequence[Contender]) -> Figure | None:
     if not views:
         return None
     caption = (
-        "The part of each layer's weights that exists, in the order of the network. Hatched layers are dense; hover says why. "
-        "Very thin layers are where a network may lose its signal."
+        "The part of each layer's weights that exists, in the order of the network. Hatched layers are dense; hover "
+        "says why. Very thin layers are where a network may lose its signal."
     )
     return Figure("density", "Density per layer", caption, views, wide=len(views[0].data[0]["customdata"]) > MAX_LINES)
 
@@ -232,13 +240,13 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
         "customdata": hover,
         "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {
-            "color": ["@ink-3/0.28" if is_dense else _colour(contender) for is_dense in dense],
+            "color": ["@ink-3" if is_dense else _colour(contender) for is_dense in dense],
             "pattern": {
                 "shape": ["/" if is_dense else "" for is_dense in dense],
-                "fgcolor": "@ink-3",
-                "fillmode": "overlay",
+                "bgcolor": "@ink-3/0.2",
+                "fillmode": "replace",  # the bar's colour is that of the hatching
                 "size": 5,
-                "solidity": 0.25,
+                "solidity": 0.2,
             },
             "line": {"width": 0},
         },
@@ -251,7 +259,9 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
         bars["cliponaxis"] = False
     layout = _layout(330 if upright else 46 + 22 * len(layers), x="", y="")
     layout["bargap"] = 0.12 if upright else 0.3
-    layout[f"{across}axis"].update(tickformat=".0%", range=[0, 1.0 if upright else 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    layout[f"{across}axis"].update(
+        tickformat=".0%", range=[0, 1.0 if upright else 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1]
+    )
     _name_axis(layout[f"{along}axis"], names, reverse=not upright, every=math.ceil(len(names) / 24) if upright else 1)
     if upright:
         layout["xaxis"]["tickangle"] = -60
@@ -263,13 +273,13 @@ def rewires(field: Sequence[Contender]) -> list[Figure]:
     wanted = (
         (
             "churn", "Churn", ".1%",
-            "The part of a layer's units that one rewire replaced. It should follow the schedule and fade out before the end; "
-            "a layer that stays high never settles.",
+            "The part of a layer's units that one rewire replaced. It should follow the schedule and fade out before "
+            "the end; a layer that stays high never settles.",
         ),
         (
             "exploration", "Exploration", ".1%",
-            "The part of all possible units that have been active at some time. It starts at the density and climbs while "
-            "rewiring finds new places; a flat line means that the same units come and go.",
+            "The part of all possible units that have been active at some time. It starts at the density and climbs "
+            "while rewiring finds new places; a flat line means that the same units come and go.",
         ),
         (
             "newborn_survival", "Newborn survival", ".0%",
@@ -287,7 +297,7 @@ def rewires(field: Sequence[Contender]) -> list[Figure]:
             if view := _layers_view(contender, key, ticks, label="By layer" if len(rewired) == 1 else contender.label):
                 views.append(view)
         if views:
-            figures.append(Figure(key.replace("_", "-"), title, caption, views))
+            figures.append(Figure(key.replace("_", "-"), title, caption, views, wide=key == "churn"))
     return figures
 
 
@@ -301,7 +311,9 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
         for record in contender.twin.rewire:
             if math.isfinite(value := number(record, key)):
                 columns[_column(edges, record["step"])].append(value)
-        kept = [(edge, column) for edge, column in zip(edges, columns, strict=True) if column]
+        # A column with few of the layers (the last one, often) would show these layers, not the course of the mean.
+        enough = max(len(column) for column in columns) / 2
+        kept = [(edge, column) for edge, column in zip(edges, columns, strict=True) if len(column) >= enough]
         steps = [edge for edge, _ in kept]
         colour, name = _colour(contender), plain(contender.label)
         if any(len(column) > 1 for _, column in kept):
@@ -318,6 +330,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
                 "type": "scatter",
                 "mode": "lines+markers" if len(kept) < 30 else "lines",
                 "name": name,
+                "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "x": steps,
                 "y": [_number(statistics.fmean(column)) for _, column in kept],
@@ -328,7 +341,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
         )
     if not data:
         return None
-    layout = _layout(320, x="step", y="", legend=len(drawn) > 1)
+    layout = _layout(290, x="step", y="", legend=len(drawn) > 1)
     layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
     layout["xaxis"].update(tickformat="~s")
     return View("All layers", data, layout)
@@ -346,13 +359,15 @@ def _layers_view(contender: Contender, key: str, ticks: str, label: str) -> View
             own = [(record["step"], number(record, key)) for record in records if str(record.get("layer")) == name]
             data.append(
                 {
-                    "type": "scatter", "mode": "lines+markers" if len(own) < 30 else "lines", "name": plain(name, 28),
+                    "type": "scatter", "mode": "lines+markers" if len(own) < 30 else "lines", "name": plain(name),
+                    "meta": name,
                     "x": [step for step, _ in _thin(own)], "y": [_number(y) for _, y in _thin(own)],
-                    "line": {"color": f"@c{place % PALETTE}", "width": 2}, "marker": {"color": f"@c{place % PALETTE}", "size": 5},
+                    "line": {"color": f"@c{place % PALETTE}", "width": 2},
+                    "marker": {"color": f"@c{place % PALETTE}", "size": 5},
                     "hovertemplate": f"%{{y:{ticks}}}<br>step %{{x:,}}<extra>{plain(name)}</extra>",
                 }
             )  # fmt: skip
-        layout = _layout(320, x="step", y="", legend=True)
+        layout = _layout(290, x="step", y="", legend=True)
         layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
     else:
         data = [_heatmap(contender, names, records, key, ticks)]
@@ -364,7 +379,9 @@ def _layers_view(contender: Contender, key: str, ticks: str, label: str) -> View
     return View(label, data, layout)
 
 
-def _heatmap(contender: Contender, names: Sequence[str], records: Sequence[Record], key: str, ticks: str) -> dict[str, Any]:
+def _heatmap(
+    contender: Contender, names: Sequence[str], records: Sequence[Record], key: str, ticks: str
+) -> dict[str, Any]:
     edges = _columns(records)
     row = {name: place for place, name in enumerate(names)}
     cells: list[list[list[float]]] = [[[] for _ in edges] for _ in names]
@@ -378,13 +395,12 @@ def _heatmap(contender: Contender, names: Sequence[str], records: Sequence[Recor
         "customdata": [[plain(name)] * len(edges) for name in names],
         "hovertemplate": f"<b>%{{customdata}}</b><br>%{{z:{ticks}}}<br>from step %{{x:,}}<extra></extra>",
         "hoverongaps": False,
-        "zmin": 0,
         "xgap": 1,
         "ygap": 1,
         "colorscale": [[0, "@low"], [1, _colour(contender)]],
         "colorbar": {
-            "thickness": 10, "outlinewidth": 0, "tickformat": ticks.replace(".1", ".2~"), "nticks": 5, "len": 1, "xpad": 6,
-            "tickfont": {"size": 11, "color": "@ink-2"},
+            "thickness": 10, "outlinewidth": 0, "nticks": 5, "len": 1, "xpad": 6,
+            "tickformat": ticks.replace(".1", ".2~"), "tickfont": {"size": 11, "color": "@ink-2"},
         },
     }  # fmt: skip
 
@@ -394,7 +410,7 @@ def _columns(records: Sequence[Record]) -> list[int]:
     steps_of: dict[str, list[int]] = {}
     for record in records:
         steps_of.setdefault(str(record.get("layer")), []).append(record["step"])
-    gaps = [after - before for steps in steps_of.values() for before, after in zip(steps, steps[1:], strict=False)]
+    gaps = [after - before for steps in steps_of.values() for before, after in pairwise(steps)]
     first = min(record["step"] for record in records)
     last = max(record["step"] for record in records)
     width = max(1, round(statistics.median(gaps))) if gaps else last - first + 1
@@ -407,7 +423,7 @@ def _column(edges: Sequence[int], step: int) -> int:
 
 
 def empties(field: Sequence[Contender]) -> Figure | None:
-    """Empty rows and columns over all layers: outputs and inputs that nothing is connected to. None when there are none."""
+    """Empty rows and columns over all layers, outputs and inputs with no connection; None when there are none."""
     data = []
     for contender in field:
         latest: dict[str, float] = {}
@@ -423,6 +439,7 @@ def empties(field: Sequence[Contender]) -> Figure | None:
                     "type": "scatter",
                     "mode": "lines",
                     "name": plain(contender.label),
+                    "meta": contender.label,
                     "x": [step for step, _ in points],
                     "y": [total for _, total in points],
                     "line": {"color": _colour(contender), "width": 2.25, "shape": "hv", "dash": _dash(contender)},
@@ -435,8 +452,8 @@ def empties(field: Sequence[Contender]) -> Figure | None:
     layout["yaxis"].update(rangemode="tozero", tickformat=",")
     layout["xaxis"].update(tickformat="~s")
     caption = (
-        "Rows and columns of the sparse layers without a single weight, over all layers: outputs that are only a bias and inputs "
-        "that nobody reads. A few are harmless; a rising line says that the network is narrowing."
+        "Rows and columns of the sparse layers without a single weight, over all layers: outputs that are only a bias "
+        "and inputs that nobody reads. A few are harmless; a rising line says that the network is narrowing."
     )
     return Figure("empty", "Empty rows and columns", caption, [View("", data, layout)])
 
@@ -452,9 +469,13 @@ def time_split(field: Sequence[Contender]) -> Figure | None:
     notes = []
     for contender, parts in split.items():
         if not contender.dense and parts.get("rewire"):
-            notes.append(f"Rewiring is {say.percent(parts['rewire'] / sum(parts.values()))} of {contender.label}.")
-    caption = "Average seconds of a training step and what they went into; shorter is faster. " + " ".join(notes[:3])
-    view = _stack(split, TIME_PARTS, say.step_time, " s")
+            notes.append(f"{say.percent(parts['rewire'] / sum(parts.values()), 2)} in {contender.label}")
+    caption = "An average training step and what its time went into; shorter is faster."
+    if notes:
+        caption += f" Rewiring takes {listed(notes)}."
+    totals = [sum(parts.values()) for parts in split.values()]
+    in_s = max(totals) >= 0.0995
+    view = _stack(split, TIME_PARTS, say.step_times(totals), " s" if in_s else " ms", scale=1.0 if in_s else 1e3)
     return Figure("time", "Where the time went", caption.strip(), [view], wide=False)
 
 
@@ -509,6 +530,7 @@ def _stack(
                 "type": "bar",
                 "orientation": "h",
                 "name": plain(part),
+                "meta": part,
                 "x": [_number(value * scale) for value in values],
                 "y": list(range(len(rows))),
                 "customdata": [
@@ -520,11 +542,10 @@ def _stack(
                 "marker": {"color": f"@p{PART_COLOUR.get(part, 5)}", "line": {"width": 1, "color": "@surface"}},
             }
         )
-    layout = _layout(96 + 44 * len(rows), x="", y="", legend=True)
+    layout = _layout(60 + 44 * len(rows), x="", y="", legend=True)
     layout["barmode"] = "stack"
     layout["bargap"] = 0.38
-    layout["legend"]["traceorder"] = "normal"
-    layout["xaxis"].update(ticksuffix=suffix, nticks=5, range=[0, (_number(max(totals) * scale * 1.2) or 1.0)])
+    layout["xaxis"].update(ticksuffix=suffix, nticks=5, range=[0, (_number(max(totals) * scale * 1.34) or 1.0)])
     layout["annotations"] = [
         {
             "x": _number(total * scale), "y": place, "text": f"<b>{form(total)}</b>", "showarrow": False,
@@ -546,21 +567,23 @@ def _layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, A
     }  # fmt: skip
 
     def titled(text: str) -> dict[str, Any]:
-        return {**axis, "title": {"text": text, "standoff": 10, "font": {"size": 12, "color": "@ink-2"}}} if text else {**axis}
+        return (
+            {**axis, "title": {"text": text, "standoff": 10, "font": {"size": 12, "color": "@ink-2"}}}
+            if text
+            else {**axis}
+        )
 
     return {
         "height": height,
-        "margin": {"l": 10, "r": 14, "t": 36 if legend else 10, "b": 10},
+        "margin": {"l": 10, "r": 14, "t": 10, "b": 10},
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "@ink"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
-        "hoverlabel": {"bgcolor": "@raised", "bordercolor": "@line", "font": {"size": 12, "color": "@ink"}, "align": "left"},
-        "showlegend": legend,
-        "legend": {
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "yref": "paper",
-            "font": {"size": 12, "color": "@ink-2"}, "bgcolor": "rgba(0,0,0,0)", "itemclick": "toggle",
+        "hoverlabel": {
+            "bgcolor": "@raised", "bordercolor": "@line", "align": "left", "font": {"size": 12, "color": "@ink"},
         },
+        "showlegend": legend,
         "xaxis": titled(x),
         "yaxis": titled(y),
     }  # fmt: skip

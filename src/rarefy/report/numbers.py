@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterable
 
 DASH = "–"
 
 
 def _significant(value: float, digits: int = 3) -> str:
-    """Three significant digits without exponent: 0.212, 2.41, 24.1, 241, 2,410."""
+    """Significant digits without exponent: 0.212, 2.41, 24.1, 241, 2,410."""
     if value == 0:
         return "0"
+    value = float(f"{value:.{digits}g}")  # first, so that 0.9999 gets the decimals of 1.00
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 6)}f}"
 
@@ -52,11 +55,16 @@ def seconds(value: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def step_time(value: float | None) -> str:
-    """Seconds per step, in seconds from a tenth on: 8.21 ms, 0.212 s, 1.23 s."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{_significant(value)} s" if value >= 0.0995 else seconds(value)
+def step_times(values: Iterable[float]) -> Callable[[float], str]:
+    """A form for times that stand beside each other, in one unit: seconds if any reaches a tenth, else milliseconds."""
+    in_s = any(value >= 0.0995 for value in values)
+
+    def form(value: float) -> str:
+        if not math.isfinite(value):
+            return DASH
+        return f"{_significant(value)} s" if in_s else f"{_significant(value * 1e3)} ms"
+
+    return form
 
 
 def bits(value: float | None) -> str:
@@ -67,12 +75,12 @@ def milliseconds(value: float | None) -> str:
     return DASH if value is None or not math.isfinite(value) else _significant(value)
 
 
-def percent(value: float | None) -> str:
-    """0.1 -> 10 %, 0.0123 -> 1.23 %."""
+def percent(value: float | None, digits: int = 3) -> str:
+    """0.1 -> 10%, 0.0123 -> 1.23%."""
     if value is None or not math.isfinite(value):
         return DASH
-    text = _significant(value * 100)
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
+    text = _significant(value * 100, digits)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 def times(value: float | None) -> str:
@@ -80,3 +88,8 @@ def times(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return f"{_significant(value, 2)}×"
+
+
+def unbroken(text: str) -> str:
+    """The same with no line break between a figure and its unit."""
+    return re.sub(r"(?<=\d) (?=(ms|s|min|h|B|KiB|MiB|GiB|TiB|[kMGTPE])\b)", "\u00a0", text)

@@ -28,8 +28,35 @@
     const view = figures[id][shown[id] ?? 0];
     const layout = themed(view.layout, false);
     if (width) layout.width = width;
+    const data = themed(view.data, false);
+    key(id, data, layout);
+    document.getElementById(`plot-${id}`).style.height = `${layout.height}px`;
     if (touch) layout.dragmode = false; // a finger scrolls the page
-    return Plotly.react(document.getElementById(`plot-${id}`), themed(view.data, false), layout, config);
+    return Plotly.react(document.getElementById(`plot-${id}`), data, layout, config);
+  }
+
+  // The key to the colours, as buttons that hide and show: plotly's own takes room from the plot.
+  function key(id, data, layout) {
+    const list = document.getElementById(`key-${id}`);
+    list.replaceChildren();
+    if (!layout.showlegend) return;
+    layout.showlegend = false;
+    const plot = document.getElementById(`plot-${id}`);
+    for (const trace of data.filter((one) => one.showlegend !== false)) {
+      const button = document.createElement("button");
+      const swatch = document.createElement("span");
+      swatch.className = "swatch";
+      swatch.style.background = trace.line?.color ?? trace.marker.color;
+      button.append(swatch, trace.meta);
+      button.setAttribute("aria-pressed", "true");
+      button.addEventListener("click", () => {
+        const hide = button.getAttribute("aria-pressed") === "true";
+        button.setAttribute("aria-pressed", String(!hide));
+        const of = data.flatMap((one, i) => (one === trace || (trace.legendgroup && one.legendgroup === trace.legendgroup) ? [i] : []));
+        Plotly.restyle(plot, { visible: !hide }, of);
+      });
+      list.append(button);
+    }
   }
 
   const drawAll = (width) => Promise.all(Object.keys(figures).map((id) => draw(id, width)));

@@ -1,7 +1,7 @@
 """A run folder as data, however much of it is there.
 
-Only `metrics.jsonl` is needed. Whatever else is absent, cut short or unreadable becomes a line in `Run.notes`, so that a
-report can be built from a run that is still going, was killed, or was written by another version.
+Only `metrics.jsonl` is needed. Whatever else is absent, cut short or unreadable becomes a line in `Run.notes`, so that
+a report can be built from a run that is still going, was killed, or was written by another version.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 Record = Mapping[str, Any]
+
+OF_A_TWIN = ("train", "eval", "rewire", "time", "end")
+"""Kinds of records that belong to a twin and a step."""
 
 SAMPLE_CHARACTERS = 20_000
 """A longer sample is cut: the report shows a taste, the folder keeps the rest."""
@@ -98,15 +101,15 @@ def read_run(folder: Path | str) -> Run:
         notes.append("metrics.jsonl has no run record: parameters, memory and the machine are unknown.")
     if not twins:
         notes.append("Nothing has been recorded yet.")
-    for twin in twins:
-        if twin.end is None:
-            notes.append(f"{twin.name} has not ended: its figures go to step {twin.last_step:,}.")
-        if not twin.eval:
-            notes.append(f"{twin.name} has no evaluations.")
-        if not twin.dense and not twin.rewire:
-            notes.append(f"{twin.name} has no rewires on record.")
-        if not twin.time:
-            notes.append(f"{twin.name} has no record of where its time went.")
+    rewires = "static" not in str(find(settings, "method")).lower()
+    for lack, lacking in (
+        ("not ended", [f"{twin.name} (step {twin.last_step:,})" for twin in twins if twin.end is None]),
+        ("no evaluations", [twin.name for twin in twins if not twin.eval]),
+        ("no rewires on record", [twin.name for twin in twins if rewires and not twin.dense and not twin.rewire]),
+        ("no record of where the time went", [twin.name for twin in twins if not twin.time]),
+    ):
+        if lacking:
+            notes.append(f"{lack[0].upper()}{lack[1:]}: {', '.join(lacking)}.")
     return Run(
         path=folder,
         name=str(about.get("id") or folder.resolve().name),
@@ -178,35 +181,44 @@ def _twins(about: Record, records: list[dict[str, Any]]) -> tuple[Twin, ...]:
             described[str(entry["name"])] = entry
     by_twin: dict[str, dict[str, list[Record]]] = {name: {} for name in described}
     for record in records:
-        name = record.get("twin")
-        if not isinstance(name, str) or record["kind"] not in ("train", "eval", "rewire", "time", "end"):
-            continue
-        if isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
-            continue
-        by_twin.setdefault(name, {}).setdefault(record["kind"], []).append(record)
+        name, step = record.get("twin"), record.get("step")
+        if (
+            record["kind"] in OF_A_TWIN
+            and isinstance(name, str)
+            and isinstance(step, int)
+            and not isinstance(step, bool)
+        ):
+            by_twin.setdefault(name, {}).setdefault(record["kind"], []).append(record)
     twins = []
     for name, kinds in by_twin.items():
-        ends = kinds.pop("end", [])
-        kept = {kind: _as_kept(kind, of_kind) for kind, of_kind in kinds.items()}
-        twin = Twin(name=name, about=described.get(name, {}), **kept)
+        kept = {kind: _as_kept(kind, kinds.get(kind, [])) for kind in OF_A_TWIN if kind != "end"}
+        twin = Twin(
+            name=name,
+            about=described.get(name, {}),
+            train=kept["train"],
+            eval=kept["eval"],
+            rewire=kept["rewire"],
+            time=kept["time"],
+        )
         # A run that was stopped and then resumed has an end on record that is no longer its end.
-        if ends and int(ends[-1]["step"]) >= twin.last_step:
-            twin = Twin(name=name, about=twin.about, end=ends[-1], **kept)
-        twins.append(twin)
+        ends = [record for record in kinds.get("end", []) if record["step"] >= twin.last_step]
+        twins.append(replace(twin, end=ends[-1]) if ends else twin)
     return tuple(sorted(twins, key=lambda twin: twin.dense))
 
 
 def _as_kept(kind: str, records: list[Record]) -> tuple[Record, ...]:
     """Records of one kind without those that a resume took back.
 
-    A run killed at step 530 goes on from its checkpoint of step 500 and logs 501 to 530 again: a record that does not come
-    after the one before it takes back all that reached its step. Layers rewire at the same step, so these may be equal.
+    A run killed at step 530 goes on from its checkpoint of step 500 and logs 501 to 530 again: a record that does not
+    come after the one before it takes back all that reached its step. Layers rewire at the same step, so these may be
+    equal.
     """
     kept: list[Record] = []
     for record in records:
         step, layer = record["step"], record.get("layer")
         while kept and (
-            kept[-1]["step"] > step or (kept[-1]["step"] == step and (kind != "rewire" or kept[-1].get("layer") == layer))
+            kept[-1]["step"] > step
+            or (kept[-1]["step"] == step and (kind != "rewire" or kept[-1].get("layer") == layer))
         ):
             kept.pop()
         kept.append(record)
@@ -253,6 +265,15 @@ def _settings(path: Path, notes: list[str]) -> Record:
         notes.append("run.yaml cannot be read: the settings are not shown.")
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def find(tree: Any, key: str) -> Any:
+    """The value of a key anywhere in nested mappings, None if absent."""
+    if not isinstance(tree, Mapping):
+        return None
+    if key in tree:
+        return tree[key]
+    return next((found for branch in tree.values() if (found := find(branch, key)) is not None), None)
 
 
 def _sample(path: Path, notes: list[str]) -> str:
