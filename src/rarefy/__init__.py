@@ -2,6 +2,7 @@
 
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
+from rarefy.files import load, load_into, save
 from rarefy.methods import SET, LayerView, Method, Needs, RigL, Static, unit_mean
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
@@ -31,7 +32,10 @@ __all__ = [
     "Static",
     "er",
     "erk",
+    "load",
+    "load_into",
     "param_groups",
+    "save",
     "sparsify",
     "uniform",
     "unit_mean",
