@@ -80,9 +80,8 @@ class AdamW(Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         age = state["age"].add_(1)
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        if (
-            p.dim() == 0 or int(age.min()) == state["step"]
-        ):  # no newborn, so one correction for all: torch's own arithmetic
+        if not p.dim() or not p.numel() or int(age.min()) == state["step"]:
+            # No newborn, so one correction for all: torch's own arithmetic.
             scale1, scale2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]) ** 0.5
             denominator = (state["exp_avg_sq"].sqrt() / scale2).add_(group["eps"])
             p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / scale1)
@@ -90,6 +89,15 @@ class AdamW(Optimizer):
         size, root = (factor[age].view(-1, *[1] * (p.dim() - 1)) for factor in _by_age(state["step"], group, p))
         denominator = state["exp_avg_sq"].sqrt().mul_(root).add_(group["eps"])
         p.sub_((state["exp_avg"] / denominator).mul_(size))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but ages stay integers: torch casts all state to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        saved = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for state, p in zip(saved, mine, strict=True):
+            if "age" in state:
+                self.state[p]["age"] = state["age"].to(p.device, torch.int32, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
