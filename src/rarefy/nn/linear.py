@@ -76,25 +76,29 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.block = block
-        rows, cols = unit_grid(shape, block)
         size = (num_units,) if block == (1, 1) else (num_units, *block)
         self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        self._allocate_indices(device)
+        self.pattern_seed: int | None = None
+        self.pattern_init: Literal["random", "balanced"] = "random"
+
+    def _allocate_indices(self, device: torch.device | str | None) -> None:
+        """Buffers of the right sizes for a pattern to come."""
+        rows, cols = unit_grid((self.out_features, self.in_features), self.block)
         narrow = index_dtype(rows, cols)
         lengths = {
             "crow_indices": rows + 1,
-            "col_indices": num_units,
+            "col_indices": self.num_units,
             "t_crow": cols + 1,
-            "t_rows": num_units,
-            "t_perm": num_units,
+            "t_rows": self.num_units,
+            "t_perm": self.num_units,
         }
         for name, length in lengths.items():
             kind = narrow if name in ("col_indices", "t_rows") else torch.int32
             empty = torch.empty(length, device=device, dtype=kind)
             self.register_buffer(name, empty, persistent=name in INDEX_BUFFERS[:2])
         self.register_buffer("sink", new_sink(), persistent=False)
-        self.pattern_seed: int | None = None
-        self.pattern_init: Literal["random", "balanced"] = "random"
         self.has_pattern = False
 
     # -- making one ------------------------------------------------------------------------------------------------
@@ -198,6 +202,8 @@ class SparseLinear(nn.Module):
             )
         for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
             getattr(self, name).copy_(array)
+        if not self.has_pattern:  # after to_empty() the sink holds whatever was in memory
+            self.sink = new_sink().to(self.crow_indices.device)
         self.has_pattern = True
 
     @property
@@ -234,7 +240,7 @@ class SparseLinear(nn.Module):
             self.t_rows,
             self.t_perm,
             self.block,
-            x.reshape(-1, x.shape[-1]),
+            x.reshape(x.shape[:-1].numel(), x.shape[-1]),  # -1 would be ambiguous without inputs
             self.bias,
             self.sink,
         )
@@ -273,7 +279,8 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.sink = new_sink()  # a copy must not answer for the layer that it was copied from
+        # A copy must not answer for the layer that it was copied from; a shallow one shares the dict of buffers.
+        self._buffers = {**self._buffers, "sink": new_sink().to(self.sink.device)}
 
     def _load_from_state_dict(
         self,
@@ -301,8 +308,15 @@ class SparseLinear(nn.Module):
                     f"{tuple(values.shape)} values do not fit this layer's {tuple(self.values.shape)}: "
                     "it was made with another density or block"
                 )
-            if crow.device.type != "meta" and self.values.device.type != "meta":
-                self.set_pattern(Pattern(crow, cols, (self.out_features, self.in_features), self.block))
+            assigns = local_metadata.get("assign_to_params_buffers", False)
+            if crow.device.type != "meta" and (assigns or self.values.device.type != "meta"):
+                pattern = Pattern(crow, cols, (self.out_features, self.in_features), self.block)
+                if assigns:
+                    self._allocate_indices(values.device)
+                self.set_pattern(pattern)
+                # The checked indices, in this layer's own dtype and memory, even where values are assigned.
+                state_dict = {key: item for key, item in state_dict.items() if key.startswith(prefix)}
+                state_dict |= {prefix + name: getattr(self, name) for name in INDEX_BUFFERS[:2]}
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
             return
