@@ -51,7 +51,8 @@ def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, nee
         dx, dvalues, dbias = backend.spmm_backward(values, index, dy, x, list(needs))
     if sink is not None:
         _feed(sink, index, dy, x)
-    return tuple(values.new_empty(0) if gradient is None else gradient for gradient in (dx, dvalues, dbias))
+    likes = ((dx, dy), (dvalues, values), (dbias, values))
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient, like in likes)
 
 
 _feed = sink.feed  # the ops' own argument is called sink too

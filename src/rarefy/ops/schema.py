@@ -71,6 +71,7 @@ def _values_shape(cols: Tensor, block: list[int]) -> tuple[int, ...]:
 def check_spmm(crow: Tensor, t_crow: Tensor, block: list[int], x: Tensor) -> None:
     """Raises RuntimeError when x does not fit the matrix; every backend and the fake call it."""
     _check_x("spmm", x, t_crow, block)
+    torch._check(x.is_floating_point(), lambda: f"spmm: x must hold floating-point numbers, got {x.dtype}")
 
 
 def check_backward(op: str, crow: Tensor, t_crow: Tensor, block: list[int], dy: Tensor, x: Tensor | None) -> None:
@@ -128,9 +129,15 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor):
     values, crow, cols, t_crow, t_rows, t_perm, x = ctx.saved_tensors
     needs = [ctx.needs_input_grad[7], ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[8]]
-    dx, dvalues, dbias = torch.ops.rarefy.spmm_backward(
-        values, crow, cols, t_crow, t_rows, t_perm, ctx.block, dy, x, needs, ctx.sink
-    )
+    with torch.no_grad():
+        gradients = torch.ops.rarefy.spmm_backward(
+            values, crow, cols, t_crow, t_rows, t_perm, ctx.block, dy, x, needs, ctx.sink
+        )
+    if torch.is_grad_enabled():  # create_graph=True: a missing second derivative must raise, not count as zero
+        delayed_error = torch._C._functions.DelayedError  # pyright: ignore[reportAttributeAccessIssue]
+        refuse = delayed_error("rarefy's spmm has no second derivative", len(gradients))
+        gradients = refuse(*(gradient.requires_grad_() for gradient in gradients))
+    dx, dvalues, dbias = gradients
     return (
         *(dvalues if needs[1] else None, None, None, None, None, None, None),
         *(dx if needs[0] else None, dbias.to(ctx.bias_dtype) if needs[2] else None, None),
