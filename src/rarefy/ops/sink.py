@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ class Collector(Protocol):
         ...
 
 
-_collectors: dict[int, Collector] = {}
+# Weak: the engine owns its collectors, and what it kept goes with it.
+_collectors: WeakValueDictionary[int, Collector] = WeakValueDictionary()
 _slots = itertools.count(1)
 
 
 def new_sink() -> Tensor:
     """A sink that no one waits at."""
-    return torch.zeros(2, dtype=torch.int64)
+    return torch.zeros(2, dtype=torch.int64, device="cpu")
 
 
 def arm(sink: Tensor, collector: Collector) -> None:
@@ -62,11 +64,14 @@ def take_calls(sink: Tensor) -> int:
 
 
 def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
-    """Called by `spmm_backward` on every backend."""
+    """Called by `spmm_backward` on every backend. Gradients are computed in at least fp32, whatever autocast chose:
+    in bf16 most of them would be equal.
+    """
     sink[CALLS] += 1
     collector = _collectors.get(int(sink[SLOT]))
     if collector is not None:
-        collector.add(index, dy, x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        collector.add(index, dy.to(wide), x.to(wide))
 
 
 class _StepCollector:
@@ -131,5 +136,5 @@ class DenseGradient(_StepCollector):
 
     def add(self, index: Index, dy: Tensor, x: Tensor) -> None:
         self.count_call()
-        gradient = (dy.T @ x).to(torch.float32)
+        gradient = dy.T @ x
         self.gradient = gradient if self.calls == 1 or self.gradient is None else self.gradient.add_(gradient)
