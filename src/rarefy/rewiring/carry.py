@@ -17,13 +17,16 @@ def check_carried(optimizer: Optimizer, name: str, values: nn.Parameter) -> None
     """Whether the optimizer's state of `values` can move with the units (7.3).
 
     Raises:
-        ValueError: a state tensor is neither a scalar nor one entry a unit; nothing was changed.
+        ValueError: a state tensor is neither a scalar nor one row a unit, or pairs units; nothing was changed.
     """
+    num_units = values.shape[0]
     for key, tensor in _tensors(optimizer.state.get(values, {})):
-        if tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != values.shape[0]:
+        pairs = values.dim() == 1 and num_units > 1 and num_units in tensor.shape[1:]
+        if pairs or (tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != num_units):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for the "
-                f"{values.shape[0]} units of {name}: that cannot be moved with them; use an elementwise optimizer such as rarefy.AdamW"
+                f"{num_units} units of {name}: that cannot be moved with them; "
+                "use an elementwise optimizer such as rarefy.AdamW"
             )
 
 
@@ -61,11 +64,11 @@ def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def per_unit_tensors(optimizer: Optimizer | None, values: nn.Parameter) -> list[Tensor]:
-    """The values and every state tensor that has one row a unit."""
+    """The values and every state tensor that has one row a unit, each once."""
     state = {} if optimizer is None else optimizer.state.get(values, {})
     num_units = values.shape[0]
-    moved = [tensor for _, tensor in _tensors(state) if tensor.dim() > 0 and tensor.shape[0] == num_units]
-    return [values.detach(), *moved]
+    moved = {id(t): t for _, t in _tensors(state) if t.dim() > 0 and t.shape[0] == num_units}
+    return [values.detach(), *moved.values()]
 
 
 def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:

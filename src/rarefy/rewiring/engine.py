@@ -200,7 +200,8 @@ class Rewirer:
         """The method's score on tiles of the dense gradient; None: the default, mean |g|, which has a kernel."""
         if type(self.method).grow_score is Method.grow_score:
             return None
-        return lambda gradient: self._scores_of(gradient, layer, self._view(name))
+        view = self._view(name, self.t + 1)
+        return lambda gradient: self._scores_of(gradient, layer, view)
 
     def _scores_of(self, gradient: Tensor, layer: SparseLinear, view: LayerView) -> Tensor:
         """(unit rows, unit columns) scores of whole unit rows of a dense gradient (rows, I)."""
@@ -241,9 +242,9 @@ class Rewirer:
                     self._calls_per_step[name] = calls
         self._arm()
 
-    def _view(self, name: str) -> LayerView:
+    def _view(self, name: str, step: int) -> LayerView:
         layer = self.layers[name]
-        return LayerView(name=name, pattern=layer.pattern, values=layer.values.detach(), step=self.t)
+        return LayerView(name=name, pattern=layer.pattern, values=layer.values.detach(), step=step)
 
     # -- one rewire ---------------------------------------------------------------------------------------------------
 
@@ -257,15 +258,21 @@ class Rewirer:
             return
         assert self._optimizer is not None
         check_carried(self._optimizer, name, layer.values)
-        view = self._view(name)
+        view = self._view(name, self.t)
         active = view.pattern.unit_indices()
-        drop = lowest(self.method.drop_score(view), k)
+        score = self.method.drop_score(view)
+        if tuple(score.shape) != (layer.num_units,):
+            raise ValueError(
+                f"{type(self.method).__name__}.drop_score must give one score a unit, ({layer.num_units},), "
+                f"got {tuple(score.shape)}"
+            )
+        drop = lowest(score.masked_fill(score.isnan(), torch.inf), k)  # refused below, all ranks together
         grown = (
             self._grow_by_gradient(view, active, drop, k)
             if by_gradient
             else self._grow_at_random(name, active, drop, k)
         )
-        finite = grown is not None and bool(torch.isfinite(layer.values).all())
+        finite = grown is not None and bool(torch.isfinite(layer.values).all()) and not bool(score.isnan().any())
         if ranks.any_rank(not finite, layer.values.device) or grown is None:
             self._skip(
                 f"the rewire of {name} at step {self.t} was skipped: its values or growth scores are not all finite"
@@ -395,8 +402,13 @@ class Rewirer:
         for key, value in mine.items():
             if state[key] != value:
                 raise ValueError(f"the saved rewiring state has {key} {state[key]!r}, this run has {value!r}")
+        known = {n: self._tracker(n) for n, layer in self.layers.items() if layer.has_pattern}
         for name, tracked in state["trackers"].items():
-            self._tracker(name).load_state_dict(tracked)
+            if name in known:
+                known[name].check(tracked)
+        for name, tracked in state["trackers"].items():
+            if name in known:
+                known[name].load_state_dict(tracked)
         self.t, self.seed, self.skipped = int(state["t"]), int(state["seed"]), int(state["skipped"])
         if self.total_steps is None:
             self.total_steps = state["total_steps"]

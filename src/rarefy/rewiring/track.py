@@ -57,11 +57,15 @@ class Tracker:
         """Tensors only; the sampled rows follow from the layer's name."""
         return {"seen": self.seen.clone(), "newborns": self.newborns.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def check(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when the state is of another layer."""
         if tuple(state["seen"].shape) != tuple(self.seen.shape):
             raise ValueError(
                 f"exploration was tracked on {tuple(state['seen'].shape)} positions, here {tuple(self.seen.shape)}"
             )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises as `check`, with nothing changed."""
+        self.check(state)
         self.seen = state["seen"].bool().clone()
         self.newborns = state["newborns"].long().clone()
