@@ -31,7 +31,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
         sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would
             slow down stays dense, with the figures as its reason; without it nothing is timed.
     Raises:
-        ValueError: as `Plan.decide`. The model is then unchanged.
+        ValueError: as `Plan.decide`, or `init="magnitude"` on the meta device. The model is then unchanged.
 
     Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
     """
@@ -65,6 +65,11 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     """The sparse layer that takes the place of a dense one."""
     weight = cast(Tensor, module.weight).detach()
     weight = weight.T if is_conv1d(module) else weight
+    if weight.device.type == "meta" and plan.init == "magnitude":
+        raise ValueError(
+            f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use 'random' or 'balanced', "
+            "or load the weights first"
+        )
     bias = cast("nn.Parameter | None", module.bias)
     assert decision.units is not None
     layer = SparseLinear.__new__(SparseLinear)
