@@ -156,7 +156,7 @@ class Explanation:
         if totals["timed_layers"]:
             summary += (
                 f"\nlinear layers of one step, forward and backward: {totals['planned_ms']:.1f} ms as planned, "
-                f"{totals['dense_ms']:.1f} ms if dense: {totals['speedup']:.2f}x ({totals['timed_layers']} layers timed)"
+                f"{totals['dense_ms']:.1f} ms if dense: {totals['speedup']:.2f}x ({totals['timed_layers']} timed)"
             )
         if self.growth_bytes:
             summary += (
