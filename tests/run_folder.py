@@ -56,7 +56,7 @@ def write_run(
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
     (folder / "sample.txt").write_text(SAMPLE)
     (folder / "run.yaml").write_text("density: 0.1\nsteps: 2000\n")
-    (folder / "summary.json").write_text(json.dumps({"command": ["rarefy", "train", "text", "--density", "0.1"]}))
+    (folder / "summary.json").write_text(json.dumps({"id": name, "steps": steps}))
     return folder
 
 
@@ -73,10 +73,14 @@ def _plan(blocks: int) -> dict[str, Any]:
             )
     layers.append(_layer("head", (256, 256), 1.0, "kept dense by keep_dense '*head*'", None))
     totals: dict[str, Any] = {
-        key: sum(layer[key] for layer in layers)
-        for key in ("units", "nnz", "bytes", "dense_bytes", "flops", "dense_flops")
+        key: sum(layer[key] for layer in layers) for key in ("nnz", "bytes", "dense_bytes", "flops", "dense_flops")
     }
-    totals["density"] = totals["nnz"] / sum(math.prod(layer["shape"]) for layer in layers)
+    sparse = [layer for layer in layers if layer["kind"] == "sparse"]
+    totals["density"] = sum(layer["nnz"] for layer in sparse) / sum(math.prod(layer["shape"]) for layer in sparse)
+    timed = [layer for layer in layers if layer["dense_ms"] is not None]
+    totals["planned_ms"] = sum(layer["sparse_ms" if layer["kind"] == "sparse" else "dense_ms"] for layer in timed)
+    totals["dense_ms"] = sum(layer["dense_ms"] for layer in timed)
+    totals["speedup"] = totals["dense_ms"] / totals["planned_ms"]
     return {"layers": layers, "totals": totals | {"asked_density": 0.1}}
 
 
@@ -119,8 +123,10 @@ def _records(plan, steps, twins, method, floor, step_s, nan_from, empties, rng, 
     yield {
         "kind": "run", "id": name, "created": "2026-03-14T15:09:26+00:00", "twins": about,
         "machine": {"cpu": "Imaginary 2 cores", "isa": "avx2", "threads": 2, "torch": "2.13.0", "rarefy": "0.1.0"},
+        "data": {"source": "python-stdlib", "digest": "0123abcd"},
+        "command": ["rarefy", "train", "text", "--density", "0.1"],
         "settings": {
-            "data": "python-stdlib", "seed": 0, "steps": steps, "batch": 16, "context": 256, "learning_rate": 0.003,
+            "seed": 0, "steps": steps, "batch": 16, "context": 256, "learning_rate": 0.003,
             "plan": {"density": 0.1, "distribution": "uniform", "method": {"name": method, "interval": 100}},
         },
     }  # fmt: skip

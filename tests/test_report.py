@@ -293,12 +293,31 @@ def test_runs_that_do_not_compare_are_said(tmp_path: Path, run_dir: Path):
         (other / "metrics.jsonl")
         .read_text()
         .replace("python-stdlib", "wikitext")
+        .replace("0123abcd", "4567")
         .replace('"threads": 2', '"threads": 8')
     )
     (other / "metrics.jsonl").write_text(text)
     page = build_report([run_dir, other], tmp_path / "both.html").read_text(encoding="utf-8")
     assert "their times do not compare" in page
     assert "different data (python-stdlib, wikitext)" in page
+    assert "different data" not in build_report([run_dir, run_dir], tmp_path / "same.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reason", ["interrupted", "diverged"])
+def test_a_run_that_stopped_early_says_so(reason: str, tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=50)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"reason": "steps"', f'"reason": "{reason}"'))
+    run = read_run(folder)
+    assert run.state == reason
+    assert f"{reason.capitalize()}: sparse (step 50), dense (step 50)." in run.notes
+    assert read_run(write_run(tmp_path / "whole", steps=50)).state == ""
+
+
+def test_control_characters_of_a_sample_are_replaced(tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=50)
+    (folder / "sample.txt").write_bytes(b"one\ttwo\n\x00\x1b[31m\xff")
+    assert read_run(folder).sample == "one\ttwo\n\ufffd\ufffd[31m\ufffd"
 
 
 # The figures
@@ -454,7 +473,7 @@ def test_an_older_report_survives_a_failed_write(run_dir: Path, tmp_path: Path, 
     for call in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match="cannot be written"):
                 build_report(run_dir, out)
         assert out.read_text() == "the old one"
         assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -7,12 +7,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rarefy.files import atomic_write
 from rarefy.report import numbers as say
 from rarefy.report.compare import (
     LEVEL_BITS,
@@ -25,7 +25,7 @@ from rarefy.report.compare import (
     verdict,
 )
 from rarefy.report.figures import PALETTE, all_figures
-from rarefy.report.read import Record, Run, find, number, numbers, read_run
+from rarefy.report.read import Record, Run, number, numbers, read_run
 
 OPEN_ROWS = 40
 """A plan of more layers than this begins folded."""
@@ -60,7 +60,7 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
         raise ValueError(
             f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it or name another."
         )
-    _write_whole(path, render(runs))
+    atomic_write(path, render(runs).encode())
     return path
 
 
@@ -118,9 +118,9 @@ def _notes(runs: Sequence[Run], field: Sequence[Contender]) -> list[str]:
     machines = {tuple(_flat(run.machine)) for run in runs if run.machine}
     if len(machines) > 1:
         notes.insert(0, "These runs come from different machines, threads or versions: their times do not compare.")
-    data = {str(found) for run in runs if (found := find(run.settings, "data")) is not None}
+    data = dict(run.data for run in runs if run.data)
     if len(data) > 1:
-        notes.insert(0, f"These runs saw different data ({', '.join(sorted(data))}): their losses do not compare.")
+        notes.insert(0, f"These runs saw different data ({', '.join(data.values())}): their losses do not compare.")
     return notes
 
 
@@ -222,17 +222,23 @@ def _plan(run: Run) -> dict[str, Any]:
     asked = number(totals, "asked_density")
     summary = f"{sparse} of {len(layers)} layers sparse"
     if math.isfinite(number(totals, "density")):
-        summary += f", density {say.percent(number(totals, 'density'))}"
-        summary += f" where {say.percent(asked)} was asked for" if math.isfinite(asked) else ""
+        summary += f", together of density {say.percent(number(totals, 'density'))}"
+        summary += f" ({say.percent(asked)} was asked for)" if math.isfinite(asked) else ""
     rows = [_plan_row(layer) for layer in layers]
     return {
         "name": run.name,
         "summary": summary,
         "rows": rows,
-        "total": {**_plan_row({**totals, "name": "all layers"}), "decision": "", "reason": ""} if totals else None,
+        "total": _plan_total(totals) if totals else None,
         "timed": any(math.isfinite(number(layer, "dense_ms")) for layer in layers),
         "open": len(rows) <= OPEN_ROWS,
     }
+
+
+def _plan_total(totals: Record) -> dict[str, Any]:
+    """The sums, as a row: its density is that of the sparse layers, its first time that of the layers as decided."""
+    row = _plan_row({"sparse_ms": totals.get("planned_ms"), **totals, "name": "all layers"})
+    return {**row, "decision": "", "reason": ""}
 
 
 def _plan_row(layer: Record) -> dict[str, Any]:
@@ -289,18 +295,3 @@ def _embeddable(data: object) -> str:
 
 def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Under a temporary name beside `path`, onto the disk, then renamed: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,12 @@ class Twin:
         return density >= 1 if math.isfinite(density) else self.name.startswith("dense")
 
     @property
+    def stopped(self) -> str:
+        """Why it ended before its last step, "" if it did not."""
+        reason = str(self.end.get("reason") or "") if self.end else ""
+        return "" if reason == "steps" else reason
+
+    @property
     def last_step(self) -> int:
         """The last step of which anything is known; 0 for a twin that has not begun."""
         last = [records[-1] for records in (self.train, self.eval, self.time) if records]
@@ -61,14 +68,19 @@ class Run:
     command: str = ""
     machine: Record = field(default_factory=dict)
     settings: Record = field(default_factory=dict)
+    data: tuple[str, str] | None = None
+    """What it was trained on: what tells it from other data (a digest, or its name), and its name."""
     twins: tuple[Twin, ...] = ()
     plan: Record | None = None
     sample: str = ""
     notes: tuple[str, ...] = ()
 
     @property
-    def ended(self) -> bool:
-        return bool(self.twins) and all(twin.end is not None for twin in self.twins)
+    def state(self) -> str:
+        """What a run is, or was stopped by: "not ended", "interrupted", "diverged"; "" for one that came to its end."""
+        if not self.twins or any(twin.end is None for twin in self.twins):
+            return "not ended"
+        return next((reason for twin in self.twins if (reason := twin.stopped)), "")
 
 
 def read_run(folder: Path | str) -> Run:
@@ -102,8 +114,10 @@ def read_run(folder: Path | str) -> Run:
     if not twins:
         notes.append("Nothing has been recorded yet.")
     rewires = "static" not in str(find(settings, "method")).lower()
+    stops = dict.fromkeys(twin.stopped for twin in twins if twin.stopped)
     for lack, lacking in (
         ("not ended", [f"{twin.name} (step {twin.last_step:,})" for twin in twins if twin.end is None]),
+        *((reason, [f"{t.name} (step {t.last_step:,})" for t in twins if t.stopped == reason]) for reason in stops),
         ("no evaluations", [twin.name for twin in twins if not twin.eval]),
         ("no rewires on record", [twin.name for twin in twins if rewires and not twin.dense and not twin.rewire]),
         ("no record of where the time went", [twin.name for twin in twins if not twin.time]),
@@ -117,6 +131,7 @@ def read_run(folder: Path | str) -> Run:
         command=_command(about, summary or {}),
         machine=about["machine"] if isinstance(about.get("machine"), Mapping) else {},
         settings=settings,
+        data=_data(about, settings),
         twins=twins,
         plan=plan,
         sample=_sample(folder / "sample.txt", notes),
@@ -282,7 +297,17 @@ def _sample(path: Path, notes: list[str]) -> str:
     except OSError:
         notes.append("sample.txt is missing: no sample text.")
         return ""
+    # A network of bytes may write control characters, which no page can show.
+    text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
     return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "\n…"
+
+
+def _data(about: Record, settings: Record) -> tuple[str, str] | None:
+    data = about.get("data")
+    if isinstance(data, Mapping) and data.get("source"):
+        return str(data.get("digest") or data["source"]), str(data["source"])
+    named = find(settings, "data")
+    return None if named is None else (str(named), str(named))
 
 
 def _command(about: Record, summary: Record) -> str:
