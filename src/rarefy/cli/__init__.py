@@ -1,0 +1,1 @@
+"""The command line: `rarefy COMMAND`, one file a command."""

@@ -1,0 +1,28 @@
+"""`rarefy report RUN...`: one HTML file about a run, or several beside each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rarefy.report import build_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one offline HTML file: losses, churn, exploration, time, memory, plan; of a run, or of several overlaid."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+
+    out: Path | None = None
+    """The file to write. Without it: report.html in the folder of the run; needed for several runs."""
+
+
+def run(settings: Report) -> None:
+    """Build the report and print where it is."""
+    if not settings.runs:
+        raise ValueError("which run? for example: rarefy report runs/*")
+    print(build_report(list(settings.runs), out=settings.out))

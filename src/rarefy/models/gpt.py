@@ -1,0 +1,203 @@
+"""A GPT over bytes: pre-norm transformer, causal attention, GELU MLP, learned positions.
+
+Layer names, for the globs of a plan: embedding, position, blocks.N.attention.qkv, blocks.N.attention.out,
+blocks.N.mlp.up, blocks.N.mlp.down, head. Shape letters: B sequences, T bytes of context, C width, H heads, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VOCABULARY = 256
+"""Every byte is a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT."""
+
+    width: int = 256
+    """Features of a position, C."""
+
+    layers: int = 4
+    """Blocks of attention and MLP."""
+
+    heads: int = 4
+    """Attention heads, which share the width."""
+
+    context: int = 256
+    """Bytes that a prediction can see, T."""
+
+    mlp: int | None = None
+    """Hidden features of the MLP; None: four times the width."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mlp is not None and self.mlp < 1:
+            raise ValueError(f"mlp must be at least 1, got {self.mlp}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"the {self.heads} heads must share the width evenly, and {self.width} is no multiple of {self.heads}"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden features of the MLP."""
+        return self.mlp if self.mlp is not None else 4 * self.width
+
+    def attention_flops(self) -> int:
+        """FLOPs a token of training spends on scores and their weighted sums, of which the causal half is computed.
+
+        Forward: T / 2 keys on average, C features, a multiply and an add, twice; the backward pass costs two forwards.
+        """
+        return 6 * self.layers * self.context * self.width
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        B, T, C = x_BTC.shape
+        q, k, v = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        mixed_BHTc = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed_BHTc.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Up, GELU, down."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.hidden)
+        self.down = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BTC)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each beside a residual path that no norm touches."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+class GPT(nn.Module):
+    """Bytes to the logits of each next byte.
+
+    Args:
+        config: the shape.
+        generator: draws the first weights; None: torch's global one.
+    """
+
+    def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.position = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights as in GPT-2 (Radford et al. 2019, section 2.3): normal, those that write to the residual path
+        smaller.
+
+        The deviation of weights is 0.02 there, at width 768; here 0.02 * sqrt(768 / C), so that a neuron starts alike
+        at every width, and an MLP of another hidden size writes as much as one of 4 C. Made for the dense model:
+        `sparsify` rescales.
+        """
+        C = self.config.width
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+            elif isinstance(module, nn.Linear):
+                usual_fan_in = 4 * C if name.endswith("mlp.down") else C
+                std = 0.02 * math.sqrt(768 / C * usual_fan_in / module.in_features)
+                if name.endswith(("attention.out", "mlp.down")):
+                    std /= math.sqrt(2 * self.config.layers)
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) int64 in [0, 256) -> (B, T, 256) logits of the byte after each.
+
+        Raises:
+            ValueError: more bytes than the context.
+        """
+        T = tokens_BT.shape[1]
+        if self.config.context < T:
+            raise ValueError(f"{T} bytes are more than the context of {self.config.context}")
+        x_BTC = self.embedding(tokens_BT) + self.position.weight[:T]
+        for block in self.blocks:
+            x_BTC = block(x_BTC)
+        return self.head(self.norm(x_BTC))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompt: bytes, num_bytes: int, *, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
+) -> bytes:
+    """Continue a prompt, byte by byte, each drawn from what the model expects given the last `context` bytes.
+
+    Args:
+        prompt: what to continue; empty: a line feed is put before the text and left out of the answer.
+        num_bytes: how many bytes to add. Each costs one forward pass over at most `context` bytes.
+        temperature: below 1 sharpens the distribution, above flattens it; 0 takes the likeliest byte.
+        top_k: draw from the k likeliest bytes only; None: from all.
+        seed: the same seed, prompt and model give the same bytes. Torch's global generator is not touched.
+    Returns:
+        The new bytes, without the prompt.
+    Raises:
+        ValueError: a negative temperature or number of bytes, or top_k below 1.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if num_bytes < 0:
+        raise ValueError(f"the number of bytes must not be negative, got {num_bytes}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    text = list(prompt or b"\n")
+    begin = len(text)
+    was_training = model.training
+    model.eval()
+    for _ in range(num_bytes):
+        window = torch.tensor([text[-model.config.context :]], device=device)
+        logits = model(window)[0, -1].float().cpu()
+        if top_k is not None and top_k < logits.numel():
+            logits[logits < torch.topk(logits, top_k).values[-1]] = -math.inf
+        if temperature == 0:
+            text.append(int(logits.argmax()))
+        else:
+            probabilities = torch.softmax(logits / temperature, dim=0)
+            text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    model.train(was_training)
+    return bytes(text[begin:])

@@ -1,0 +1,1 @@
+"""Model, data and loop put together: one file a task."""

@@ -1,0 +1,245 @@
+"""The settings of a text run: what the user may say, and how what was left open is filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rarefy.methods import Method, registered
+from rarefy.models import GPTConfig
+from rarefy.plan import Plan
+from rarefy.settings import unknown
+
+DEFAULT_PLAN = Plan(density=0.1, keep_dense=("head",))
+DEFAULT_MINUTES = 3.0
+EVALUATIONS = 16
+"""Of a run, unless it says how many steps lie between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Train a small GPT on bytes, sparse from its first step, beside its dense twin."""
+
+    data: str | None = None
+    """Text: a file (plain, .gz, .xz), a folder, or hf:NAME. Without it: the source of Python's standard library."""
+
+    steps: int | None = None
+    """Optimizer steps of each network. Without it: as many as fit into --minutes."""
+
+    minutes: float | None = None
+    """Length of the whole run, all included; becomes a number of steps before training begins. Without it: 3."""
+
+    plan: Plan = DEFAULT_PLAN
+    """A plan file (YAML): density, method, blocks, which layers. The options below override it."""
+
+    density: float | None = None
+    """Share of the weights that exist, in (0, 1]. Without it: the plan's, 0.1."""
+
+    method: str | None = None
+    """How the pattern is found: rigl, set or static, or another method's class name. Without it: the plan's, rigl."""
+
+    interval: int | None = None
+    """Steps between two rewires of a layer. Without it: the plan file's, else a twentieth of the run, 10 to 100."""
+
+    distribution: Literal["uniform", "er", "erk"] | None = None
+    """How the density is spread over layers. Without it: the plan's, uniform."""
+
+    block: int | tuple[int, int] | None = None
+    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input. Without it: the plan's, 1."""
+
+    measure: bool = True
+    """Time each layer shape first, and leave dense what sparse would slow down on this machine."""
+
+    twin: bool = True
+    """Train the dense twin too."""
+
+    width: int = 256
+    """Features of a position."""
+
+    layers: int = 4
+    """Transformer blocks."""
+
+    heads: int = 4
+    """Attention heads, which share the width."""
+
+    mlp: int | None = None
+    """Hidden features of the MLP. Without it: four times the width."""
+
+    context: int = 256
+    """Bytes that a prediction can see."""
+
+    batch: int = 8
+    """Windows of text a micro-batch."""
+
+    accumulate: int = 1
+    """Micro-batches an optimizer step."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+
+    sparse_lr: float | None = None
+    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%."""
+
+    warmup: int | None = None
+    """Steps over which the rate rises. Without it: a tenth of the run, at most 100."""
+
+    weight_decay: float = 0.1
+    """Of weights; biases, norms and embeddings have none."""
+
+    beta2: float = 0.99
+    """Decay of Adam's second moment."""
+
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+
+    optimizer: Literal["rarefy", "torch"] = "rarefy"
+    """AdamW of the sparse network: rarefy's, which knows newborn weights, or torch's. The dense twin has torch's."""
+
+    eval_interval: int | None = None
+    """Steps between two evaluations. Without it: a sixteenth of the run."""
+
+    eval_bytes: int = 65536
+    """Bytes of validation text predicted at each evaluation."""
+
+    slice_steps: int = 5
+    """Steps that one network takes before it is the other's turn."""
+
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints."""
+
+    sample_bytes: int = 300
+    """Bytes of text to write at the end."""
+
+    seed: int = 0
+    """Of weights, patterns and data order."""
+
+    device: str = "cpu"
+    """Where to train."""
+
+    threads: int | None = None
+    """CPU threads. Without it: what torch takes."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps",
+            "interval",
+            "warmup",
+            "eval_interval",
+            "threads",
+            "batch",
+            "accumulate",
+            "eval_bytes",
+            "slice_steps",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("minutes", "lr", "sparse_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "clip", "checkpoint_s", "sample_bytes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
+            )
+        if not isinstance(self.block, int | None):
+            object.__setattr__(self, "block", tuple(self.block))
+        self.gpt()
+        self.folded_plan()
+
+    def gpt(self) -> GPTConfig:
+        """The network's shape."""
+        return GPTConfig(width=self.width, layers=self.layers, heads=self.heads, context=self.context, mlp=self.mlp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Bytes predicted in an optimizer step."""
+        return self.batch * self.context * self.accumulate
+
+    def folded_plan(self) -> Plan:
+        """The plan with what the options say on top of it."""
+        changes: dict[str, Any] = {
+            name: value for name in ("density", "distribution", "block") if (value := getattr(self, name)) is not None
+        }
+        method = self.plan.method if self.method is None else _with_method(self.plan.method, self.method)
+        if self.interval is not None:
+            method = dataclasses.replace(method, interval=self.interval)
+        return dataclasses.replace(self.plan, method=method, seed=self.seed, **changes)
+
+    def folded(self) -> TextSettings:
+        """The same settings, said with the plan alone, and with the data's whole path."""
+        data = self.data
+        if data is not None and not data.startswith("hf:"):
+            data = str(Path(data).absolute())
+        unset = dict.fromkeys(("density", "method", "interval", "distribution", "block"))
+        return dataclasses.replace(self, plan=self.folded_plan(), data=data, **unset)
+
+    def auto_interval(self, steps: int) -> int:
+        """Steps between two rewires of a layer in a run of `steps`: a short run needs them closer together."""
+        if self.interval is not None or self.plan != DEFAULT_PLAN:
+            return self.folded_plan().method.interval
+        return max(10, min(100, steps // 20))
+
+    def settled(self, steps: int) -> TextSettings:
+        """Nothing left open: folded, for a run of `steps`."""
+        density = self.folded_plan().density
+        return dataclasses.replace(
+            dataclasses.replace(self, interval=self.auto_interval(steps)).folded(),
+            steps=steps,
+            minutes=None,
+            sparse_lr=self.sparse_lr if self.sparse_lr is not None else self.lr / density**0.3,
+            warmup=self.warmup if self.warmup is not None else max(1, min(100, steps // 10)),
+            eval_interval=self.eval_interval if self.eval_interval is not None else max(1, round(steps / EVALUATIONS)),
+            threads=self.threads if self.threads is not None else torch.get_num_threads(),
+        )
+
+
+def _with_method(old: Method, name: str) -> Method:
+    """The method of that name, with the old one's options where it has the same ones."""
+    members = registered()
+    if name.lower() not in members:
+        raise ValueError(f"method: {unknown(name.lower(), [key for key in members if key != 'method'])}")
+    cls = members[name.lower()]
+    if type(old) is cls:
+        return old
+    return cls(**{f.name: getattr(old, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(old, f.name)})
+
+
+def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:
+    """Whether a run may go on with these settings.
+
+    Raises:
+        ValueError: one differs from what the run has, by name. Everything that a resumed run does follows from them.
+    """
+    if asked.minutes is not None or asked.steps != saved.steps:
+        raise ValueError(
+            f"{where} has {saved.steps} steps, and its schedules depend on that: leave --steps and --minutes out "
+            "with --resume, or start a new run"
+        )
+    for name, here, there in _differences(asked.folded(), saved.folded(), ""):
+        raise ValueError(
+            f"{where} was started with {name} {there!r}, and {here!r} was asked for: --resume goes on "
+            "with a run as it is; leave that out, or start a new run"
+        )
+
+
+def _differences(here: Any, there: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    """(name, here, there) of each field that differs, down to nested settings."""
+    found = []
+    for field in dataclasses.fields(here):
+        ours, theirs = getattr(here, field.name), getattr(there, field.name)
+        if ours == theirs:
+            continue
+        if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+            found += _differences(ours, theirs, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, ours, theirs))
+    return found

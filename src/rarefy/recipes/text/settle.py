@@ -1,0 +1,101 @@
+"""Before a run: what the plan means here, and how many steps fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rarefy.models import GPT
+from rarefy.recipes.text.networks import DENSE, SPARSE, make_dense, make_sparse, settled_plan
+from rarefy.recipes.text.settings import DEFAULT_MINUTES, TextSettings
+from rarefy.training.batches import Batches, Windows
+from rarefy.training.calibrate import Trial, steps_within, try_out
+from rarefy.training.data import Corpus
+from rarefy.training.twin import Twin
+
+REPORT_S = 4.0
+"""Kept of --minutes for the report."""
+
+TOKENS_TO_MEASURE = 2048
+"""Layers are timed on so many rows of input, rounded up to whole windows, or on a micro-batch where that is smaller."""
+
+Say = Callable[[str], None]
+"""Takes a line for people."""
+
+
+def explain(settings: TextSettings, say: Say) -> dict[str, Any]:
+    """What the plan means for this network on this machine, as plan.json has it."""
+    model, plan = GPT(settings.gpt()), settings.folded_plan()
+    sample = None
+    if settings.measure and settings.device == "cpu":
+        say("timing each layer shape, sparse and dense ...")
+        rows = min(settings.batch, -(-TOKENS_TO_MEASURE // settings.context))
+        sample = torch.zeros(rows, settings.context, dtype=torch.int64)
+    explanation = plan.explain(model, sample)
+    totals = explanation.totals
+    say(f"{totals['sparse_layers']} of {totals['layers']} linear layers are sparse, density {totals['density']:.3g}")
+    if slower := [row["name"] for row in explanation.rows if "slower" in row["reason"]]:
+        say(f"left dense, as sparse would be slower here: {', '.join(slower)}")
+    return explanation.to_json()
+
+
+def settle(
+    settings: TextSettings, layers: list[dict[str, Any]], corpus: Corpus, started: float, say: Say
+) -> tuple[TextSettings, dict[str, Trial]]:
+    """Settings with nothing left open, and what a few steps of each network cost."""
+    data, windows = batches(settings, corpus)
+    timed = settings.steps is None
+    if timed:
+        say("timing a few steps ...")
+    trials = {
+        name: try_out(make, data, windows, timed=timed, accumulate=settings.accumulate)
+        for name, make in _trial_makers(settings, layers).items()
+    }
+    if settings.steps is not None:
+        return settings.settled(settings.steps), trials
+    minutes = settings.minutes if settings.minutes is not None else DEFAULT_MINUTES
+    writing_s = trials[SPARSE].eval_s * settings.sample_bytes * settings.context / settings.eval_bytes
+    spare_s = minutes * 60 - (time.monotonic() - started) - REPORT_S - writing_s
+
+    def evaluations(steps: int) -> int:
+        return -(-steps // (settings.settled(steps).eval_interval or steps))
+
+    def rewires(steps: int) -> int:
+        method = settings.settled(steps).plan.method
+        end = min(method.end if method.end is not None else int(0.75 * steps), steps)
+        return _num_sparse(layers) * max(0, end - method.begin) // method.interval if method.rewires else 0
+
+    steps = steps_within(spare_s, trials.values(), evaluations=evaluations, rewires=rewires)
+    pace = ", ".join(f"{name} {trial.step_s * 1e3:,.0f} ms" for name, trial in trials.items())
+    say(f"a step takes {pace}: {steps:,} steps of each fit into {minutes:g} minute{'' if minutes == 1 else 's'}")
+    return settings.settled(steps), trials
+
+
+def _trial_makers(settings: TextSettings, layers: list[dict[str, Any]]) -> dict[str, Callable[[], Twin]]:
+    """Networks to try a few steps on; the sparse one rewires a layer after every other step."""
+    rehearsal = settings.settled(1_000_000)
+    plan = settled_plan(rehearsal.plan, layers)
+    often = dataclasses.replace(plan.method, interval=2 * max(1, _num_sparse(layers)), begin=0, end=None, stagger=True)
+    makers: dict[str, Callable[[], Twin]] = {
+        SPARSE: lambda: make_sparse(rehearsal, dataclasses.replace(plan, method=often))
+    }
+    if settings.twin:
+        makers[DENSE] = lambda: make_dense(rehearsal)
+    return makers
+
+
+def _num_sparse(layers: list[dict[str, Any]]) -> int:
+    return sum(row["kind"] == "sparse" for row in layers)
+
+
+def batches(settings: TextSettings, corpus: Corpus) -> tuple[Batches, Windows]:
+    """What both networks train on, and what both are judged by."""
+    shape = {"context": settings.context, "batch": settings.batch}
+    return (
+        Batches(text=corpus.train, seed=settings.seed, **shape),
+        Windows(text=corpus.valid, wanted_bytes=settings.eval_bytes, **shape),
+    )

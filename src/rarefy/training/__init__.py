@@ -1,0 +1,1 @@
+"""The loop: data order, twins in turn, evaluation, checkpoints, log."""

@@ -1,0 +1,162 @@
+"""The loop: twins train in turn, a slice of steps each, on the same data, with the same evaluations and schedules.
+
+Schedules and intervals see steps, never clocks; only the time of a checkpoint follows the clock, and changes no result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rarefy.schedules import Cosine
+from rarefy.training.checkpoint import save_checkpoint
+from rarefy.training.interrupt import Interrupted, StopRequest
+from rarefy.training.log import MetricsLog
+from rarefy.training.twin import Diverged, StepData, StepResult, Twin
+
+LAST_RATE = 0.1
+"""Learning rate at the end of the run, over its full rate."""
+
+LOGGED_STEPS = 2000
+"""A run logs about so many training records a twin at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop needs to know."""
+
+    steps: int
+    """Optimizer steps of each twin."""
+    warmup: int
+    """Steps over which the learning rate rises from 0."""
+    eval_interval: int
+    """Steps between two evaluations; there is one after the last step too."""
+    tokens_per_step: int
+    """Bytes predicted in an optimizer step."""
+    accumulate: int = 1
+    """Micro-batches of an optimizer step."""
+    clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    slice_steps: int = 5
+    """Steps that a twin takes before it is the other's turn."""
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints."""
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate for step 1, ..., steps: a straight rise, then half a cosine to LAST_RATE."""
+        if step <= self.warmup:
+            return step / self.warmup
+        return Cosine(1.0, LAST_RATE)((step - self.warmup) / max(1, self.steps - self.warmup))
+
+
+class Watcher(Protocol):
+    """Someone who looks on: the live line."""
+
+    def stepped(self, twin: Twin, result: StepResult) -> None:
+        """After every step."""
+        ...
+
+    def evaluated(self, twin: Twin, loss: float) -> None:
+        """After every evaluation; nats per byte."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A run on its way through the steps. `run` returns when all twins have taken theirs."""
+
+    twins: Sequence[Twin]
+    train_data: StepData
+    valid_data: Iterable[tuple[Tensor, Tensor]]
+    settings: LoopSettings
+    flops_per_token: dict[str, int]
+    """Twin name -> FLOPs of training on one token, forward and backward."""
+    folder: Path
+    """Where checkpoints go."""
+    log: MetricsLog
+    watcher: Watcher
+
+    def run(self, stop: StopRequest) -> None:
+        """Train until the last step.
+
+        Raises:
+            Interrupted: asked to stop; the step was finished and everything saved.
+            Diverged: a loss, gradient or parameter is not a number; the last checkpoint, from before, is untouched.
+            OSError: a checkpoint could not be written; the one before is untouched.
+        """
+        try:
+            self._train(stop)
+            self.save()
+        except Interrupted:
+            self.save()
+            self._end("interrupted")
+            raise
+        except Diverged:
+            self._end("diverged")
+            raise
+        self._end("steps")
+
+    def _train(self, stop: StopRequest) -> None:
+        """Slices in turn. Whoever is behind, after an interrupted slice, catches up first."""
+        saved_at, every, last = time.monotonic(), self.settings.slice_steps, self.settings.steps
+        while (behind := min(twin.step for twin in self.twins)) < last:
+            goal = min((behind // every + 1) * every, last)
+            for twin in self.twins:
+                while twin.step < goal:
+                    self._step(twin)
+                    if stop.asked:
+                        raise Interrupted
+            if time.monotonic() - saved_at >= self.settings.checkpoint_s:
+                self.save()
+                saved_at = time.monotonic()
+
+    def save(self) -> None:
+        """A checkpoint of all twins, unless a parameter is not a number.
+
+        Raises:
+            Diverged: one is not, so that the last good checkpoint stays.
+        """
+        for twin in self.twins:
+            if not twin.is_finite():
+                raise Diverged(f"the {twin.name} network has parameters that are not numbers after step {twin.step:,}")
+        save_checkpoint(self.folder, self.twins)
+
+    def _step(self, twin: Twin) -> None:
+        settings = self.settings
+        rate = settings.rate(twin.step + 1)
+        before_s = twin.clock.train_s
+        result = twin.train_step(self.train_data, rate=rate, accumulate=settings.accumulate, clip=settings.clip)
+        about = {"twin": twin.name, "step": twin.step}
+        tokens = twin.step * settings.tokens_per_step
+        progress = {"train_s": twin.clock.train_s, "flops": tokens * self.flops_per_token[twin.name]}
+        if twin.step % max(1, settings.steps // LOGGED_STEPS) == 0 or twin.step == settings.steps:
+            self.log.write(
+                "train",
+                **about,
+                loss=result.loss,
+                bits_per_byte=result.loss / math.log(2),
+                lr=max(twin.rates) * rate,
+                grad_norm=result.grad_norm,
+                tokens=tokens,
+                **progress,
+                tokens_per_s=settings.tokens_per_step / (twin.clock.train_s - before_s),
+                churn=result.churn,
+            )
+            self.log.write("time", **about, **twin.clock.parts())
+        for record in result.rewires:
+            self.log.write("rewire", **{**record, **about})
+        self.watcher.stepped(twin, result)
+        if twin.step % settings.eval_interval == 0 or twin.step == settings.steps:
+            loss = twin.evaluate(self.valid_data)
+            self.log.write("eval", **about, **progress, loss=loss, bits_per_byte=loss / math.log(2))
+            self.watcher.evaluated(twin, loss)
+
+    def _end(self, reason: str) -> None:
+        for twin in self.twins:
+            self.log.write("end", twin=twin.name, step=twin.step, reason=reason)
