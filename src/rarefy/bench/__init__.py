@@ -2,6 +2,6 @@
 
 from rarefy.bench.peers import Peer, installed
 from rarefy.bench.results import BreakEven, Check, Results, Row, Spread, break_even
-from rarefy.bench.run import run
+from rarefy.bench.timing import run
 
 __all__ = ["BreakEven", "Check", "Peer", "Results", "Row", "Spread", "break_even", "installed", "run"]

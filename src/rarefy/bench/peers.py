@@ -7,13 +7,13 @@ of its own, after all others, and rests after each turn: threads that spin while
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -73,7 +73,7 @@ def _import_with_threads(name: str, threads: int) -> ModuleType | None:
     """
     if name in sys.modules:
         return sys.modules[name]
-    if importlib.util.find_spec(name) is None:
+    if find_spec(name) is None:
         return None
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
