@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -44,6 +45,8 @@ class SparseLinear(nn.Module):
     t_rows: Tensor
     t_perm: Tensor
     sink: Tensor
+    transposed: bool = False
+    """Whether the dense layer it took the place of stores its weight as (in, out), which an export must know."""
 
     def __init__(
         self,
@@ -277,10 +280,15 @@ class SparseLinear(nn.Module):
     # -- copies and checkpoints
     # ------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Narrow indices travel as int16 of the same bits: pickle cannot read torch's uint16 tensors back."""
+        return {**self.__dict__, "_buffers": self._buffers | _viewed(self._buffers, torch.uint16, torch.int16)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy must not answer for the layer that it was copied from; a shallow one shares the dict of buffers.
-        self._buffers = {**self._buffers, "sink": new_sink().to(self.sink.device)}
+        self._buffers = self._buffers | _viewed(self._buffers, torch.int16, torch.uint16)
+        self._buffers["sink"] = new_sink().to(self.sink.device)
 
     def _load_from_state_dict(
         self,
@@ -322,6 +330,11 @@ class SparseLinear(nn.Module):
             return
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _viewed(buffers: Mapping[str, Tensor | None], source: torch.dtype, target: torch.dtype) -> dict[str, Tensor]:
+    """Those of one dtype, seen as another of the same width."""
+    return {name: b.view(target) for name, b in buffers.items() if b is not None and b.dtype == source}
 
 
 def gather_units(weight: Tensor, pattern: Pattern) -> Tensor:
