@@ -102,12 +102,12 @@ def test_run_has_a_row_for_every_shape_density_and_block():
             row.dx_ms,
             row.dw_ms,
             row.total_ms,
-            row.growth_ms,
-            row.growth_ratio,
             row.speedup,
         ):
             assert spread is not None and 0 < spread.q1 <= spread.median <= spread.q3
         assert row.dense_ms == dense.total_ms  # the same rounds
+        for spread in (row.growth_ms, row.growth_ratio):
+            assert (spread is not None) == (row.density == 0.5)  # the middle one of the densities
     assert {"cpu", "isa", "threads", "torch", "rarefy", "date"} <= results.machine.keys()
     assert len(results.break_evens) == 2
 
@@ -126,7 +126,7 @@ def test_the_laps_compute_what_they_are_named_after():
     torch.testing.assert_close(dx(), dy @ layer.weight.detach())
     torch.testing.assert_close(dw(), exact)
 
-    forward, back, dx, dw, growth = _sparse(pattern, x, dy, generator).laps
+    forward, back, dx, dw, growth = _sparse(pattern, x, dy, generator, with_growth=True).laps
     forward()
     back()
     assert x.grad is not None
@@ -284,7 +284,16 @@ def test_json_on_stdout_is_json_and_nothing_else(capsys, tmp_path, no_sparselab)
 def test_a_table_says_machine_shapes_and_how_to_read_it(capsys, no_sparselab):
     assert main(["bench", *FLAGS]) == 0
     out = capsys.readouterr().out
-    for said in (torch.__version__, "threads", "16x24", "rarefy", "torch CSR", "efficiency", "break-even", "8 tokens"):
+    for said in (
+        torch.__version__,
+        "threads",
+        "16x24",
+        "rarefy 1x1",
+        "torch CSR",
+        "efficiency",
+        "break-even",
+        "8 tokens",
+    ):
         assert said in out
 
 
@@ -327,7 +336,7 @@ def test_a_yaml_file_says_the_same_and_flags_override_it(capsys, tmp_path, no_sp
 @pytest.mark.parametrize(
     "speedups, said",
     [
-        ({0.1: 2.0, 0.5: 2 / 3}, ["~0.3", "interpolated between 0.1 (faster) and 0.5 (slower)"]),
+        ({0.1: 2.0, 0.5: 2 / 3}, ["~0.3", "interpolated: 0.1 faster, 0.5 slower"]),
         ({0.1: 2.0}, ["-", "faster at all that were measured, up to 0.1"]),
         ({0.1: 0.5}, ["-", "slower already at 0.1"]),
     ],

@@ -70,7 +70,7 @@ class Row:
     """Whether `speedup` is of the forward alone, because the contender has no backward of its own."""
 
     growth_ms: Spread | None = None
-    """The best absent units by gradient, 30% as many as exist."""
+    """The best absent units by gradient, 30% as many as exist; timed at the middle one of the densities."""
 
     growth_ratio: Spread | None = None
     """growth_ms over the dense weight gradient, round by round."""

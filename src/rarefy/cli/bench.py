@@ -79,7 +79,7 @@ def run(settings: Bench) -> None:
     if settings.json:
         sys.stdout.write(text)
     else:
-        show(results, Console(width=None if sys.stdout.isatty() else 120))
+        show(results, Console())
     if results.check.disturbed:
         console.print(Text(_disturbed(results), style="yellow"), soft_wrap=True)
 
@@ -113,8 +113,9 @@ def show(results: Results, console: Console) -> None:
     lines = [
         f"Milliseconds, medians of interleaved rounds; {settings['tokens']} tokens, fp32. total: forward and backward "
         "through autograd, packing included; dX and dW: called alone.",
-        "speed: dense over sparse time, round by round, and its quartiles. efficiency: dense time x density / sparse "
-        "time. growth: the best absent weights by gradient, against the dense dW.",
+        "speed: dense over sparse time, round by round, then its quartiles; *: of the forward alone. "
+        "eff.: efficiency = dense time x density / sparse time. growth: the best absent weights by gradient, against "
+        "the dense dW; timed at one density, as it depends little on it.",
         f"Dense reference {results.check.first_ms:.2f} ms before, {results.check.last_ms:.2f} ms after; "
         f"{results.seconds:.0f} s in all.",
     ]
@@ -123,51 +124,42 @@ def show(results: Results, console: Console) -> None:
 
 
 def _table(results: Results) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("layer")
-    table.add_column("who")
-    for name in (
-        "density",
-        "block",
-        "forward",
-        "dX",
-        "dW",
-        "total",
-        "dense",
-        "speed",
-        "quartiles",
-        "efficiency",
-        "growth",
-    ):
-        table.add_column(name, justify="right")
+    """Narrow enough for 80 columns: a layer's dense row heads its sparse ones."""
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer, who", no_wrap=True)
+    for name in ("dens.", "fwd", "dX", "dW", "total", "speed", "quartiles", "eff.", "growth"):
+        table.add_column(name, justify="right", no_wrap=True)
     for shape in dict.fromkeys(row.shape for row in results.rows):
-        rows = [row for row in results.rows if row.shape == shape]
-        for at, row in enumerate(rows):
-            first = at == 0 or rows[at - 1].contender != row.contender
-            cells = _cells(row, results.machine["isa"])
-            table.add_row(f"{shape[0]}x{shape[1]}" if at == 0 else "", *cells, style=None if first or at else "dim")
-        table.add_section()
+        for row in (row for row in results.rows if row.shape == shape):
+            is_dense = row.contender == "dense"
+            table.add_row(*_cells(row, results.machine["isa"]), style="bold" if is_dense else None)
     return table
 
 
 def _cells(row: Row, usual: str) -> list[Text | str]:
     speed = row.speedup
-    who = row.contender if row.contender != "rarefy" or row.kernels == usual else f"rarefy ({row.kernels})"
     style = "" if speed is None else "green" if speed.q1 > 1 else "red" if speed.q3 < 1 else "yellow"
     return [
-        who,
+        _who(row, usual),
         f"{row.density:.3f}".rstrip("0").rstrip("."),
-        "-" if row.contender == "dense" else f"{row.block[0]}x{row.block[1]}",
         _ms(row.forward_ms),
         _ms(row.dx_ms),
         _ms(row.dw_ms),
         _ms(row.total_ms),
-        _ms(row.dense_ms),
-        "-" if speed is None else Text(f"{speed.median:.2f}x" + (" fwd" if row.forward_only else ""), style=style),
+        "-" if speed is None else Text(f"{speed.median:.2f}x" + ("*" if row.forward_only else " "), style=style),
         "-" if speed is None else f"{speed.q1:.2f}-{speed.q3:.2f}",
         "-" if row.efficiency is None else f"{row.efficiency:.2f}",
         "-" if row.growth_ratio is None else f"{row.growth_ratio.median:.2f}x",
     ]
+
+
+def _who(row: Row, usual: str) -> str:
+    """The layer in front of its dense row; behind ours the block, and the kernels where they are not the usual ones."""
+    if row.contender == "dense":
+        return f"{row.shape[0]}x{row.shape[1]} dense"
+    if row.contender != "rarefy":
+        return row.contender
+    return f"rarefy {row.block[0]}x{row.block[1]}" + ("" if row.kernels == usual else f" {row.kernels}")
 
 
 def _ms(spread: Spread | None) -> str:
@@ -187,7 +179,7 @@ def _break_evens(results: Results) -> Table:
         elif high is None:
             said = f"faster at all that were measured, up to {low:.3g}"
         else:
-            said = f"interpolated between {low:.3g} (faster) and {high:.3g} (slower)"
+            said = f"interpolated: {low:.3g} faster, {high:.3g} slower"
         estimate = "-" if found.density is None else f"~{found.density:.2g}"
         table.add_row("x".join(map(str, found.shape)), "x".join(map(str, found.block)), estimate, said)
     return table
