@@ -337,8 +337,8 @@ def test_a_yaml_file_says_the_same_and_flags_override_it(capsys, tmp_path, no_sp
     "speedups, said",
     [
         ({0.1: 2.0, 0.5: 2 / 3}, ["~0.3", "interpolated: 0.1 faster, 0.5 slower"]),
-        ({0.1: 2.0}, ["-", "faster at all that were measured, up to 0.1"]),
-        ({0.1: 0.5}, ["-", "slower already at 0.1"]),
+        ({0.1: 2.0}, ["-", "faster at all, up to 0.1"]),
+        ({0.1: 0.5}, ["-", "slower at all, from 0.1"]),
     ],
 )
 def test_break_even_table_says_how_it_knows(speedups, said):

@@ -193,15 +193,14 @@ def _bench_shape(
     rounds: int,
     budget_s: float,
 ) -> list[Row]:
-    """Dense, every density and block, and the peers on torch's threads, all in the same rounds."""
+    """Dense, every density and block, and at one density the peers on torch's threads, all in the same rounds."""
     generator = torch.Generator().manual_seed(0)
     x, dy = random_batch(shape, tokens, generator)
     dense = _dense(dense_layer(shape), x, dy)
     patterns = {(b, d): Pattern.random(shape, d, b, generator) for b in kernels for d in densities}
-    middle = sorted(densities)[len(densities) // 2]  # growth is long, and much the same at every density
+    middle = sorted(densities)[len(densities) // 2]  # growth and such peers are long: at one density they are enough
     ours = [_sparse(p, x, dy, generator, with_growth=density == middle) for (_, density), p in patterns.items()]
-    free = [Pattern.random(shape, d, 1, generator) for d in densities] if peers else []
-    entries = [(peer, peer.enter(pattern, x, dy)) for peer in peers for pattern in free]
+    entries = [(peer, peer.enter(Pattern.random(shape, middle, 1, generator), x, dy)) for peer in peers]
     groups = [dense, *(timed.laps for timed in ours), *(entry.laps for _, entry in entries)]
     times = interleaved(groups, budget_s=budget_s, rounds=rounds)
     dense_times, our_times, peer_times = times[0], times[1 : 1 + len(ours)], times[1 + len(ours) :]

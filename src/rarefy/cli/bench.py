@@ -115,7 +115,7 @@ def show(results: Results, console: Console) -> None:
         "through autograd, packing included; dX and dW: called alone.",
         "speed: dense over sparse time, round by round, then its quartiles; *: of the forward alone. "
         "eff.: efficiency = dense time x density / sparse time. growth: the best absent weights by gradient, against "
-        "the dense dW; timed at one density, as it depends little on it.",
+        "the dense dW. Growth and torch CSR are timed at one density: they are long.",
         f"Dense reference {results.check.first_ms:.2f} ms before, {results.check.last_ms:.2f} ms after; "
         f"{results.seconds:.0f} s in all.",
     ]
@@ -175,9 +175,9 @@ def _break_evens(results: Results) -> Table:
     for found in results.break_evens:
         low, high = found.faster_at, found.slower_at
         if low is None:
-            said = f"slower already at {high:.3g}"
+            said = f"slower at all, from {high:.3g}"
         elif high is None:
-            said = f"faster at all that were measured, up to {low:.3g}"
+            said = f"faster at all, up to {low:.3g}"
         else:
             said = f"interpolated: {low:.3g} faster, {high:.3g} slower"
         estimate = "-" if found.density is None else f"~{found.density:.2g}"
