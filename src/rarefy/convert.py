@@ -74,6 +74,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     assert decision.units is not None
     layer = SparseLinear.__new__(SparseLinear)
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
+    layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
     layer.pattern_init = "balanced" if plan.init == "balanced" else "random"
     if weight.device.type != "meta":
