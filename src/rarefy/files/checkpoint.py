@@ -37,7 +37,7 @@ class Checkpoint:
     transposed: frozenset[str] = frozenset()
     """Sparse layers that took the place of one whose dense weight is stored (in, out)."""
     architecture: dict[str, Any] | None = None
-    """{"class": name of the model's class, "config": its settings as plain data, or None}."""
+    """{"class": the model's, as "rarefy.GPT", "config": its settings as plain data, or None}."""
     optimizer: dict[str, Any] | None = None
     """The optimizer's state_dict."""
     optimizer_of: dict[str, Any] | None = None
@@ -103,7 +103,7 @@ def _check_version(version: str | None) -> None:
 
 def _assemble(path: Path, found: container.Container, parts: dict[str, Any]) -> Checkpoint:
     tensors, damaged = found.tensors, found.damaged
-    layers, aliases = parts.get("rarefy.layers", {}), parts.get("rarefy.aliases", {})
+    layers, aliases = parts["rarefy.layers"], parts.get("rarefy.aliases", {})
     trees = {
         part: parts.get(f"rarefy.{part}") for part in ("architecture", "optimizer", "optimizer_of", "rewirer", "extra")
     }

@@ -179,21 +179,22 @@ def _read_header(file: BinaryIO, size: int) -> tuple[_Entries, dict[str, str], d
     and the file's size; leaves the file at the first tensor's data.
     """
     prefix = file.read(8)
-    _refuse_pickle(prefix)
     if len(prefix) < 8:
         raise ValueError("it is empty" if not prefix else "not a safetensors file: it is shorter than 8 bytes")
     length = int.from_bytes(prefix, "little")
+    text = file.read(length) if length <= size - 8 else b""
+    if not text.startswith(b"{"):  # only then: the length of a header may begin like a pickle
+        _refuse_pickle(prefix)
     if length > size - 8:
         raise ValueError(
             f"not a safetensors file, or truncated: its header should have {length:,} bytes, and {size - 8:,} follow"
         )
-    text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_repeats)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(item, str) for item in metadata.values()):
             raise ValueError("metadata are text")
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, RecursionError, AttributeError, TypeError):
         raise ValueError("not a safetensors file, or damaged: its header is not the JSON text expected") from None
     entries = {name: _entry(name, entry) for name, entry in header.items()}
     end = 0
@@ -224,7 +225,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_pickle(prefix: bytes) -> None:
     """Files of torch.save are zip archives of a pickle, or bare pickles (protocol 2 and later begin with 0x80)."""
-    if prefix.startswith(b"PK\x03\x04") or (prefix[:1] == b"\x80" and prefix[1:2] <= b"\x05" and prefix[1:2]):
+    if prefix.startswith(b"PK\x03\x04") or (prefix[0] == 0x80 and 2 <= prefix[1] <= 5):
         raise ValueError(
             "a pickle or zip archive, as torch.save writes them: rarefy never loads pickles, which can run any code. "
             "Load one you trust with torch.load(..., weights_only=True) and model.load_state_dict, then rarefy.save"

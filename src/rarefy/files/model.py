@@ -58,13 +58,13 @@ def save(
             "units": pattern.num_units,
             "digest": pattern.digest(),
         }
-        if getattr(layer, "transposed", False):
+        if layer.transposed:
             layers[name]["transposed"] = True
         if key(name, "col_indices") in tensors:
             narrow = torch.uint16 if pattern.num_unit_cols <= 2**16 else torch.int32
             tensors[key(name, "col_indices")] = pattern.col_indices.to(narrow)
     trees = {
-        "architecture": {"class": type(model).__name__, "config": _config(model)},
+        "architecture": {"class": _class_name(model), "config": _config(model)},
         "rewirer": None if rewirer is None else rewirer.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "optimizer_of": None if optimizer is None else _description(model, optimizer),
@@ -153,6 +153,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _class_name(thing: object) -> str:
+    """With the package for those that everyone has; a user's class may move from a script to a module."""
+    package = type(thing).__module__.partition(".")[0]
+    return (
+        f"{package}.{type(thing).__name__}" if package in ("rarefy", "torch", "transformers") else type(thing).__name__
+    )
 
 
 def _json(value: Any) -> str:
@@ -262,11 +270,6 @@ def _check_layer(name: str, pattern: Pattern, module: nn.Module | None) -> None:
 # -- optimizer --------------------------------------------------------------------------------------------------------
 
 
-def _class_of(optimizer: Optimizer) -> str:
-    """Package and class: modules inside a package may move."""
-    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"
-
-
 def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:
     """By group, in the optimizer's order; None for a parameter that the model does not have."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -275,7 +278,7 @@ def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str | 
 
 def _description(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """What an optimizer must be like to take over this one's state."""
-    return {"class": _class_of(optimizer), "names": _parameter_names(model, optimizer)}
+    return {"class": _class_name(optimizer), "names": _parameter_names(model, optimizer)}
 
 
 def _check_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
