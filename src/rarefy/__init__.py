@@ -1,5 +1,6 @@
 """rarefy: train neural networks sparse, from the first step."""
 
+from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
@@ -32,6 +33,7 @@ __all__ = [
     "Static",
     "er",
     "erk",
+    "export",
     "load",
     "load_into",
     "param_groups",
