@@ -170,6 +170,19 @@ def test_pace_is_the_median_and_tokens_follow_it():
     assert one.mean_step_s == pytest.approx((29 * 0.2 + 60) / 29)
 
 
+def test_uneven_steps_are_pointed_out(tmp_path: Path):
+    def write(stall_s: float) -> str:
+        records = [
+            {"kind": "train", "twin": "sparse", "step": s, "train_s": s * 0.2 + (s > 15) * stall_s, "loss": 2.0}
+            for s in range(1, 30)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        return render([read_run(tmp_path)])
+
+    assert "Uneven steps" not in write(0.1)
+    assert "Uneven steps: sparse took 0.200 s in the median and 2.27 s on average" in write(60)
+
+
 @pytest.mark.parametrize(
     "form, value, text",
     [

@@ -27,6 +27,9 @@ from rarefy.report.compare import (
 from rarefy.report.figures import PALETTE, all_figures
 from rarefy.report.read import Record, Run, number, numbers, read_run
 
+UNEVEN = 1.15
+"""Mean over median step time from which the difference is pointed out: the headline has the median."""
+
 OPEN_ROWS = 40
 """A plan of more layers than this begins folded."""
 
@@ -115,6 +118,13 @@ def _notes(runs: Sequence[Run], field: Sequence[Contender]) -> list[str]:
     notes[:0] = [
         f"Diverged: {c.label}, its loss is not a number at step {c.diverged_at:,}." for c in field if c.diverged_at
     ]
+    for c in field:
+        if c.mean_step_s > UNEVEN * c.step_s:
+            form = say.step_times((c.step_s, c.mean_step_s))
+            notes.append(
+                f"Uneven steps: {c.label} took {form(c.step_s)} in the median and {form(c.mean_step_s)} on average; "
+                "rewires, or something else on this machine, cost the difference."
+            )
     machines = {tuple(_flat(run.machine)) for run in runs if run.machine}
     if len(machines) > 1:
         notes.insert(0, "These runs come from different machines, threads or versions: their times do not compare.")
@@ -177,7 +187,7 @@ def _table(field: Sequence[Contender]) -> dict[str, Any]:
     columns: list[tuple[str, str, Callable[[float], str], Callable[[Contender], float], int]] = [
         ("Bits per byte", when, say.bits, lambda c: at_time.bits.get(c, math.nan), -1),
         ("Bits per byte", steps, say.bits, lambda c: at_steps.bits.get(c, math.nan), -1),
-        ("Parameters", "", say.count, lambda c: c.parameters, 0),
+        ("Parameters", "as if dense", say.count, lambda c: c.parameters, 0),
         ("Nonzeros", "", say.count, lambda c: c.nonzeros, 0),
         ("Training memory", "with indices", say.nbytes, lambda c: c.total_bytes, -1),
         ("Step", "median", pace, lambda c: c.step_s, -1),
@@ -274,16 +284,16 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, value) pairs."""
+    """Nested settings as (dotted name, value) pairs; what is null was not set, and is left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{above}.{key}" if above else str(key)
         if isinstance(value, Mapping) and value:
             pairs += _flat(value, name)
-        else:
-            pairs.append(
-                (name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
-            )
+        elif isinstance(value, str | float):
+            pairs.append((name, value if isinstance(value, str) else f"{value:.6g}"))
+        elif value is not None:
+            pairs.append((name, json.dumps(value, default=str, ensure_ascii=False)))
     return pairs
 
 
