@@ -44,9 +44,8 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str) -> T:
     """Read a command's options.
 
     Args:
-        cls: a dataclass with a docstring under each field. If it has a classmethod `starting_point(options)`, that
-        gives the
-            values, as plain data, that the YAML file and the flags change; `options` looks up a flag's text, or None.
+        cls: a dataclass with a docstring under each field. If it has a classmethod `starting_point(data, option)`, that
+            makes what the flags change of `data`, which the YAML file says; `option(flag)` is a flag's text or None.
     Raises:
         ValueError: the YAML file cannot be read or says something wrong, or the settings refuse a value.
         SystemExit: after --help (0), or after tyro explained a flag that it does not understand (2).
@@ -55,10 +54,10 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str) -> T:
     data: dict[str, Any] = {}
     file = None
     if "-h" not in arguments and "--help" not in arguments:
-        data = getattr(cls, "starting_point", lambda options: {})(lambda flag: option(arguments, flag))
         file = option(arguments, CONFIG)
-        if file is not None:
-            data = {**data, **read_yaml(Path(file))}
+        data = dict(read_yaml(Path(file))) if file is not None else {}
+        if hasattr(cls, "starting_point"):
+            data = cls.starting_point(data, lambda flag: option(arguments, flag))  # type: ignore[attr-defined]
     described: dict[str, Any] = {}
     if "config" not in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
         arguments = _without(arguments, CONFIG)

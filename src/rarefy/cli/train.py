@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from rich.console import Console
 from rarefy.cli.closing import close
 from rarefy.plan import Plan
 from rarefy.recipes.text import TextSettings, resume_text, train_text
-from rarefy.recipes.text.settings import DEFAULT_PLAN
+from rarefy.recipes.text.settings import DEFAULT_PLAN, fixed_steps
 from rarefy.training.folder import choose_folder, read_settings
 from rarefy.training.interrupt import Interrupted
 from rarefy.training.live import LiveLine
@@ -54,10 +54,24 @@ class Text(TextSettings):
     """Print the result as JSON; everything else goes to stderr."""
 
     @classmethod
-    def starting_point(cls, option: Callable[[str], str | None]) -> Mapping[str, Any]:
-        """With --resume, the settings of that run: flags may repeat them."""
+    def starting_point(cls, data: dict[str, Any], option: Callable[[str], str | None]) -> dict[str, Any]:
+        """What the flags change: `data` of --config, on top of the run's own settings with --resume.
+
+        Raises:
+            ValueError: --minutes for a run that has its number of steps.
+        """
+        if isinstance(data.get("plan"), str):  # as on the command line
+            data = {**data, "plan": Plan.from_yaml(data["plan"]).to_dict()}
         resume = option("--resume")
-        return {} if resume is None else read_settings(Path(resume))
+        if resume is not None:
+            saved = read_settings(Path(resume))
+            if option("--minutes") is not None:
+                raise ValueError(fixed_steps(resume, saved.get("steps")))
+            return {**saved, **data}
+        for one, other in (("steps", "minutes"), ("minutes", "steps")):
+            if option(f"--{one}") is not None:
+                data = {name: value for name, value in data.items() if name != other}
+        return data
 
     def settings(self) -> TextSettings:
         """What defines the run."""

@@ -52,7 +52,7 @@ def try_out(
         result = twin.train_step(data, accumulate=accumulate, rate=0.1)
         if number >= 2:  # the first steps also warm up caches and allocate
             (rewired if result.rewires else plain).append(twin.clock.train_s - before)
-    step_s = statistics.median(plain) if plain else 0.0
+    step_s = statistics.median(plain or rewired) if timed else 0.0
     extra = max(0.0, statistics.median(rewired) - step_s) if rewired and plain else 0.0
     return Trial(
         step_s=step_s, rewire_s=extra, eval_s=eval_s, training_bytes=training_bytes(twin.model, twin.optimizer)

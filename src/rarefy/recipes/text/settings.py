@@ -220,15 +220,20 @@ def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:
         ValueError: one differs from what the run has, by name. Everything that a resumed run does follows from them.
     """
     if asked.minutes is not None or asked.steps != saved.steps:
-        raise ValueError(
-            f"{where} has {saved.steps} steps, and its schedules depend on that: leave --steps and --minutes out "
-            "with --resume, or start a new run"
-        )
+        raise ValueError(fixed_steps(where, saved.steps))
     for name, here, there in _differences(asked.folded(), saved.folded(), ""):
         raise ValueError(
             f"{where} was started with {name} {there!r}, and {here!r} was asked for: --resume goes on "
             "with a run as it is; leave that out, or start a new run"
         )
+
+
+def fixed_steps(where: str, steps: int | None) -> str:
+    """Why a run that goes on cannot become longer or shorter."""
+    return (
+        f"{where} has {steps} steps, and its schedules depend on that: leave --steps and --minutes out with --resume, "
+        "or start a new run"
+    )
 
 
 def _differences(here: Any, there: Any, prefix: str) -> list[tuple[str, Any, Any]]:

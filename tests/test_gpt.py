@@ -1,0 +1,132 @@
+"""The model: shapes, causality, first weights, generation, and what a plan makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import rarefy
+from rarefy.models import GPT, GPTConfig, generate
+from rarefy.nn import SparseLinear
+
+TINY = GPTConfig(width=32, layers=2, heads=4, context=16)
+
+
+def test_each_position_predicts_a_byte():
+    assert GPT(TINY)(torch.zeros(3, 7, dtype=torch.int64)).shape == (3, 7, 256)
+
+
+def test_a_prediction_sees_nothing_that_comes_later():
+    model = GPT(TINY)
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 9] += 1 - 2 * (changed[0, 9] == 255).long()
+
+    before, after = model(tokens), model(changed)
+
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def test_a_fresh_model_expects_every_byte_alike():
+    tokens = torch.randint(256, (8, 17))
+    logits = GPT(GPTConfig(width=128, layers=4, heads=4, context=16))(tokens[:, :-1])
+    # The logits' spread is about 0.55 = 0.02 * sqrt(768), which adds half its square to log(256).
+    assert F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item() == pytest.approx(
+        math.log(256), abs=0.35
+    )
+
+
+def test_what_writes_to_the_residual_path_starts_smaller():
+    model = GPT(GPTConfig(width=128, layers=8, heads=4, context=16))
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    usual = 0.02 * math.sqrt(768 / 128)
+    for name in ("blocks.3.attention.qkv.weight", "blocks.3.mlp.up.weight", "head.weight"):
+        assert std[name] == pytest.approx(usual, rel=0.05)
+    for name in ("blocks.3.attention.out.weight", "blocks.3.mlp.down.weight"):
+        assert std[name] == pytest.approx(usual / math.sqrt(2 * 8), rel=0.05)
+
+
+def test_a_wider_mlp_writes_as_much():
+    shape = {"width": 64, "layers": 1, "heads": 2, "context": 4}
+    x = torch.randn(4096, 64)
+    usual, wide = (
+        GPT(GPTConfig(**shape, mlp=mlp)).get_submodule("blocks.0.mlp")(x).std().item() for mlp in (None, 1024)
+    )
+    assert wide == pytest.approx(usual, rel=0.15)
+
+
+def test_the_same_generator_draws_the_same_model():
+    first, second = (GPT(TINY, torch.Generator().manual_seed(3)).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"width": 30, "heads": 4}, "30 is no multiple of 4"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"mlp": 0}, "mlp must be at least 1, got 0"),
+    ],
+)
+def test_an_impossible_shape_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**wrong)
+
+
+def test_more_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="17 bytes are more than the context of 16"):
+        GPT(TINY)(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_a_plan_finds_the_layers_by_name_and_leaves_the_head_dense():
+    model = GPT(TINY)
+    rewirer = rarefy.sparsify(model, rarefy.Plan(density=0.25, keep_dense=("head",), overrides={"*.mlp.*": 0.5}))
+    names = [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")]
+    assert list(rewirer.layers) == names
+    assert list(rewirer.left_dense) == ["head"]
+    assert isinstance(model.get_submodule("blocks.1.mlp.up"), SparseLinear)
+    assert rewirer.layers["blocks.1.mlp.up"].density == 0.5
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_writes_the_same_and_leaves_torchs_generator_alone():
+    model = GPT(TINY)
+    state = torch.get_rng_state()
+    texts = [generate(model, b"def ", 40, seed=seed) for seed in (1, 1, 2)]  # 40 is past the context: the window slides
+    assert texts[0] == texts[1] != texts[2]
+    assert len(texts[0]) == 40
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_temperature_zero_takes_the_likeliest_byte():
+    model = GPT(TINY)
+    text = b"abc"
+    for _ in range(5):
+        text += bytes([int(model(torch.tensor([list(text)]))[0, -1].argmax())])
+    assert generate(model, b"abc", 5, temperature=0) == text[3:]
+    assert generate(model, b"abc", 5, top_k=1, seed=7) == text[3:]
+
+
+def test_top_k_draws_from_the_likeliest_only():
+    model = GPT(TINY)
+    likeliest = set(model(torch.tensor([list(b"x")]))[0, -1].topk(3).indices.tolist())
+    drawn = {generate(model, b"x", 1, temperature=5.0, top_k=3, seed=seed)[0] for seed in range(40)}
+    assert drawn == likeliest
+
+
+def test_the_window_is_the_end_of_the_text():
+    model = GPT(TINY)
+    assert generate(model, b"0123456789" + b"a" * 16, 3) == generate(model, b"a" * 16, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}])
+def test_impossible_options_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        generate(GPT(TINY), b"", 1, **wrong)

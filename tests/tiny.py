@@ -1,0 +1,86 @@
+"""Text runs that take a second: a text made up from a formula, networks of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rarefy
+from rarefy.recipes.text import TextSettings
+
+WORDS = [
+    "sparse",
+    "dense",
+    "pattern",
+    "units",
+    "rewire",
+    "drop",
+    "grow",
+    "newborn",
+    "survivor",
+    "value",
+    "layer",
+    "step",
+]
+
+SHAPE: dict[str, Any] = {
+    "width": 32, "layers": 1, "heads": 2, "context": 16, "batch": 2, "eval_bytes": 64, "sample_bytes": 8,
+    "measure": False, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more, much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_text(path: Path, num_bytes: int = 4000, seed: int = 0) -> Path:
+    """A file of lines of words."""
+    rng = random.Random(seed)
+    text = ""
+    while len(text) < num_bytes:
+        text += " ".join(rng.choices(WORDS, k=8)) + "\n"
+    path.write_text(text[:num_bytes])
+    return path
+
+
+def settings(data: Path, **changes: Any) -> TextSettings:
+    """Settings of a tiny run."""
+    return TextSettings(**{**SHAPE, "data": str(data), "steps": 12, **changes})
+
+
+def flags(data: Path, *more: str, steps: int | None = 12) -> list[str]:
+    """The same as arguments of `rarefy`, without a report."""
+    arguments = ["train", "text", "--data", str(data), "--no-report"]
+    for name, value in SHAPE.items():
+        flag = name.replace("_", "-")
+        arguments += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return [*arguments, *(["--steps", str(steps)] if steps else []), *more]
+
+
+def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    """`rarefy` in a process of its own."""
+    source = str(Path(rarefy.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "rarefy.cli.main", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
