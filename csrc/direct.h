@@ -75,7 +75,7 @@ template <int BR, int BC, int NV, class Index>
 void direct_dvalues(const View<Index> &view, const float *dy_panels, const float *x_panels, int64_t panels,
                     int64_t begin, int64_t end, bool accumulate, float *dvalues, float *dots_buffer) {
   constexpr int P = NV * VL;
-  Dots dots(dots_buffer);
+  Dots<false> dots(dots_buffer);
   for (int64_t p = 0; p < panels; ++p) {
     const float *dy = dy_panels + p * view.num_rows * (BR * P), *x = x_panels + p * view.num_cols * (BC * P);
     dots.begin(dvalues + int64_t(view.ptr[begin]) * (BR * BC), accumulate || p > 0);

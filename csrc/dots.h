@@ -6,12 +6,16 @@
 namespace rarefy {
 namespace {
 
-constexpr int kDots = 128;  // vectors that wait at most, besides those of one addition
+constexpr int kDots = 128;  // dot products that wait at most, besides those added at once
 
 // Collects dot products in the order of their places target[0], target[1], ...
+// HALVED: a waiting vector is join<1> of two neighbours, made while they were in registers; else it is one of them.
+template <bool HALVED>
 class Dots {
  public:
-  // buffer: kDots + kDots vectors, finite.
+  static constexpr int EACH = HALVED ? 2 : 1;
+  static constexpr int64_t BUFFER = 2 * kDots / EACH * VL;  // floats of buffer, which must hold something finite
+
   explicit Dots(float *buffer) : buffer_(buffer), waiting_(0), target_(nullptr), add_(false) {}
 
   void begin(float *target, bool add) {
@@ -19,18 +23,18 @@ class Dots {
     add_ = add;
     waiting_ = 0;
   }
-  // Where the next vectors go; at most kDots before `advance`.
+  // Where the next vectors go: kDots dot products at most before `advance`, which takes the number of vectors.
   float *next() { return buffer_ + waiting_ * VL; }
-  void advance(int64_t count) {
-    waiting_ += count;
-    if (waiting_ >= kDots) flush_whole();
+  void advance(int64_t vectors) {
+    waiting_ += vectors;
+    if (waiting_ >= kDots / EACH) flush_whole();
   }
   void finish() {
     flush_whole();
     if (waiting_ > 0) {
       const vec sum = reduce_at(0);
-      for (int64_t i = 0; i < waiting_; ++i) target_[i] = add_ ? target_[i] + sum[i] : sum[i];
-      target_ += waiting_;
+      for (int64_t i = 0; i < waiting_ * EACH; ++i) target_[i] = add_ ? target_[i] + sum[i] : sum[i];
+      target_ += waiting_ * EACH;
       waiting_ = 0;
     }
   }
@@ -42,19 +46,24 @@ class Dots {
   }
 
  private:
-  vec reduce_at(int64_t d) const {
-    vec sums[VL];
+  vec reduce_at(int64_t first) const {
+    vec sums[VL / EACH];
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) sums[i] = load(buffer_ + (d + i) * VL);
-    return reduce(sums);
+    for (int i = 0; i < VL / EACH; ++i) sums[i] = load(buffer_ + (first + i) * VL);
+    if constexpr (HALVED) {
+      return reduce_halved(sums);
+    } else {
+      return reduce(sums);
+    }
   }
   void flush_whole() {
     int64_t d = 0;
-    for (; d + VL <= waiting_; d += VL) {
+    float *target = target_;
+    for (; d + VL / EACH <= waiting_; d += VL / EACH, target += VL) {
       const vec sum = reduce_at(d);
-      store_any(target_ + d, add_ ? load_any(target_ + d) + sum : sum);
+      store_any(target, add_ ? load_any(target) + sum : sum);
     }
-    target_ += d;
+    target_ = target;
     for (int64_t i = d; i < waiting_; ++i) store(buffer_ + (i - d) * VL, load(buffer_ + i * VL));
     waiting_ -= d;
   }
@@ -67,7 +76,7 @@ class Dots {
 
 // The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j].
 template <int BR, int BC, int NV>
-inline void unit_dots(const float *dy, const float *x, Dots &dots) {
+inline void unit_dots(const float *dy, const float *x, Dots<false> &dots) {
   constexpr int P = NV * VL;
   constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
   for (int i0 = 0; i0 < BR; i0 += RI) {

@@ -55,7 +55,7 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
   Carver carver = {nullptr, 0};
   float *dy_panels, *x_panels, *bias_parts, *tiles, *dots;
   Lease lease = {nullptr, 0};
-  const int64_t tile_floats = kRowGroup * BC * P, dots_floats = (kDots + BR * BC + VL) * VL;
+  const int64_t tile_floats = kRowGroup * BC * P, dots_floats = Dots<false>::BUFFER;
   for (int pass = 0; pass < 2; ++pass) {
     dy_panels = carver.take<float>(group * out * P);
     x_panels = carver.take<float>(dvalues != nullptr ? group * in * P : 0);

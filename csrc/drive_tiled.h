@@ -32,7 +32,7 @@ int multiply_tiled(const View<Index> &view, const float *values, const float *x,
   const int64_t parts_wanted = row_parts(panels, view.num_rows, threads);
   const int64_t chunk_rows = min64(kSumsBytes / (RB * P * int64_t(sizeof(float))), ceil_div(view.num_rows, parts_wanted));
   Stream s = plan_stream(view.num_rows, view.num_cols, num_units, chunk_rows,
-                         choose_tile(view.num_rows, view.num_cols, num_units, CB, P));
+                         choose_tile(view.num_rows, view.num_cols, num_units, CB, P), UNIT == 1, false, false);
   const int64_t parts = min64(parts_wanted, max64(s.num_chunks, 1));
   const int64_t own = in * P + s.chunk_rows * RB * P;
   float *buffers = nullptr;
@@ -94,9 +94,9 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
   const int64_t num_units = view.ptr[view.num_rows];
   const int64_t chunk_rows = max64(1, min64(kSumsBytes / 2 / (BC * P * int64_t(sizeof(float))), ceil_div(view.num_rows, 2 * threads)));
   Stream s = plan_stream(view.num_rows, view.num_cols, num_units, chunk_rows,
-                         choose_tile(view.num_rows, view.num_cols, num_units, BR, P));
+                         choose_tile(view.num_rows, view.num_cols, num_units, BR, P), UNIT == 1 && kPairedBackward, UNIT == 1, true);
   const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * P * int64_t(sizeof(float)))));
-  const int64_t own = 2 * s.chunk_rows * BC * P + 2 * kDots * VL;
+  const int64_t own = 2 * s.chunk_rows * BC * P + Dots<false>::BUFFER;
   float *dy_panels = nullptr, *bias_parts = nullptr, *gradient = nullptr, *buffers = nullptr;
   int32_t *scratch = nullptr;
   Carver carver = {nullptr, 0};
@@ -105,7 +105,7 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
     carve_stream(s, carver, UNIT);
     dy_panels = carver.take<float>(group * out * P);
     bias_parts = carver.take<float>(dbias != nullptr ? panels * out : 0);
-    gradient = carver.take<float>(num_units * UNIT);  // dvalues in the order of the stream
+    gradient = carver.take<float>(s.num_places * UNIT);  // dvalues in the order of the stream
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
     if (pass == 0) {
@@ -119,8 +119,7 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     float *x_chunk = buffers + thread * own, *sums = x_chunk + s.chunk_rows * BC * P, *dots_buffer = sums + s.chunk_rows * BC * P;
-    for (int64_t d = 0; d < 2 * kDots * VL; ++d) dots_buffer[d] = 0.0f;
-    Dots dots(dots_buffer);
+    for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) dots_buffer[d] = 0.0f;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
       build_chunk<UNIT>(s, view, dx != nullptr ? values : nullptr, chunk, BR * P * int(sizeof(float)) / kOffsetBytes,
@@ -148,9 +147,9 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
             const float *tile = dy_panels + (at * out + t * s.tile_cols * BR) * P;
             const int64_t place = chunk * s.num_tiles + t;
             if (dx != nullptr) {
-              backward_tile<BR, BC, NV, true>(s, place, tile, x_chunk, sums, dots, gradient, first + at > 0);
+              backward_tile<BR, BC, NV, true>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0);
             } else {
-              backward_tile<BR, BC, NV, false>(s, place, tile, x_chunk, sums, dots, gradient, first + at > 0);
+              backward_tile<BR, BC, NV, false>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0);
             }
           }
           if (dx != nullptr) unpack<NV>(sums, in, tokens, c0, c1, dx + token * in);
@@ -158,7 +157,8 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
       }
     }
 #pragma omp for schedule(static) nowait
-    for (int64_t k = 0; k < num_units; ++k) {
+    for (int64_t k = 0; k < s.num_places; ++k) {
+      if (s.order[k] < 0) continue;
       for (int e = 0; e < UNIT; ++e) dvalues[int64_t(s.order[k]) * UNIT + e] = gradient[k * UNIT + e];
     }
     if (dbias != nullptr) {

@@ -74,21 +74,51 @@ inline void transpose(vec (&rows)[VL]) {
   swap_step<1>(rows);
 }
 
-// Lane i of the result is the sum of the lanes of sums[i]: a transpose that adds the halves instead of keeping them.
-template <int S>
-inline void add_step(vec (&sums)[VL]) {
+// Sums across lanes, two vectors to one at a time: the even places of a and b plus the odd ones, a place being a lane
+// (GROUP = 1) or 4 lanes. Within 4 places the first two of the result come from a. Two such steps bring the sums of four
+// vectors in order.
+template <int GROUP, int ODD, int... I>
+inline vec half_of(vec a, vec b, std::integer_sequence<int, I...>) {
+  constexpr int G = GROUP;
+  return __builtin_shufflevector(
+      a, b, (I / (4 * G) * (4 * G) + (I / G % 2 * 2 + ODD) * G + I % G + (I / G % 4 >= 2 ? VL : 0))...);
+}
+template <int GROUP>
+inline vec join(vec a, vec b) {
+  return half_of<GROUP, 0>(a, b, Lanes()) + half_of<GROUP, 1>(a, b, Lanes());
+}
+inline vec join_halves(vec a, vec b) {  // (the lower plus the upper half of a, the same of b)
+  return low_half<VL / 2>(a, b, Lanes()) + high_half<VL / 2>(a, b, Lanes());
+}
+
+// Lane i of the result is the sum of the lanes of vector i, where halved[i] is join<1> of vectors 2i and 2i + 1.
+inline vec reduce_halved(vec (&halved)[VL / 2]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < S; ++i) {
-    const vec a = sums[i], b = sums[i + S];
-    sums[i] = low_half<S>(a, b, Lanes()) + high_half<S>(a, b, Lanes());
+  for (int i = 0; i < VL / 4; ++i) halved[i] = join<1>(halved[2 * i], halved[2 * i + 1]);
+  if constexpr (VL == 8) return join_halves(halved[0], halved[1]);
+  if constexpr (VL == 16) {
+    const vec a = join<(VL == 16 ? 4 : 1)>(halved[0], halved[1]), b = join<(VL == 16 ? 4 : 1)>(halved[2], halved[3]);
+    return join<(VL == 16 ? 4 : 1)>(a, b);
   }
+  return halved[0];
 }
 inline vec reduce(vec (&sums)[VL]) {
-  if constexpr (VL > 8) add_step<(VL > 8 ? 8 : 1)>(sums);
-  if constexpr (VL > 4) add_step<(VL > 4 ? 4 : 1)>(sums);
-  add_step<2>(sums);
-  add_step<1>(sums);
-  return sums[0];
+  vec halved[VL / 2];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL / 2; ++i) halved[i] = join<1>(sums[2 * i], sums[2 * i + 1]);
+  return reduce_halved(halved);
+}
+
+// Keeps a loaded vector in its register: the compiler would rather load it again for a second use, and loads are what
+// these kernels are short of.
+inline void pin(vec &v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  (void)v;
+#endif
 }
 
 // Gradients decay into denormals, which several cores handle a hundred times slower. Restored on exit: the caller's

@@ -6,8 +6,9 @@
 // tiles. A segment is a dozen units long and its length would be mispredicted every time: the segments of a tile are
 // therefore sorted by length, which also lets two rows of equal length share a loop.
 //
-// Order of the units: chunk of rows, tile of columns, segment by length, column. A chunk's units are the same set as in
-// the compressed rows, so chunks are built in parallel and without a prefix sum.
+// Order of the units: chunk of rows, tile of columns, segment by length, column; in a pair of segments, unit by unit of
+// each in turn. A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
+// a prefix sum.
 #pragma once
 
 #include "view.h"
@@ -21,7 +22,12 @@ struct Segment {
 };
 
 struct Stream {
-  int64_t num_rows, num_cols, num_units;  // of the view, in units
+  int64_t num_rows, num_cols;             // of the view, in units
+  int64_t num_places;                     // units and unused places
+  bool pairs;                             // neighbours of equal length share a loop
+  bool even;                              // every segment or pair has an even number of places, the last maybe unused
+  bool ordered;                           // keeps `order`
+  int64_t chunk_spare;                    // unused places of a chunk, at most
   int64_t chunk_rows, tile_cols;          // in units; tile_cols is a power of two
   int64_t num_chunks, num_tiles;
   int tile_shift;
@@ -29,7 +35,7 @@ struct Stream {
   int32_t *num_segments; // for each (chunk, tile)
   int32_t *first_unit;   // for each (chunk, tile)
   uint16_t *offsets;     // of the unit's inputs in the tile, in steps of 8 bytes
-  int32_t *order;        // the unit's place in the values
+  int32_t *order;        // the unit's place in the values, -1 if unused; only if ordered
   float *values;         // a copy in this order
 };
 
@@ -38,16 +44,22 @@ constexpr int kOffsetBytes = 8;  // an x86 address multiplies by it for nothing
 // The most columns a tile may have for its offsets to fit 16 bits.
 constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (panel * int64_t(sizeof(float))); }
 
-inline Stream plan_stream(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t chunk_rows, int64_t tile_cols) {
+inline Stream plan_stream(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t chunk_rows, int64_t tile_cols,
+                          bool pairs, bool even, bool ordered) {
   Stream s = {};
   s.num_rows = num_rows;
   s.num_cols = num_cols;
-  s.num_units = num_units;
   while ((int64_t(1) << s.tile_shift) < tile_cols) ++s.tile_shift;
   s.tile_cols = int64_t(1) << s.tile_shift;
   s.chunk_rows = max64(1, min64(min64(chunk_rows, num_rows), 65535));
   s.num_chunks = ceil_div(num_rows, s.chunk_rows);
   s.num_tiles = ceil_div(num_cols, s.tile_cols);
+  s.pairs = pairs;
+  s.even = even;
+  s.ordered = ordered;
+  // Only one segment of a length is left without a partner.
+  s.chunk_spare = even ? s.num_tiles * (pairs ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
+  s.num_places = num_units + s.num_chunks * s.chunk_spare;
   return s;
 }
 
@@ -55,9 +67,14 @@ inline void carve_stream(Stream &s, Carver &carver, int unit_entries) {
   s.segments = carver.take<Segment>(s.num_chunks * s.num_tiles * s.chunk_rows);
   s.num_segments = carver.take<int32_t>(s.num_chunks * s.num_tiles);
   s.first_unit = carver.take<int32_t>(s.num_chunks * s.num_tiles);
-  s.offsets = carver.take<uint16_t>(s.num_units);
-  s.order = carver.take<int32_t>(s.num_units);
-  s.values = carver.take<float>(s.num_units * unit_entries);
+  s.offsets = carver.take<uint16_t>(s.num_places);
+  s.order = carver.take<int32_t>(s.ordered ? s.num_places : 0);
+  s.values = carver.take<float>(s.num_places * unit_entries);
+}
+
+// Whether segment i of `count` shares a loop with the next. To be asked at the first of each pair or single in turn.
+inline bool paired(const Stream &s, const Segment *segments, int32_t i, int32_t count) {
+  return s.pairs && i + 1 < count && segments[i].length == segments[i + 1].length;
 }
 
 // Scratch for build_chunk, in int32.
@@ -78,7 +95,8 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
     for (int32_t k = begin; k < end; ++k) bound[(int64_t(view.cols[k]) >> s.tile_shift) + 1] = k + 1;
     for (int64_t t = 1; t <= tiles; ++t) bound[t] = bound[t] > bound[t - 1] ? bound[t] : bound[t - 1];
   }
-  int32_t unit = view.ptr[first];
+  int32_t unit = int32_t(view.ptr[first] + chunk * s.chunk_spare);
+  const int32_t chunk_end = int32_t(view.ptr[first + rows] + (chunk + 1) * s.chunk_spare);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t at = chunk * tiles + t;
     Segment *segments = s.segments + at * s.chunk_rows;
@@ -101,17 +119,33 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
     s.num_segments[at] = count;
     s.first_unit[at] = unit;
     const int64_t tile_begin = t << s.tile_shift;
+    auto put = [&](int32_t k, int32_t to) {
+      const int32_t place = view.perm != nullptr ? view.perm[k] : k;
+      s.offsets[to] = uint16_t((view.cols[k] - tile_begin) * step);
+      if (s.ordered) s.order[to] = place;
+      if (values == nullptr) return;
+      for (int e = 0; e < UNIT; ++e) s.values[int64_t(to) * UNIT + e] = values[int64_t(place) * UNIT + e];
+    };
     for (int32_t i = 0; i < count; ++i) {
-      const int32_t from = bounds[segments[i].row * (tiles + 1) + t];
-      for (int32_t j = 0; j < segments[i].length; ++j, ++unit) {
-        const int32_t k = from + j, place = view.perm != nullptr ? view.perm[k] : k;
-        s.offsets[unit] = uint16_t((view.cols[k] - tile_begin) * step);
-        s.order[unit] = place;
-        if (values != nullptr) {
-          for (int e = 0; e < UNIT; ++e) s.values[int64_t(unit) * UNIT + e] = values[int64_t(place) * UNIT + e];
+      const int32_t length = segments[i].length;
+      const int32_t a = bounds[segments[i].row * (tiles + 1) + t];
+      if (paired(s, segments, i, count)) {
+        const int32_t b = bounds[segments[++i].row * (tiles + 1) + t];
+        for (int32_t j = 0; j < length; ++j, unit += 2) {
+          put(a + j, unit);
+          put(b + j, unit + 1);
+        }
+      } else {
+        for (int32_t j = 0; j < length; ++j, ++unit) put(a + j, unit);
+        if (s.even && length % 2 != 0) {
+          if (s.ordered) s.order[unit] = -1;
+          ++unit;
         }
       }
     }
+  }
+  if (s.ordered) {
+    for (; unit < chunk_end; ++unit) s.order[unit] = -1;
   }
 }
 

@@ -8,11 +8,13 @@
 namespace rarefy {
 namespace {
 
+constexpr bool kPairedBackward = VL == 16;  // two rows of x and of sums take the registers that only AVX-512 has
+
 inline const float *input_at(const float *tile, uint16_t offset) {
   return reinterpret_cast<const float *>(reinterpret_cast<const char *>(tile) + size_t(offset) * kOffsetBytes);
 }
 
-// ROWS segments of equal length, stored one after the other: sums[row] += units times inputs.
+// ROWS segments of equal length, unit by unit of each in turn: sums[row] += units times inputs.
 // WT: a unit's values are [input][output] of this view, that is, the view is W^T.
 template <int RB, int CB, int NV, bool WT, int ROWS>
 inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const float *values, const float *tile,
@@ -27,8 +29,8 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
       for (int64_t k = 0; k < length; ++k) {
 #pragma GCC unroll 4
         for (int s = 0; s < ROWS; ++s) {
-          const float *x = input_at(tile, offsets[s * length + k]) + v0 * VL;
-          const float *w = values + (s * length + k) * (RB * CB);
+          const float *x = input_at(tile, offsets[ROWS * k + s]) + v0 * VL;
+          const float *w = values + (ROWS * k + s) * (RB * CB);
 #pragma GCC unroll 16
           for (int c = 0; c < CB; ++c) {
 #pragma GCC unroll 16
@@ -60,11 +62,10 @@ void multiply_tile(const Stream &s, int64_t at, const float *tile, float *sums) 
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
   const float *values = s.values + int64_t(s.first_unit[at]) * (RB * CB);
-  constexpr int ROWS = RB * NV * 2 <= kBudget ? 2 : 1;
   for (int32_t i = 0; i < count;) {
     const int64_t length = segments[i].length;
-    if (ROWS == 2 && i + 1 < count && segments[i + 1].length == length) {
-      multiply_segments<RB, CB, NV, WT, ROWS>(segments + i, offsets, values, tile, sums);
+    if (RB * CB == 1 && paired(s, segments, i, count)) {
+      multiply_segments<RB, CB, NV, WT, (RB * CB == 1 ? 2 : 1)>(segments + i, offsets, values, tile, sums);
       offsets += 2 * length;
       values += 2 * length * (RB * CB);
       i += 2;
@@ -78,33 +79,46 @@ void multiply_tile(const Stream &s, int64_t at, const float *tile, float *sums) 
 }
 
 // The backward pass of unstructured segments: the view is W^T, `tile` holds dy, and for each nonzero one load of dy
-// serves both gradients: dx_sums[row] += w dy, and the dot product of dy with x[row].
+// serves both gradients: dx_sums[row] += w dy, and the dot product of dy with x[row]. Dot products of neighbours in the
+// stream leave joined; a last one without a neighbour is joined with zero, and the stream has a place for the zero.
 template <int NV, bool DX, int ROWS>
-inline void backward_segments(const Segment *segments, const uint16_t *offsets, const float *values, const float *tile,
-                              const float *x, float *dx_sums, Dots &dots) {
+inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const float *values,
+                              const float *tile, const float *x, float *dx_sums, float *out) {
   constexpr int P = NV * VL;
-  const int64_t length = segments[0].length;
   vec own[ROWS][NV], sum[ROWS][NV] = {};
 #pragma GCC unroll 4
   for (int s = 0; s < ROWS; ++s) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) own[s][v] = load(x + int64_t(segments[s].row) * P + v * VL);
   }
-  float *out = dots.next();
-  for (int64_t k = 0; k < length; ++k) {
-#pragma GCC unroll 4
-    for (int s = 0; s < ROWS; ++s) {
-      const float *dy = input_at(tile, offsets[s * length + k]);
-      const vec weight = DX ? broadcast(values[s * length + k]) : vec{};
-      vec dot = {};
+  auto unit = [&](int s, int64_t at) __attribute__((always_inline)) {
+    const float *dy = input_at(tile, offsets[at]);
+    vec weight = {};
+    if (DX) weight = broadcast(values[at]);
+    vec dot = {};
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        const vec d = load(dy + v * VL);
-        if (DX) sum[s][v] += weight * d;
-        dot = v == 0 ? own[s][0] * d : dot + own[s][v] * d;
+    for (int v = 0; v < NV; ++v) {
+      vec d = load(dy + v * VL);
+      if (DX) {
+        pin(d);
+        sum[s][v] += weight * d;
       }
-      store(out + (s * length + k) * VL, dot);
+      dot = v == 0 ? own[s][0] * d : dot + own[s][v] * d;
     }
+    return dot;
+  };
+  if constexpr (ROWS == 2) {
+    for (int64_t k = 0; k < length; ++k) {
+      const vec a = unit(0, 2 * k), b = unit(ROWS - 1, 2 * k + 1);
+      store(out + k * VL, join<1>(a, b));
+    }
+  } else {
+    int64_t k = 0;
+    for (; k + 2 <= length; k += 2) {
+      const vec a = unit(0, k), b = unit(0, k + 1);
+      store(out + k / 2 * VL, join<1>(a, b));
+    }
+    if (k < length) store(out + k / 2 * VL, join<1>(unit(0, k), vec{}));
   }
   if (DX) {
 #pragma GCC unroll 4
@@ -114,41 +128,45 @@ inline void backward_segments(const Segment *segments, const uint16_t *offsets, 
       for (int v = 0; v < NV; ++v) store(to + v * VL, load(to + v * VL) + sum[s][v]);
     }
   }
-  dots.advance(ROWS * length);
 }
 
-// All segments of one (chunk, tile) of the view W^T (units of BC rows, BR inputs).
+// All segments of one (chunk, tile) of the view W^T (units of BC rows, BR inputs). dvalues is in the stream's order.
 template <int BR, int BC, int NV, bool DX>
-void backward_tile(const Stream &s, int64_t at, const float *tile, const float *x, float *dx_sums, Dots &dots,
+void backward_tile(const Stream &s, int64_t at, const float *tile, const float *x, float *dx_sums, float *dots_buffer,
                    float *dvalues, bool add) {
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
   const float *values = s.values + int64_t(s.first_unit[at]) * (BR * BC);
-  dots.begin(dvalues + int64_t(s.first_unit[at]) * (BR * BC), add);
+  dvalues += int64_t(s.first_unit[at]) * (BR * BC);
   if constexpr (BR == 1 && BC == 1) {
-    constexpr int64_t kMost = kDots / 2;  // longer segments go in pieces: the dots wait in a small buffer
+    Dots<true> dots(dots_buffer);
+    dots.begin(dvalues, add);
     for (int32_t i = 0; i < count;) {
       const int64_t length = segments[i].length;
-      if (VL == 16 && i + 1 < count && segments[i + 1].length == length && length <= kMost) {
-        backward_segments<NV, DX, (VL == 16 ? 2 : 1)>(segments + i, offsets, values, tile, x, dx_sums, dots);
-        offsets += 2 * length;
-        values += 2 * length;
-        i += 2;
-      } else {
-        for (int64_t k = 0; k < length; k += kMost) {
-          const Segment piece = {segments[i].row, uint16_t(min64(kMost, length - k))};
-          backward_segments<NV, DX, 1>(&piece, offsets + k, values + k, tile, x, dx_sums, dots);
+      const int rows = kPairedBackward && paired(s, segments, i, count) ? 2 : 1;
+      constexpr int64_t kMost = kDots / 2;  // longer segments go in pieces: the dots wait in a small buffer
+      for (int64_t k = 0; k < length; k += kMost) {
+        const int64_t piece = min64(kMost, length - k);
+        if (kPairedBackward && rows == 2) {
+          backward_segments<NV, DX, (kPairedBackward ? 2 : 1)>(segments + i, piece, offsets, values, tile, x, dx_sums,
+                                                               dots.next());
+        } else {
+          backward_segments<NV, DX, 1>(segments + i, piece, offsets, values, tile, x, dx_sums, dots.next());
         }
-        offsets += length;
-        values += length;
-        ++i;
+        const int64_t places = rows == 2 ? 2 * piece : (piece + 1) / 2 * 2;
+        dots.advance(places / 2);
+        offsets += places;
+        values += places;
       }
+      i += rows;
     }
     dots.finish();
   } else {
     constexpr int P = NV * VL;
     if (DX) multiply_tile<BC, BR, NV, true>(s, at, tile, dx_sums);
+    Dots<false> dots(dots_buffer);
+    dots.begin(dvalues, add);
     for (int32_t i = 0; i < count; ++i) {
       for (int64_t k = 0; k < segments[i].length; ++k) {
         unit_dots<BR, BC, NV>(input_at(tile, *offsets++), x + int64_t(segments[i].row) * (BC * P), dots);
