@@ -41,7 +41,7 @@ def check_agreement(name: str, values: Tensor, pattern_digest: str) -> None:
     """
     if world_size() == 1:
         return
-    content = values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    content = values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()  # every bit, in any dtype
     digest = hashlib.sha256(content + pattern_digest.encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=values.device)
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
