@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -466,11 +467,11 @@ def test_the_default_interval_suits_the_run(text, steps, interval):
 
 def test_settled_settings_say_everything_with_the_plan(text):
     given = settings(text, density=0.2, method="set", block=(4, 1), distribution="erk", seed=5)
-    done = given.settled(100)
+    done = dataclasses.replace(given, eval_interval=None).settled(100)
     assert (done.plan.density, done.plan.block, done.plan.distribution, done.plan.seed) == (0.2, (4, 1), "erk", 5)
     assert type(done.plan.method).__name__ == "SET"
     assert (done.density, done.method, done.block, done.distribution, done.interval) == (None,) * 5
-    assert done.steps == 100 and done.warmup == 10 and done.eval_interval == 6 and done.minutes is None
+    assert done.steps == 100 and done.warmup == 10 and done.eval_interval == 10 and done.minutes is None
     assert done.settled(100) == done
 
 

@@ -33,8 +33,8 @@ WORDS = [
 ]
 
 SHAPE: dict[str, Any] = {
-    "width": 32, "layers": 1, "heads": 2, "context": 16, "batch": 2, "eval_bytes": 64, "sample_bytes": 8,
-    "measure": False, "threads": 1,
+    "width": 32, "layers": 1, "heads": 2, "context": 16, "batch": 2, "eval_bytes": 64, "eval_interval": 3,
+    "sample_bytes": 8, "measure": False, "threads": 1,
 }  # fmt: skip
 
 
