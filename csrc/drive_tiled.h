@@ -11,7 +11,7 @@ namespace rarefy {
 namespace {
 
 constexpr int64_t kTileBytes = int64_t(32) << 10;   // inputs in L1
-constexpr int64_t kSumsBytes = int64_t(128) << 10;  // sums in L2
+constexpr int64_t kSumsBytes = int64_t(256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
 
 // Columns a tile should have: as many as fit in L1, but more where the segments would be too short to be worth it.
@@ -146,10 +146,15 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
           for (int64_t t = 0; t < s.num_tiles; ++t) {
             const float *tile = dy_panels + (at * out + t * s.tile_cols * BR) * P;
             const int64_t place = chunk * s.num_tiles + t;
+            const int64_t tile_floats = s.tile_cols * BR * P;  // the next tile, of the next panel after the last
+            const int64_t left = (count - at) * out * P - (t + 1) * tile_floats;
+            const int64_t next = max64(0, min64(tile_floats, left));
             if (dx != nullptr) {
-              backward_tile<BR, BC, NV, true>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0);
+              backward_tile<BR, BC, NV, true>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0,
+                                              tile + tile_floats, next);
             } else {
-              backward_tile<BR, BC, NV, false>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0);
+              backward_tile<BR, BC, NV, false>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0,
+                                              tile + tile_floats, next);
             }
           }
           if (dx != nullptr) unpack<NV>(sums, in, tokens, c0, c1, dx + token * in);

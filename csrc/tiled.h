@@ -130,10 +130,26 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
   }
 }
 
+// Brings memory that is needed next into L2 a few lines at a time, while something else is computed.
+class Prefetch {
+ public:
+  Prefetch(const float *data, int64_t floats, int64_t steps)
+      : at_(reinterpret_cast<const char *>(data)), end_(at_ + floats * int64_t(sizeof(float))),
+        stride_(ceil_div(floats * int64_t(sizeof(float)), 64 * max64(steps, 1)) * 64) {}
+  void step() {
+    const char *stop = at_ + stride_ < end_ ? at_ + stride_ : end_;
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t stride_;
+};
+
 // All segments of one (chunk, tile) of the view W^T (units of BC rows, BR inputs). dvalues is in the stream's order.
 template <int BR, int BC, int NV, bool DX>
 void backward_tile(const Stream &s, int64_t at, const float *tile, const float *x, float *dx_sums, float *dots_buffer,
-                   float *dvalues, bool add) {
+                   float *dvalues, bool add, const float *next, int64_t next_floats) {
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
@@ -142,7 +158,9 @@ void backward_tile(const Stream &s, int64_t at, const float *tile, const float *
   if constexpr (BR == 1 && BC == 1) {
     Dots<true> dots(dots_buffer);
     dots.begin(dvalues, add);
+    Prefetch prefetch(next, next_floats, count / 2);
     for (int32_t i = 0; i < count;) {
+      prefetch.step();
       const int64_t length = segments[i].length;
       const int rows = kPairedBackward && paired(s, segments, i, count) ? 2 : 1;
       constexpr int64_t kMost = kDots / 2;  // longer segments go in pieces: the dots wait in a small buffer
@@ -167,7 +185,9 @@ void backward_tile(const Stream &s, int64_t at, const float *tile, const float *
     if (DX) multiply_tile<BC, BR, NV, true>(s, at, tile, dx_sums);
     Dots<false> dots(dots_buffer);
     dots.begin(dvalues, add);
+    Prefetch prefetch(next, next_floats, count);
     for (int32_t i = 0; i < count; ++i) {
+      prefetch.step();
       for (int64_t k = 0; k < segments[i].length; ++k) {
         unit_dots<BR, BC, NV>(input_at(tile, *offsets++), x + int64_t(segments[i].row) * (BC * P), dots);
       }
