@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rarefy.ops.index import Index
 from rarefy.ops.library import INT64, POINTER, call, load
+from rarefy.ops.pages import empty
 
 
 class _CPattern(ctypes.Structure):
@@ -61,7 +62,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor:
     """See `rarefy.ops.schema`."""
     values, x32, bias = _f32(values), _f32(x), None if bias is None else _f32(bias)
-    y = x32.new_empty(x.shape[0], index.out_features)
+    y = empty(x.shape[0], index.out_features)
     arguments = (values.data_ptr(), x32.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
     call("rarefy_spmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
     return y.to(x.dtype)
@@ -70,7 +71,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
 def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
     values, dy32 = _f32(values), _f32(dy)
-    dx = dy32.new_empty(dy.shape[0], index.in_features)
+    dx = empty(dy.shape[0], index.in_features)
     arguments = (values.data_ptr(), dy32.data_ptr(), dx.data_ptr(), dy.shape[0], torch.get_num_threads())
     call("rarefy_spmm_t_f32", ctypes.byref(_c_pattern(index)), *arguments)
     return dx.to(dy.dtype)
@@ -94,7 +95,7 @@ def spmm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dvalues and dbias, each where `needs` asks for it; dy is packed once."""
     v32, dy32, x32 = _f32(values), _f32(dy), _f32(x)
-    dx = torch.empty_like(x32) if needs[0] else None
+    dx = empty(*x32.shape) if needs[0] else None
     dvalues = _empty_values(index) if needs[1] else None
     dbias = dy32.new_empty(index.out_features) if needs[2] else None
     inputs = (v32.data_ptr(), dy32.data_ptr(), x32.data_ptr())
@@ -107,8 +108,10 @@ def spmm_backward(
     )
 
 
-TILE_ROWS = 128
-"""Output rows of a dense gradient tile in `grow_candidates`: enough for the matmul to run at full speed."""
+TILE_ROWS, TILE_ENTRIES = 128, 1 << 22
+"""A dense gradient tile in `grow_candidates` is a quarter of the matrix, as each tile's matmul packs x anew
+(docs/log.md), but
+at least this many output rows and, beyond those, at most this many entries: 16 MiB."""
 
 
 def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -117,8 +120,9 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
     k = min(k, unit_rows * unit_cols - index.num_units)
     units, scores = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
     dy32, x32 = _f32(dy), _f32(x)
-    step = max(1, TILE_ROWS // index.block[0])
-    buffer = torch.empty(step * index.block[0], index.in_features, dtype=torch.float32)
+    wanted = min(-(-index.out_features // 4), TILE_ENTRIES // max(1, index.in_features))
+    step = max(1, max(TILE_ROWS, wanted) // index.block[0])
+    buffer = empty(step * index.block[0], index.in_features)
     pattern, nonfinite, library = _c_pattern(index), INT64(0), load()
     assert isinstance(library, ctypes.CDLL)
     selection = library.rarefy_grow_new(k)
