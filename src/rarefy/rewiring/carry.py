@@ -12,21 +12,23 @@ from torch.optim import Optimizer
 MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 """Optimizers whose state mixes units, so that no unit's part of it can be moved."""
 
+_INSTEAD = "use an elementwise optimizer such as rarefy.AdamW or torch.optim.SGD"
+
+_TRIAL_UNITS = 211  # no other dimension of a state is likely to have this size
+
 
 def check_carried(optimizer: Optimizer, name: str, values: nn.Parameter) -> None:
     """Whether the optimizer's state of `values` can move with the units (7.3).
 
     Raises:
-        ValueError: a state tensor is neither a scalar nor one row a unit, or pairs units; nothing was changed.
+        ValueError: a state tensor is neither a scalar nor one row a unit; nothing was changed.
     """
     num_units = values.shape[0]
     for key, tensor in _tensors(optimizer.state.get(values, {})):
-        pairs = values.dim() == 1 and num_units > 1 and num_units in tensor.shape[1:]
-        if pairs or (tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != num_units):
+        if tensor.dim() > 0 and tensor.numel() > 1 and tensor.shape[0] != num_units:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for the "
-                f"{num_units} units of {name}: that cannot be moved with them; "
-                "use an elementwise optimizer such as rarefy.AdamW"
+                f"{num_units} units of {name}: that cannot be moved with them; {_INSTEAD}"
             )
 
 
@@ -40,16 +42,22 @@ def check_optimizer(optimizer: Optimizer) -> None:
     if any(base.__name__ in MATRIX_OPTIMIZERS for base in kind.__mro__):
         raise ValueError(
             f"{kind.__name__} keeps state that mixes all weights of a layer, which cannot move with rewired units: "
-            "use an elementwise optimizer such as rarefy.AdamW or torch.optim.SGD"
+            f"{_INSTEAD}"
         )
-    trial = nn.Parameter(torch.ones(7))
-    trial.grad = torch.ones(7)
+    trial = nn.Parameter(torch.ones(_TRIAL_UNITS))
+    trial.grad = torch.ones(_TRIAL_UNITS)
     try:
         probe = kind([trial], **optimizer.defaults)
         probe.step()
     except Exception:  # its constructor wants more than its defaults: each rewire checks the real state anyway
         return
     check_carried(probe, "a trial parameter", trial)
+    for key, tensor in _tensors(probe.state.get(trial, {})):
+        if _TRIAL_UNITS in tensor.shape[1:]:  # a row a unit, and a column too: a matrix between units
+            raise ValueError(
+                f"{kind.__name__} keeps {key!r} of shape {tuple(tensor.shape)} for {_TRIAL_UNITS} units: "
+                f"that pairs units, and cannot be moved with one; {_INSTEAD}"
+            )
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
