@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -82,9 +83,9 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).clone().view(torch.uint8)
 
 
-def rows_of(tensor: Tensor, num_units: int) -> Tensor:
+def rows_of(tensor: Tensor, num_units: int) -> np.ndarray:
     """(num_units, bytes of a row)."""
-    return bits(tensor).view(num_units, -1) if tensor.numel() else torch.empty(num_units, 0, dtype=torch.uint8)
+    return bits(tensor).numpy().reshape(num_units, -1) if tensor.numel() else np.empty((num_units, 0), np.uint8)
 
 
 @dataclass
@@ -92,7 +93,8 @@ class Snapshot:
     """All that one layer and its optimizer hold."""
 
     pattern: Pattern
-    rows: dict[str, Tensor]
+    units: np.ndarray
+    rows: dict[str, np.ndarray]
     """Tensors with one row a unit, values among them, as bytes."""
     rest: dict[str, Tensor]
     """Everything else, as bytes."""
@@ -113,34 +115,31 @@ def snapshot(layer: SparseLinear, optimizer: Optimizer) -> Snapshot:
             rest[f"bias.{name}"] = bits(tensor)
         if layer.bias.grad is not None:
             rest["bias.grad"] = bits(layer.bias.grad)
-    return Snapshot(layer.pattern, rows, rest, layer.values)
+    pattern = layer.pattern
+    return Snapshot(pattern, pattern.unit_indices().numpy(), rows, rest, layer.values)
 
 
 def check_index(layer: SparseLinear) -> None:
     """Exact count, sorted, unique, in range, pointers right, and the transposed index that of the pattern."""
-    crow, cols = layer.crow_indices.tolist(), layer.col_indices.tolist()
-    rows = layer.out_features // layer.block[0]
-    assert len(crow) == rows + 1 and crow[0] == 0 and crow[-1] == len(cols) == layer.num_units == layer.values.shape[0]
-    units = []
-    for row in range(rows):
-        inside = cols[crow[row] : crow[row + 1]]
-        assert inside == sorted(set(inside)) and all(0 <= col < layer.in_features // layer.block[1] for col in inside)
-        units += [(row, col) for col in inside]
-    by_column = sorted(range(len(units)), key=lambda at: (units[at][1], units[at][0]))
-    assert layer.t_perm.tolist() == by_column
-    assert layer.t_rows.tolist() == [units[at][0] for at in by_column]
-    counts = [0] * (layer.in_features // layer.block[1])
-    for _, col in units:
-        counts[col] += 1
-    assert torch.diff(layer.t_crow).tolist() == counts and int(layer.t_crow[0]) == 0
+    crow, cols, t_crow, t_rows, t_perm = (array.numpy().astype(np.int64) for array in layer.index[:5])
+    num_rows, num_cols = layer.out_features // layer.block[0], layer.in_features // layer.block[1]
+    assert crow.shape == (num_rows + 1,) and t_crow.shape == (num_cols + 1,) and crow[0] == t_crow[0] == 0
+    assert crow[-1] == t_crow[-1] == len(cols) == len(t_rows) == len(t_perm) == layer.num_units == len(layer.values)
+    counts = np.diff(crow)
+    assert (counts >= 0).all() and ((cols >= 0) & (cols < num_cols)).all()
+    rows = np.repeat(np.arange(num_rows), counts)
+    assert (np.diff(rows * num_cols + cols) > 0).all()
+    order = np.lexsort((rows, cols))
+    assert (t_perm == order).all() and (t_rows == rows[order]).all()
+    assert (np.diff(t_crow) == np.bincount(cols, minlength=num_cols)).all()
 
 
 def check_nothing_changed(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) -> None:
     after = snapshot(layer, optimizer)
     assert after.pattern == before.pattern and after.values is before.values
-    for old, new in ((before.rows, after.rows), (before.rest, after.rest)):
-        assert old.keys() == new.keys()
-        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert before.rows.keys() == after.rows.keys() and before.rest.keys() == after.rest.keys()
+    assert all(np.array_equal(before.rows[name], after.rows[name]) for name in before.rows)
+    assert all(torch.equal(before.rest[name], after.rest[name]) for name in before.rest)
 
 
 def check_rewire(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) -> tuple[list[int], list[int]]:
@@ -152,18 +151,14 @@ def check_rewire(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) ->
     assert after.rest.keys() == before.rest.keys()
     for name, old in before.rest.items():
         assert torch.equal(old, after.rest[name]), f"{name} changed, and is not of the units"
-    old_at = {unit: at for at, unit in enumerate(before.pattern.unit_indices().tolist())}
-    new_at = {unit: at for at, unit in enumerate(after.pattern.unit_indices().tolist())}
-    assert len(old_at) == len(new_at) == layer.num_units
-    stay = sorted(old_at.keys() & new_at.keys())
-    born = sorted(new_at.keys() - old_at.keys())
+    assert len(after.units) == len(before.units) == layer.num_units
+    old_stays, new_stays = np.isin(before.units, after.units), np.isin(after.units, before.units)
     assert after.rows.keys() == before.rows.keys()
     for name, old in before.rows.items():
         new = after.rows[name]
-        moved = old[[old_at[unit] for unit in stay]]
-        assert torch.equal(moved, new[[new_at[unit] for unit in stay]]), f"{name} of a survivor changed"
-        assert not new[[new_at[unit] for unit in born]].any(), f"{name} of a newborn is not zero"
-    return sorted(old_at.keys() - new_at.keys()), born
+        assert np.array_equal(old[old_stays], new[new_stays]), f"{name} of a survivor changed"
+        assert not new[~new_stays].any(), f"{name} of a newborn is not zero"
+    return before.units[~old_stays].tolist(), after.units[~new_stays].tolist()
 
 
 def layer_of(active: Mapping[int, float], shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> SparseLinear:
