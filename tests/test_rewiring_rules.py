@@ -213,6 +213,31 @@ def test_rule_4_1_micro_batches_do_not_count():
     assert rewirer.t == 3
 
 
+def test_rule_4_1_a_step_that_calls_its_base_class_counts_once():
+    """Torch wraps every class's step when it is first used, and runs the hooks in each."""
+
+    class Base(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[override]
+            return super().step(closure)
+
+    class Derived(Base):
+        def step(self, closure=None):  # type: ignore[override]
+            return super().step(closure)
+
+    layer = layer_of({0: 1.0, 3: 2.0}, (2, 4))
+    for kind in (torch.optim.SGD, Base, Derived):
+        rewirer, optimizer = engine(layer, SET(interval=1, end=9), lambda p, kind=kind: kind(p, lr=0.0))
+        for t in range(1, 4):
+            optimizer.step()
+            assert rewirer.t == t
+        rewirer.detach()
+    rewirer, optimizer = engine(layer, SET(interval=1, end=9))
+    with pytest.raises(TypeError):
+        optimizer.step("no closure")  # type: ignore[arg-type]
+    optimizer.step()
+    assert rewirer.t == 1, "a step that raised is forgotten"
+
+
 @pytest.mark.parametrize("num_layers", [1, 3, 7])
 @pytest.mark.parametrize("interval", [1, 5, 10])
 @pytest.mark.parametrize("begin, end", [(0, 40), (3, 33), (12, 12)])

@@ -62,7 +62,8 @@ class Rewirer:
         self.skipped = 0
         self.total_steps: int | None = None
         self._optimizer: Optimizer | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._steps_inside = 0
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
         self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
         self._calls_per_step: dict[str, int] = {}
@@ -98,15 +99,16 @@ class Rewirer:
         self._optimizer, self.total_steps = optimizer, total_steps
         if hook:
             # On the optimizer, whose copies leave hooks behind; modules' copies would take the engine along.
-            self._hook = optimizer.register_step_post_hook(self._after_step)
+            before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+            self._hooks = [before(self._before_step), after(self._after_step)]
         self._arm()
         return self
 
     def detach(self) -> None:
         """Undo `attach`: nothing rewires any more."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._optimizer = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizer = [], None
         self._disarm()
 
     def _warn_about_decay(self, held: Mapping[int, dict[str, Any]]) -> None:
@@ -222,11 +224,21 @@ class Rewirer:
             raise ValueError(
                 "call rewirer.attach(optimizer, total_steps=...) first: rewiring moves the optimizer's state too"
             )
-        if self._hook is None:
+        if not self._hooks:
             self._step()
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        """The pre-step hook. Torch runs the hooks for every class on the way whose `step` it wrapped, so twice where a
+        subclass calls `super().step()`: only the outermost is a step (4.1).
+        """
+        wrapped = sum(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__)
+        self._steps_inside = self._steps_inside + 1 if wrapped > 1 else 1  # a step that raised must not count for ever
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         """The post-step hook, which fused optimizers run even for a step that AMP's scaler had them skip (4.1)."""
+        self._steps_inside -= 1
+        if self._steps_inside:
+            return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):
             self._step()
