@@ -115,12 +115,12 @@ def test_as_many_steps_as_fit_into_the_time():
 
 def test_a_trial_times_steps_and_rewires_and_knows_the_bytes(text):
     given = settings(text, method="set", interval=8).settled(10_000)  # four layers: every other step
-    data, windows = batches(given, load_corpus(str(text)))
-    trial = try_out(lambda: make_sparse(given, given.plan), data, windows, timed=True, accumulate=1)
+    data, _ = batches(given, load_corpus(str(text)))
+    trial = try_out(lambda: make_sparse(given, given.plan), data, seconds=0.1, accumulate=1, eval_batches=3)
     assert trial.step_s > 0 and trial.eval_s > 0 and trial.rewire_s >= 0
     assert min(trial.training_bytes.values()) > 0
-    once = try_out(lambda: make_dense(given), data, windows, timed=False, accumulate=1)
-    assert once.step_s == 0
+    once = try_out(lambda: make_dense(given), data, seconds=None, accumulate=1, eval_batches=3)
+    assert once.step_s == once.eval_s == 0
     assert once.training_bytes["optimizer"] >= 2 * once.training_bytes["parameters"]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from rarefy.cost import training_bytes
 from rarefy.training.twin import StepData, Twin
@@ -15,48 +12,60 @@ from rarefy.training.twin import StepData, Twin
 CHECKPOINT_SHARE = 0.01
 """Of the time, for checkpoints and logs."""
 
+WARM_UP, FEWEST, MOST = 2, 8, 40
+"""Steps of a trial: those that warm caches up and allocate, and how many are timed after them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a few steps of a network cost."""
+    """What a few steps of a network cost. Times are lower quartiles: whatever else the machine does only adds to them."""
 
     step_s: float
-    """Median seconds of a step without a rewire."""
+    """Seconds of a step without a rewire."""
     rewire_s: float
     """Seconds that the rewire of one layer adds to its step, growth scan included; 0 for dense networks."""
     eval_s: float
-    """Seconds of one evaluation."""
+    """Seconds of one evaluation, taken to be forward passes."""
     training_bytes: dict[str, int]
     """Bytes by part once the optimizer has its state."""
 
 
 def try_out(
-    make: Callable[[], Twin], data: StepData, windows: Iterable[tuple[Tensor, Tensor]], *, timed: bool, accumulate: int
+    make: Callable[[], Twin], data: StepData, *, seconds: float | None, accumulate: int, eval_batches: int
 ) -> Trial:
-    """Make a network, take a step, or about ten if `timed`, and throw it away.
+    """Make a network, take a few steps, and throw it away.
 
     Args:
-        make: a fresh network. If it rewires, one that rewires one layer after each step: see `Trial.rewire_s`.
-        timed: False: a single step; the times are then 0.
+        make: a fresh network. If it rewires, one that rewires a layer after every other step: see `Trial.rewire_s`.
+        seconds: about how long to take, FEWEST steps at least; None: a single step, and the times are 0.
+        accumulate: micro-batches of a step.
+        eval_batches: forward passes of an evaluation.
     """
     twin = make()
     rewired: list[float] = []
     plain: list[float] = []
-    eval_s = 0.0
-    if timed:
-        begun = time.perf_counter()
-        twin.evaluate(windows)
-        eval_s = time.perf_counter() - begun
-    for number in range(10 if timed else 1):
-        before = twin.clock.train_s
+    forward: list[float] = []
+    begun = time.monotonic()
+    wanted = WARM_UP + MOST if seconds is not None else 1
+    while twin.step < wanted and not (
+        seconds is not None and twin.step >= WARM_UP + FEWEST and time.monotonic() - begun > seconds
+    ):
+        train_s, forward_s = twin.clock.train_s, twin.clock.forward_s
         result = twin.train_step(data, accumulate=accumulate, rate=0.1)
-        if number >= 2:  # the first steps also warm up caches and allocate
-            (rewired if result.rewires else plain).append(twin.clock.train_s - before)
-    step_s = statistics.median(plain or rewired) if timed else 0.0
-    extra = max(0.0, statistics.median(rewired) - step_s) if rewired and plain else 0.0
+        if twin.step > WARM_UP:
+            (rewired if result.rewires else plain).append(twin.clock.train_s - train_s)
+            forward.append((twin.clock.forward_s - forward_s) / accumulate)
+    step_s = _lower_quartile(plain or rewired)
     return Trial(
-        step_s=step_s, rewire_s=extra, eval_s=eval_s, training_bytes=training_bytes(twin.model, twin.optimizer)
+        step_s=step_s,
+        rewire_s=max(0.0, _lower_quartile(rewired) - step_s) if rewired else 0.0,
+        eval_s=eval_batches * _lower_quartile(forward),
+        training_bytes=training_bytes(twin.model, twin.optimizer),
     )
+
+
+def _lower_quartile(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 4] if times else 0.0
 
 
 def steps_within(

@@ -57,7 +57,8 @@ def load_corpus(data: str | None = None, *, context: int = 1) -> Corpus:
 
     Args:
         data: None for the standard library's source, "hf:NAME" or "hf:NAME:CONFIGURATION", or the path of a file or
-        folder. context: bytes that a prediction sees; both parts must have at least one more.
+            folder.
+        context: bytes that a prediction sees; both parts must have at least one more.
     Raises:
         ValueError: missing, empty, not UTF-8 (the file and the byte offset are named), or too small for the context.
     """

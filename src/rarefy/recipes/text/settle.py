@@ -20,6 +20,9 @@ from rarefy.training.twin import Twin
 REPORT_S = 4.0
 """Kept of --minutes for the report."""
 
+TRIAL_SHARE = 0.05
+"""Of --minutes, to find out what a step takes."""
+
 TOKENS_TO_MEASURE = 2048
 """Layers are timed on so many rows of input, rounded up to whole windows, or on a micro-batch where that is smaller."""
 
@@ -48,16 +51,18 @@ def settle(
 ) -> tuple[TextSettings, dict[str, Trial]]:
     """Settings with nothing left open, and what a few steps of each network cost."""
     data, windows = batches(settings, corpus)
-    timed = settings.steps is None
-    if timed:
+    minutes = settings.minutes if settings.minutes is not None else DEFAULT_MINUTES
+    makers = _trial_makers(settings, layers)
+    seconds = TRIAL_SHARE * minutes * 60 / len(makers) if settings.steps is None else None
+    if seconds is not None:
         say("timing a few steps ...")
+    eval_batches = -(-windows.num_windows // settings.batch)
     trials = {
-        name: try_out(make, data, windows, timed=timed, accumulate=settings.accumulate)
-        for name, make in _trial_makers(settings, layers).items()
+        name: try_out(make, data, seconds=seconds, accumulate=settings.accumulate, eval_batches=eval_batches)
+        for name, make in makers.items()
     }
     if settings.steps is not None:
         return settings.settled(settings.steps), trials
-    minutes = settings.minutes if settings.minutes is not None else DEFAULT_MINUTES
     writing_s = trials[SPARSE].eval_s * settings.sample_bytes * settings.context / settings.eval_bytes
     spare_s = minutes * 60 - (time.monotonic() - started) - REPORT_S - writing_s
 
