@@ -47,7 +47,7 @@ class Plan:
     """Glob patterns over module names: the layers to make sparse."""
 
     keep_dense: tuple[str, ...] = ()
-    """Glob patterns over module names: layers to leave dense."""
+    """Glob patterns over module names: layers to leave dense; a container's name means all layers in it."""
 
     overrides: Mapping[str, float] = field(default_factory=dict)
     """Glob pattern -> density of its own, outside the shared budget; the first that matches counts."""
@@ -167,7 +167,7 @@ class Plan:
     def _why_dense(self, layer: Layer) -> str:
         """Why a layer is left dense before anything is timed; empty: it is not."""
         for pattern in self.keep_dense:
-            if fnmatch.fnmatch(layer.name, pattern):
+            if any(fnmatch.fnmatch(name, pattern) for name in _with_ancestors(layer.name)):
                 return f"kept dense as asked (keep_dense {pattern!r})"
         if not any(fnmatch.fnmatch(layer.name, pattern) for pattern in self.include):
             return "not included (include " + ", ".join(map(repr, self.include)) + ")"
@@ -201,6 +201,12 @@ class Plan:
 
     def _override(self, name: str) -> float | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
+
+
+def _with_ancestors(name: str) -> list[str]:
+    """a.b.c -> a.b.c, a.b, a."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def _some(layers: Iterable[str]) -> str:
