@@ -85,8 +85,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
             if plan.rescale:
                 values = values * row_rescale(pattern).view(-1, *[1] * (values.dim() - 1)).to(values)
             layer.values.copy_(values)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
+    layer.bias = bias  # the same parameter: it may be tied to another, or frozen
     layer.values.requires_grad_(cast(Tensor, module.weight).requires_grad)
     return layer.train(module.training)
 
