@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from check_wheel import binary_faults, content_faults, name_faults
-from rarefy.ops import native
+from rarefy.ops import library
 
 ROOT = Path(__file__).parent.parent
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "src")
 
-needs_kernels = pytest.mark.skipif(not native.isas(), reason="this installation has no compiled kernels")
+needs_kernels = pytest.mark.skipif(not library.isas(), reason="this installation has no compiled kernels")
 
 
 def library_path() -> Path:
     """The library that this process has loaded."""
-    assert native.isas()
+    assert library.isas()
     (path,) = {
-        Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if native.LIBRARY in line
+        Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if library.LIBRARY in line
     }
     return path
 

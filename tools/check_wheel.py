@@ -45,10 +45,10 @@ import pathlib, shutil, sys
 assert not any(map(shutil.which, ("cc", "c++", "gcc", "g++", "clang", "cmake", "ninja"))), "a compiler is in reach"
 
 import torch, rarefy
-from rarefy.ops import backend, native
+from rarefy.ops import backend, library
 
 assert sys.prefix in rarefy.__file__, f"imported from elsewhere: {rarefy.__file__}"
-assert native.isas(), "the wheel has no kernels that run here"
+assert library.isas(), "the wheel has no kernels that run here"
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
@@ -57,9 +57,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 rewirer.attach(optimizer, total_steps=16)
 x, target = torch.randn(50, 96), torch.randn(50, 32)
 losses = []
-for isa in native.isas():
+for isa in library.isas():
     with backend.using(isa):
-        for _ in range(16 // len(native.isas())):
+        for _ in range(16 // len(library.isas())):
             loss = torch.nn.functional.mse_loss(model(x), target)
             optimizer.zero_grad()
             loss.backward()
@@ -71,7 +71,7 @@ assert any(record["changed"] for record in rewirer.history), "nothing was rewire
 loaded = {pathlib.Path(line.split()[-1]) for line in pathlib.Path("/proc/self/maps").read_text().splitlines()}
 runtimes = {str(path) for path in loaded if path.name.startswith(("libgomp", "libomp", "libiomp"))}
 assert len(runtimes) == 1, f"OpenMP libraries loaded: {sorted(runtimes)}"
-print(f"trained on {', '.join(native.isas())}: loss {losses[0]:.3f} -> {losses[-1]:.3f}; OpenMP from {runtimes.pop()}")
+print(f"trained on {', '.join(library.isas())}: loss {losses[0]:.3f} -> {losses[-1]:.3f}; OpenMP from {runtimes.pop()}")
 """
 
 
