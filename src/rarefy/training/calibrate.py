@@ -18,7 +18,7 @@ WARM_UP, FEWEST, MOST = 2, 8, 40
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a few steps of a network cost. Times are lower quartiles: whatever else the machine does only adds to them."""
+    """What a few steps of a network cost. Times are lower quartiles: what else a machine does only adds."""
 
     step_s: float
     """Seconds of a step without a rewire."""

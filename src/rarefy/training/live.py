@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
@@ -16,8 +16,6 @@ PLAIN_EVERY_S = 5.0
 REFRESH_PER_S = 4
 SMOOTHING = 0.9
 """Of the training loss and the pace that are shown."""
-WIDE = 118
-"""Columns from which the other twin's figures fit into the line."""
 
 
 class LiveLine:
@@ -65,7 +63,7 @@ class LiveLine:
             self._churn = result.churn
         if self._live is not None:
             self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
-        elif time.monotonic() - self._printed >= self._plain_every_s:
+        elif time.monotonic() - self._printed >= self._plain_every_s and twin.step < self._steps:
             self._print()
 
     def evaluated(self, twin: Twin, loss: float) -> None:
@@ -85,41 +83,38 @@ class LiveLine:
         self.console.print(Text(self.line()), soft_wrap=True)
 
     def line(self) -> str:
-        """Step, loss, bits per byte (of the last evaluation, if any), tokens/s, density, churn, time left."""
+        """Step, loss, bits per byte (of the last evaluation), tokens/s, density, churn, time left; as much as fits."""
+        width = self.console.width if self.console.is_terminal else None
+        full, alone, short = (self._line(beside=True), self._line(), self._line(short=True))
+        return next((line for line in (full, alone) if width is None or len(line) < width), short)
+
+    def _line(self, *, beside: bool = False, short: bool = False) -> str:
         twin, *others = [twin for twin in self._twins if twin.name in self._loss]
-        wide = not self.console.is_terminal or self.console.width >= WIDE
 
-        def beside(value: Any) -> str:
-            return "".join(f" ({other.name} {value(other.name)})" for other in others) if wide else ""
-
-        def loss(name: str) -> str:
-            return f"{self._loss[name]:.3f}"
+        def each(value: Callable[[str], str]) -> str:
+            theirs = "".join(f" ({other.name} {value(other.name)})" for other in others) if beside else ""
+            return value(twin.name) + theirs
 
         def bits(name: str) -> str:
             return f"{self._valid.get(name, self._loss[name] / math.log(2)):.3f}"
 
-        def pace(name: str) -> str:
-            return f"{self._tokens_per_step / self._step_s[name]:,.0f}"
-
         parts = [
-            f"step {twin.step:,}/{self._steps:,}",
-            f"loss {loss(twin.name)}{beside(loss)}",
-            f"{bits(twin.name)} bits/byte{beside(bits)}",
-            f"{pace(twin.name)} tokens/s{beside(pace)}",
-            f"density {twin.density:.3g}",
+            f"{'' if short else 'step '}{twin.step:,}/{self._steps:,}",
+            f"loss {each(lambda name: f'{self._loss[name]:.3f}')}",
+            f"{each(bits)} bits/byte",
+            f"{each(lambda name: f'{self._tokens_per_step / self._step_s[name]:,.0f}')} tokens/s",
+            *([] if short else [f"density {twin.density:.3g}"]),
             f"churn {self._churn:.2f}",
             f"{self._left()} left",
         ]
-        return " · ".join(parts)
+        return ("  " if short else " · ").join(parts)
 
     def _left(self) -> str:
-        left = sum(self._steps - twin.step for twin in self._twins)
-        seconds = (time.monotonic() - self._begun) / self._taken * left
-        return (
-            f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-            if seconds >= 3600
-            else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        )
+        """By the pace of this process so far, evaluations and checkpoints included."""
+        steps = sum(self._steps - twin.step for twin in self._twins)
+        minutes, seconds = divmod(int((time.monotonic() - self._begun) / self._taken * steps), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _smooth(before: float | None, now: float) -> float:
