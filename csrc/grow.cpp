@@ -1,16 +1,15 @@
 // The k best absent units of a dense gradient, streamed: memory is O(k), never the gradient's size.
 //
-// Each candidate is one 64-bit key whose plain order is the wanted one: the score's bits above (a float that is not
-// negative sorts as its bits do), the unit index, inverted, below where it fits; see Key. A buffer of 2k keys collects
-// what reaches the threshold, the k-th best score so far; when it is full, nth_element keeps the k best and raises the
-// threshold. A candidate equal to the threshold is kept until then: only the full order may refuse it.
+// A candidate is one 64-bit key whose plain ascending order is the wanted one: the inverted bits of the score (a float
+// that is not negative sorts as its bits do) above the unit index. A histogram of the scores' leading bits says at any
+// time from which score on there are k candidates: lower ones are not even collected. Equal ones are, until the exact
+// order refuses them. Cutting back the buffer is then a linear filter; nth_element is left for many equal scores.
 #include <math.h>
 #include <omp.h>
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
-#include <functional>
 #include <new>
 #include <vector>
 
@@ -19,34 +18,87 @@
 namespace rarefy {
 namespace {
 
-struct Key {
-  float score;
-  int64_t unit;
-  // Better first: higher score, then lower unit. Total, since no unit comes twice and no score is NaN.
-  bool operator<(const Key &other) const {
-    return score > other.score || (score == other.score && unit < other.unit);
-  }
-};
+using Key = uint64_t;
 
-struct Buffer {
+Key make_key(float score, uint32_t unit) {
+  uint32_t bits;
+  memcpy(&bits, &score, sizeof bits);
+  return Key(~bits) << 32 | unit;
+}
+uint32_t score_bits(Key key) { return ~static_cast<uint32_t>(key >> 32); }
+float as_float(uint32_t bits) {
+  float score;
+  memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+// What one thread finds in one tile.
+struct Found {
   std::vector<Key> keys;
-  float threshold = -1.0f;  // at least k of the keys seen so far have this score or a higher one; -1: fewer than k seen
+  float floor = 0.0f;  // lower scores need not be kept
   int64_t nonfinite = 0;
 
-  // Keeps the k best.
-  void compact(size_t k) {
-    if (keys.size() <= k) return;
-    if (k > 0) {
-      std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
-      threshold = keys[k - 1].score;
-    }
+  void push(Key key, size_t k) {
+    keys.push_back(key);
+    if (keys.size() < 2 * k + 1024) return;
+    std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
     keys.resize(k);
+    floor = as_float(score_bits(keys[k - 1]));
   }
 };
 
 struct Selection {
+  static constexpr int kDropped = 16;  // trailing bits of a score that the histogram does not see
+
+  explicit Selection(size_t wanted) : k(wanted), counts(size_t(1) << (31 - kDropped), 0) {}
+
+  void add(const std::vector<Key> &more) {
+    for (const Key key : more) {
+      const uint32_t bucket = score_bits(key) >> kDropped;
+      if (bucket < lowest) continue;
+      ++counts[bucket];
+      ++counted;
+      keys.push_back(key);
+    }
+    while (counted - counts[lowest] >= k && counted > k) counted -= counts[lowest++];
+    if (keys.size() < 2 * k + 1024) return;
+    keys.erase(std::remove_if(keys.begin(), keys.end(),
+                              [&](Key key) { return score_bits(key) >> kDropped < lowest; }),
+               keys.end());
+    if (keys.size() >= 2 * k + 1024) cut();
+  }
+
+  // Keeps exactly the k best.
+  void cut() {
+    if (keys.size() <= k) return;
+    std::nth_element(keys.begin(), keys.begin() + static_cast<std::ptrdiff_t>(k), keys.end());
+    keys.resize(k);
+    std::fill(counts.begin(), counts.end(), 0);
+    for (const Key key : keys) ++counts[score_bits(key) >> kDropped];
+    counted = k;
+  }
+
+  float floor() const { return as_float(lowest << kDropped); }
+
+  // Ascending, by byte from the lowest: stable, and several times faster than a comparison sort.
+  void sort() {
+    std::vector<Key> other(keys.size());
+    for (int shift = 0; shift < 64; shift += 8) {
+      size_t starts[257] = {};
+      for (const Key key : keys) ++starts[(key >> shift & 255) + 1];
+      if (std::find(starts + 1, starts + 257, keys.size()) != starts + 257) continue;  // all alike in this byte
+      for (int byte = 0; byte < 256; ++byte) starts[byte + 1] += starts[byte];
+      for (const Key key : keys) other[starts[key >> shift & 255]++] = key;
+      keys.swap(other);
+    }
+  }
+
   size_t k;
-  Buffer best;
+  std::vector<Key> keys;
+  std::vector<uint32_t> counts;  // of the keys seen, by the leading bits of the score, from `lowest` on
+  size_t counted = 0;            // their sum
+  uint32_t lowest = 0;           // the highest bucket from which on there are at least k keys
+  int64_t nonfinite = 0;
 };
 
 // Scores of one unit row: scores[c] is the unit at column c. |g| is summed in row-major order inside the unit.
@@ -68,60 +120,59 @@ void score_row(const float *tile, int64_t in, int64_t br, int64_t bc, int64_t nu
   for (int64_t c = 0; c < num_cols; ++c) scores[c] /= entries;
 }
 
-// Adds the absent units of one row to the buffer. `scores` is changed: active units are marked with -1.
+// Collects the absent units of one row. `scores` is changed: active units are marked with -1.
 template <class Index>
-void scan_row(Buffer &buffer, size_t k, int64_t row, int64_t num_cols, const Index *cols, int32_t begin, int32_t end,
+void scan_row(Found &found, size_t k, int64_t row, int64_t num_cols, const Index *cols, int32_t begin, int32_t end,
               float *scores) {
   for (int32_t i = begin; i < end; ++i) scores[cols[i]] = -1.0f;
-  // Blocks first ask, without a branch an entry, whether anything is worth a look: rarely once the threshold is tight.
-  constexpr int64_t kBlock = 32;
-  for (int64_t c0 = 0; c0 < num_cols; c0 += kBlock) {
-    const int64_t c1 = std::min(c0 + kBlock, num_cols);
-    const float floor = std::max(buffer.threshold, 0.0f);
-    int hits = 0;
-    for (int64_t c = c0; c < c1; ++c) hits |= !(scores[c] < floor);  // NaN counts as a hit
-    if (hits == 0) continue;
-    for (int64_t c = c0; c < c1; ++c) {
-      const float score = scores[c];
-      if (score < floor) continue;  // active units too: floor >= 0
-      if (!(score <= 3.402823466e38f)) {
-        ++buffer.nonfinite;
-        continue;
-      }
-      if (k > 0) buffer.keys.push_back({score, row * num_cols + c});
+  auto take = [&](int64_t c) {
+    const float score = scores[c];
+    if (score < found.floor) return;  // active units too: the floor is not negative
+    if (!(score <= 3.402823466e38f)) {
+      ++found.nonfinite;
+    } else if (k > 0) {
+      found.push(make_key(score, static_cast<uint32_t>(row * num_cols + c)), k);
     }
-    if (buffer.keys.size() >= 2 * k + 1024) buffer.compact(k);
+  };
+  // A block is first asked as a whole, without branches, whether anything is worth a look: seldom, once the floor is up.
+  constexpr int64_t kBlock = 16;
+  int64_t c0 = 0;
+  for (; c0 + kBlock <= num_cols; c0 += kBlock) {
+    const float floor = found.floor;
+    int hits = 0;
+    for (int64_t i = 0; i < kBlock; ++i) hits |= !(scores[c0 + i] < floor);  // NaN counts as a hit
+    if (hits == 0) continue;
+    for (int64_t i = 0; i < kBlock; ++i) take(c0 + i);
   }
+  for (; c0 < num_cols; ++c0) take(c0);
 }
 
 template <class Index>
 void scan(Selection &selection, const rarefy_pattern *p, const float *tile, int64_t first, int64_t count, int threads) {
   const int64_t br = p->block_rows, bc = p->block_cols, in = p->in_features, num_cols = in / bc;
   const Index *cols = static_cast<const Index *>(p->cols);
-  const size_t k = selection.k;
-  std::vector<Buffer> found(threads);
+  std::vector<Found> found(threads);
   std::atomic<bool> failed(false);
 #pragma omp parallel num_threads(threads)
   {
     try {
-      Buffer &buffer = found[omp_get_thread_num()];
-      buffer.threshold = selection.best.threshold;
+      Found &own = found[omp_get_thread_num()];
+      own.floor = selection.floor();
       std::vector<float> scores(num_cols);
       const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
       for (int64_t r = count * part / parts; r < count * (part + 1) / parts; ++r) {
         score_row(tile + r * br * in, in, br, bc, num_cols, scores.data());
-        scan_row(buffer, k, first + r, num_cols, cols, p->crow[first + r], p->crow[first + r + 1], scores.data());
+        scan_row(own, selection.k, first + r, num_cols, cols, p->crow[first + r], p->crow[first + r + 1],
+                 scores.data());
       }
     } catch (const std::bad_alloc &) {
       failed = true;
     }
   }
   if (failed) throw std::bad_alloc();
-  Buffer &best = selection.best;
-  for (const Buffer &buffer : found) {
-    best.nonfinite += buffer.nonfinite;
-    best.keys.insert(best.keys.end(), buffer.keys.begin(), buffer.keys.end());
-    if (best.keys.size() >= 2 * k + 1024) best.compact(k);
+  for (const Found &part : found) {
+    selection.nonfinite += part.nonfinite;
+    selection.add(part.keys);
   }
 }
 
@@ -132,9 +183,11 @@ using namespace rarefy;
 
 void *rarefy_grow_new(int64_t k) {
   if (k < 0) return nullptr;
-  Selection *selection = new (std::nothrow) Selection;
-  if (selection != nullptr) selection->k = static_cast<size_t>(k);
-  return selection;
+  try {
+    return new Selection(static_cast<size_t>(k));
+  } catch (const std::bad_alloc &) {
+    return nullptr;
+  }
 }
 
 int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *pattern, const float *tile, int64_t first_unit_row,
@@ -145,6 +198,7 @@ int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *pattern, const f
   }
   if (p->block_rows < 1 || p->block_cols < 1 || p->out_features % p->block_rows != 0 ||
       p->in_features % p->block_cols != 0 || first_unit_row + num_unit_rows > p->out_features / p->block_rows ||
+      p->out_features / p->block_rows * (p->in_features / p->block_cols) > int64_t(1) << 32 ||
       (p->num_units > 0 && p->cols == nullptr) || (p->index_bytes != 2 && p->index_bytes != 4)) {
     return RAREFY_BAD_ARGUMENT;
   }
@@ -167,14 +221,18 @@ int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *pattern, const f
 int64_t rarefy_grow_finish(void *selection, int64_t *unit_indices, float *scores, int64_t *num_nonfinite) {
   if (selection == nullptr) return RAREFY_BAD_ARGUMENT;
   Selection &s = *static_cast<Selection *>(selection);
-  s.best.compact(s.k);
-  std::sort(s.best.keys.begin(), s.best.keys.end());
-  for (size_t i = 0; i < s.best.keys.size(); ++i) {
-    if (unit_indices != nullptr) unit_indices[i] = s.best.keys[i].unit;
-    if (scores != nullptr) scores[i] = s.best.keys[i].score;
+  try {
+    s.cut();
+    s.sort();
+  } catch (const std::bad_alloc &) {
+    return RAREFY_NO_MEMORY;
   }
-  if (num_nonfinite != nullptr) *num_nonfinite = s.best.nonfinite;
-  return static_cast<int64_t>(s.best.keys.size());
+  for (size_t i = 0; i < s.keys.size(); ++i) {
+    if (unit_indices != nullptr) unit_indices[i] = static_cast<int64_t>(s.keys[i] & 0xffffffffu);
+    if (scores != nullptr) scores[i] = as_float(score_bits(s.keys[i]));
+  }
+  if (num_nonfinite != nullptr) *num_nonfinite = s.nonfinite;
+  return static_cast<int64_t>(s.keys.size());
 }
 
 void rarefy_grow_free(void *selection) { delete static_cast<Selection *>(selection); }

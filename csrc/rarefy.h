@@ -74,12 +74,13 @@ RAREFY_API int rarefy_transpose(int64_t num_unit_rows, int64_t num_unit_cols, co
  * by the number of entries (for a 1 x 1 unit |g| itself). The order is total: higher score first, then lower flat unit
  * index (unit row * num_unit_cols + unit col). Units in the pattern are skipped. NaN and infinite scores are counted and
  * never selected. The selection depends neither on the order of the tiles nor on the number of threads.
- * One selection is for one caller at a time. Memory: O(k) and one small buffer a thread. */
+ * One selection is for one caller at a time. Memory: O(k) a thread. At most 2^32 units, active and absent together. */
 RAREFY_API void *rarefy_grow_new(int64_t k); /* NULL if k < 0 or there is no memory */
 /* tile: (num_unit_rows * block_rows, in_features) row-major, the rows of the gradient from unit row first_unit_row on. */
 RAREFY_API int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *pattern, const float *tile,
                                     int64_t first_unit_row, int64_t num_unit_rows, int threads);
-/* Writes the selection, best first, and returns how many there are: k, or fewer if there were fewer candidates.
+/* Writes the selection, best first, and returns how many there are: k, or fewer if there were fewer candidates;
+ * a negative error code otherwise.
  * unit_indices and scores hold k; either may be NULL, as may num_nonfinite. More tiles may be scanned afterwards. */
 RAREFY_API int64_t rarefy_grow_finish(void *selection, int64_t *unit_indices, float *scores, int64_t *num_nonfinite);
 RAREFY_API void rarefy_grow_free(void *selection);
