@@ -100,7 +100,8 @@ class Rewirer:
         if hook:
             # On the optimizer, whose copies leave hooks behind; modules' copies would take the engine along.
             before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-            self._hooks = [before(self._before_step), after(self._after_step)]
+            eager: Any = torch.compiler.disable  # a compiled optimizer step must not trace the engine
+            self._hooks = [before(eager(self._before_step)), after(eager(self._after_step))]
         self._arm()
         return self
 
