@@ -251,6 +251,13 @@ def tensors(path: Path) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta", "xpu:7"])
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, text, device):
+    said = failure(capsys, flags(text, "--run", str(tmp_path / "run"), "--device", device))
+    assert f"--device {device} cannot be used here" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_filter_that_matches_nothing_is_refused(capsys, tmp_path, text):
     (tmp_path / "plan.yaml").write_text("density: 0.1\ninclude: ['*.convolution']\n")
     said = failure(capsys, flags(text, "--plan", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "run")))

@@ -26,6 +26,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def check_device(name: str) -> None:
+    """Whether torch can compute there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}; cpu always can") from error
+
+
 def peak_memory_bytes() -> int:
     """The most that this process has held in memory so far."""
     unit = 1 if sys.platform == "darwin" else 1024

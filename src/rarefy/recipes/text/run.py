@@ -32,7 +32,7 @@ from rarefy.training.folder import SAMPLE, SETTINGS, SUMMARY, read_plan, read_se
 from rarefy.training.interrupt import StopRequest
 from rarefy.training.log import METRICS, MetricsLog, cut_log
 from rarefy.training.loop import Loop, LoopSettings, Watcher
-from rarefy.training.machine import machine, peak_memory_bytes
+from rarefy.training.machine import check_device, machine, peak_memory_bytes
 from rarefy.training.twin import Diverged, Twin
 
 PROMPT_BYTES = 48
@@ -81,6 +81,7 @@ def train_text(
         Interrupted: asked to stop; everything is saved.
     """
     started = time.monotonic()
+    check_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     corpus = load_corpus(settings.data, context=settings.context)
@@ -124,6 +125,7 @@ def resume_text(folder: Path, listener: Listener, *, asked: TextSettings | None 
     if done and all(entry["step"] == settings.steps for entry in done.values()) and (folder / SUMMARY).is_file():
         raise ValueError(f"{folder} has taken all of its {settings.steps:,} steps: there is nothing to go on with")
     assert settings.threads is not None
+    check_device(settings.device)
     torch.set_num_threads(settings.threads)
     corpus = load_corpus(settings.data, context=settings.context)
     before = run_record(folder)["data"]
