@@ -21,9 +21,13 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def build(method, block=1, optimizer=torch.optim.AdamW) -> tuple[nn.Module, Rewirer, torch.optim.Optimizer]:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 32), nn.LayerNorm(32), nn.Linear(32, 16))
+    return nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 32), nn.LayerNorm(32), nn.Linear(32, 16))
+
+
+def build(method, block=1, optimizer=torch.optim.AdamW) -> tuple[nn.Module, Rewirer, torch.optim.Optimizer]:
+    model = network()
     rewirer = sparsify(model, Plan(density=0.3, method=method, block=block))
     made = optimizer(model.parameters(), lr=0.01)
     return model, rewirer.attach(made, total_steps=100), made
@@ -88,7 +92,9 @@ def test_batches_of_other_sizes_compile_as_often_as_for_a_dense_model():
     counts = []
     for sparse in (False, True):
         torch._dynamo.reset()
-        model = build(METHODS["RigL"])[0] if sparse else nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16))
+        model = network()
+        if sparse:
+            sparsify(model, Plan(density=0.3))
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         for batch in (4, 7, 12, 5, 9):
