@@ -96,17 +96,18 @@ def with_no_sync(rank: int) -> dict[str, Any]:
     return {"patterns": no_sync_train(DistributedDataParallel(model), rewirer, rank)}
 
 
-def buffers_stay(rank: int) -> dict[str, Any]:
+def buffers_stay(rank: int, compiles: bool) -> dict[str, Any]:
     """DDP's start and its forward would both send rank 0's buffers; patterns of uint16 and of int32 are left alone."""
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(70_000, 4), nn.Linear(4, 6), nn.BatchNorm1d(6))
     rewirer = sparsify(model, Plan(density=0.1, seed=rank))
     before = {name: layer.pattern.digest() for name, layer in rewirer.layers.items()}
     kinds = [str(layer.col_indices.dtype) for layer in rewirer.layers.values()]
-    parallel = DistributedDataParallel(model, broadcast_buffers=True)
+    inner = torch.compile(model, backend="eager") if compiles else model
+    parallel = DistributedDataParallel(inner, broadcast_buffers=True)  # type: ignore[arg-type]
     parallel(torch.randn(3, 70_000)).sum().backward()
     after = {name: layer.pattern.digest() for name, layer in rewirer.layers.items()}
-    ignored = sorted(name.rpartition(".")[2] for name in parallel.parameters_to_ignore if name.startswith("0."))
+    ignored = sorted(name.rpartition(".")[2] for name in parallel.parameters_to_ignore)
     return {"kept": before == after, "kinds": kinds, "ignored": ignored, "patterns": before}
 
 
@@ -174,7 +175,8 @@ SCENES = {
         for parts in (1, 2)
     },
     "no_sync": with_no_sync,
-    "buffers": buffers_stay,
+    "buffers": lambda rank: buffers_stay(rank, False),
+    "buffers, compiled": lambda rank: buffers_stay(rank, True),
     **{f"mismatch {what}": lambda rank, w=what: mismatch(rank, w) for what in ("seed", "values", "nothing")},
     **{f"nonfinite {where}": lambda rank, w=where: nonfinite(rank, w) for where in ("gradient", "values")},
     "left out": left_out_on_one,
@@ -227,12 +229,13 @@ def test_rule_6_4_accumulation_under_no_sync(found):
     assert found[0]["no_sync"]["patterns"] == found[1]["no_sync"]["patterns"] == alone
 
 
-def test_rule_8_2_ddp_does_not_broadcast_indices(found):
+@pytest.mark.parametrize("scene", ["buffers", "buffers, compiled"])
+def test_rule_8_2_ddp_does_not_broadcast_indices(found, scene):
     for rank in found:
-        assert rank["buffers"]["kept"]
-        assert rank["buffers"]["kinds"] == ["torch.int32", "torch.uint16"]
-        assert {"crow_indices", "col_indices", "t_crow", "t_rows", "t_perm", "sink"} == set(rank["buffers"]["ignored"])
-    assert found[0]["buffers"]["patterns"] != found[1]["buffers"]["patterns"]
+        assert rank[scene]["kept"]
+        assert rank[scene]["kinds"] == ["torch.int32", "torch.uint16"]
+        assert {"crow_indices", "col_indices", "t_crow", "t_rows", "t_perm", "sink"} == set(rank[scene]["ignored"])
+    assert found[0][scene]["patterns"] != found[1][scene]["patterns"]
 
 
 @pytest.mark.parametrize("what", ["seed", "values"])

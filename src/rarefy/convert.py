@@ -33,6 +33,9 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     Raises:
         ValueError: as `Plan.decide`, or `init="magnitude"` on the meta device. The model is then unchanged.
 
+    For DistributedDataParallel wrap this very model, compiled or not, rather than a larger one that contains it: DDP
+    asks only what it wraps which buffers to leave alone.
+
     Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
     """
     decisions = plan.decide(model, sample)
@@ -52,6 +55,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     # DDP broadcasts buffers from rank 0: that crashes on uint16, and would overwrite patterns silently (rewiring rule
     # 8.2).
     indices = [f"{name}.{buffer}" for name in layers for buffer in (*INDEX_BUFFERS, "sink")]
+    indices += [f"_orig_mod.{index}" for index in indices]  # the names that DDP sees in a compiled model
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *indices]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense)
