@@ -220,7 +220,7 @@ def test_presets_say_what_the_papers_do():
 
 
 def test_a_method_of_ones_own_is_one_class():
-    """Drops the rightmost columns, grows where the gradient is largest to the left: both scores are the method's own."""
+    """Drops the rightmost columns, grows where the gradient is largest to the left: both scores are its own."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Leftist(Method):

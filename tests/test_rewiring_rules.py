@@ -328,15 +328,17 @@ def test_rule_5_1_in_the_engine(active, dropped):
 
 
 def test_rule_5_2_the_smallest_mean_magnitude_goes():
-    """Over a unit's entries: block 1 has the single smallest entry and the smallest sum, but the larger magnitudes."""
-    layer = layer_of({0: 1.0, 1: 1.0, 2: 3.0, 3: 3.0}, (2, 4), (2, 2))
+    """Over its entries: 0 sums to nothing, 1 has the smallest one, 2 the smallest largest; 3 has the smallest mean."""
+    layer = layer_of({0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, (2, 4), (2, 2))
     with torch.no_grad():
-        layer.values[0] = torch.tensor([[0.5, -0.5], [0.5, -0.5]])
+        layer.values[0] = torch.tensor([[2.0, -2.0], [2.0, -2.0]])
         layer.values[1] = torch.tensor([[-4.0, 0.0], [-4.0, 0.0]])
+        layer.values[2] = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+        layer.values[3] = torch.tensor([[0.5, 0.25], [-2.0, 0.25]])
     _, optimizer = engine(layer, SET(interval=1, end=1, fraction=Constant(0.25)))
     before = snapshot(layer, optimizer)
     optimizer.step()
-    assert check_rewire(before, layer, optimizer)[0] == [0]
+    assert check_rewire(before, layer, optimizer)[0] == [3]
 
 
 def test_rule_5_2_ties_drop_the_lower_unit_first():
