@@ -114,7 +114,9 @@ def test_backward_gives_what_is_asked(backend, needs):
         every = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
         some = OPS.spmm_backward(*sparse(p), p.dy, p.x, list(needs))
     for asked, whole, part in zip(needs, every, some, strict=True):
-        assert torch.equal(part, whole) if asked else part.numel() == 0
+        assert part.shape == whole.shape if asked else part.numel() == 0
+        if asked:  # which gradients are wanted may choose another kernel, which adds in another order
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_layouts_of_the_inputs_do_not_matter(backend):
