@@ -1,8 +1,8 @@
 // A pattern reordered for one call so that the inputs it reads stay in the L1 cache.
 //
-// A nonzero of an unstructured matrix does one multiply-add for each load of an input. From L2 that feeds an AVX-512
-// core to a third of its arithmetic, from L1 to twice that. So the inputs are cut into tiles of columns that fit in L1,
-// and the units are visited tile by tile; a row's units in one tile are a segment, and its sums are kept in L2 between
+// A nonzero of an unstructured matrix does one multiply-add for each load of an input, so loads set the speed, and L1
+// gives them faster than L2. The inputs are cut into tiles of columns that fit in L1, and the units are visited tile by
+// tile; a row's units in one tile are a segment, and its sums are kept in L2 between
 // tiles. A segment is a dozen units long and its length would be mispredicted every time: the segments of a tile are
 // therefore sorted by length, which also lets two rows of equal length share a loop.
 //
