@@ -20,7 +20,7 @@ int spmm_direct(const rarefy_pattern *p, const float *values, const float *x, co
   const int64_t in = p->in_features, out = p->out_features, panels = ceil_div(batch, P);
   const int64_t parts = row_parts(panels, view.num_rows, threads);
   const int64_t panel_floats = in * P, tile_floats = kRowGroup * BR * P;
-  const Lease lease = arena_acquire(size_t(threads) * (panel_floats + tile_floats) * sizeof(float));
+  const Lease lease = lease_acquire(size_t(threads) * (panel_floats + tile_floats) * sizeof(float));
   if (lease.data == nullptr) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
@@ -39,7 +39,7 @@ int spmm_direct(const rarefy_pattern *p, const float *values, const float *x, co
                                      tile);
     }
   }
-  arena_release(lease);
+  lease_release(lease);
   return RAREFY_OK;
 }
 
@@ -63,7 +63,7 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
     tiles = carver.take<float>(threads * tile_floats);
     dots = carver.take<float>(threads * dots_floats);
     if (pass == 0) {
-      lease = arena_acquire(carver.used);
+      lease = lease_acquire(carver.used);
       if (lease.data == nullptr) return RAREFY_NO_MEMORY;
       carver = {lease.data, 0};
     }
@@ -125,7 +125,7 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
       }
     }
   }
-  arena_release(lease);
+  lease_release(lease);
   return RAREFY_OK;
 }
 

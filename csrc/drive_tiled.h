@@ -44,7 +44,7 @@ int multiply_tiled(const View<Index> &view, const float *values, const float *x,
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
     if (pass == 0) {
-      lease = arena_acquire(carver.used);
+      lease = lease_acquire(carver.used);
       if (lease.data == nullptr) return RAREFY_NO_MEMORY;
       carver = {lease.data, 0};
     }
@@ -80,7 +80,7 @@ int multiply_tiled(const View<Index> &view, const float *values, const float *x,
       }
     }
   }
-  arena_release(lease);
+  lease_release(lease);
   return RAREFY_OK;
 }
 
@@ -109,7 +109,7 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
     if (pass == 0) {
-      lease = arena_acquire(carver.used);
+      lease = lease_acquire(carver.used);
       if (lease.data == nullptr) return RAREFY_NO_MEMORY;
       carver = {lease.data, 0};
     }
@@ -175,7 +175,7 @@ int backward_tiled(const View<Index> &view, const float *values, const float *dy
       }
     }
   }
-  arena_release(lease);
+  lease_release(lease);
   return RAREFY_OK;
 }
 

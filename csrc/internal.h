@@ -24,12 +24,12 @@ const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 
-// Scratch memory, 64-byte aligned and kept for the next call. Null if there is none to be had.
+// Memory from the pool, 64-byte aligned, kept for a later call when it is released. Null if there is none to be had.
 struct Lease {
   char *data;
   size_t bytes;
 };
-Lease arena_acquire(size_t bytes);
-void arena_release(Lease lease);
+Lease lease_acquire(size_t bytes);
+void lease_release(Lease lease);
 
 }  // namespace rarefy

@@ -85,7 +85,11 @@ RAREFY_API int rarefy_grow_scan_f32(void *selection, const rarefy_pattern *patte
 RAREFY_API int64_t rarefy_grow_finish(void *selection, int64_t *unit_indices, float *scores, int64_t *num_nonfinite);
 RAREFY_API void rarefy_grow_free(void *selection);
 
-/* Bytes of scratch memory kept for later calls, and its release (what a call in flight uses is kept). */
+/* A matrix of float32 (element_bytes 4) or bfloat16 (2) in memory that is kept for later calls once it is freed: a
+ * DLManagedTensor of DLPack, whose deleter may be called from any thread. Its contents are undefined. NULL: no memory. */
+RAREFY_API void *rarefy_tensor_new(int64_t rows, int64_t cols, int32_t element_bytes);
+
+/* Bytes of memory kept for later calls, and its release (what is in use stays). */
 RAREFY_API int64_t rarefy_workspace_bytes(void);
 RAREFY_API void rarefy_workspace_release(void);
 

@@ -87,10 +87,12 @@ def test_rule_9_1_a_killed_run_resumes_bit_for_bit(tmp_path, text, straight, ste
     assert code == -signal.SIGKILL
     before = json.loads((tmp_path / "run" / "latest.json").read_text())["twins"]["sparse"]["step"]
     assert 0 < before < STEPS
+    (tmp_path / "run" / ".latest.json.0123abcd.tmp").write_text("what a save that was killed leaves")
     second = start(["train", "text", "--resume", str(tmp_path / "run"), "--no-report"], tmp_path)
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
     assert f"after step {before}" in out
+    assert not list((tmp_path / "run").glob(".*"))
     assert_same_run(tmp_path / "run", straight)
 
 

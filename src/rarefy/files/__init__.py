@@ -3,8 +3,8 @@
 The format is docs/format.md. No pickle is ever read or written.
 """
 
-from rarefy.files.atomic import DiskFull, atomic_write
+from rarefy.files.atomic import DiskFull, atomic_write, remove_leftovers
 from rarefy.files.checkpoint import Checkpoint, read
 from rarefy.files.model import load, load_into, save
 
-__all__ = ["Checkpoint", "DiskFull", "atomic_write", "load", "load_into", "read", "save"]
+__all__ = ["Checkpoint", "DiskFull", "atomic_write", "load", "load_into", "read", "remove_leftovers", "save"]

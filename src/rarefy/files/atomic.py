@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import BinaryIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, no quota, or a file size that this process or file system does not allow."""
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class DiskFull(OSError):
@@ -57,6 +60,13 @@ def atomic_write(
             raise _disk_full(error, path, target.parent, size) from error
         raise
     _sync_folder(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that killed writers left in a folder to which no one writes at the moment."""
+    for path in Path(folder).glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _disk_full(error: OSError, path: str | os.PathLike[str], folder: Path, size: int | None) -> DiskFull:

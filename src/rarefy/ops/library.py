@@ -33,6 +33,9 @@ _SIGNATURES = {
     "rarefy_grow_scan_f32": (ctypes.c_int, [POINTER, POINTER, POINTER, INT64, INT64, ctypes.c_int]),
     "rarefy_grow_finish": (INT64, [POINTER, POINTER, POINTER, POINTER]),
     "rarefy_grow_free": (None, [POINTER]),
+    "rarefy_tensor_new": (POINTER, [INT64, INT64, ctypes.c_int32]),
+    "rarefy_workspace_bytes": (INT64, []),
+    "rarefy_workspace_release": (None, []),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.ops.index import Index
 from rarefy.ops.library import INT64, POINTER, call, load
-from rarefy.ops.pages import empty
+from rarefy.ops.memory import empty
 
 
 class _CPattern(ctypes.Structure):

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rarefy.files import atomic_write, load_into, save
+from rarefy.files import atomic_write, load_into, remove_leftovers, save
 from rarefy.training.twin import Clock, Twin
 
 LATEST = "latest.json"
@@ -65,11 +65,12 @@ def latest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_checkpoint(folder: Path, twins: Sequence[Twin]) -> None:
-    """Put every twin where the checkpoint in force left it; nothing happens when there is none yet.
+    """Put every twin where the checkpoint in force left it, if there is one yet; what a killed save left is removed.
 
     Raises:
         ValueError: a file is missing, damaged, or of another model or plan.
     """
+    remove_leftovers(folder)
     entries = latest(folder)
     if not entries:
         return

@@ -1,0 +1,44 @@
+"""Outputs in memory that is reused: csrc/memory.cpp.
+
+An output of tens of megabytes that torch's allocator maps anew at every call costs its page faults each time
+(docs/log.md). The kernels' own pool keeps such blocks from step to step, as torch does on GPUs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from rarefy.ops.library import load
+
+POOLED_BYTES = 1 << 20
+"""Smaller tensors come from torch's allocator, which does not go to the system for them."""
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.argtypes, _new_capsule.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p], ctypes.py_object
+
+
+def empty(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`torch.empty((rows, cols))` on the CPU, float32 or bfloat16, from the pool where it is large."""
+    library = load()
+    if rows * cols * dtype.itemsize < POOLED_BYTES or isinstance(library, str):
+        return torch.empty(rows, cols, dtype=dtype)
+    managed = library.rarefy_tensor_new(rows, cols, dtype.itemsize)
+    if not managed:
+        raise MemoryError(f"there is no memory for an output of {rows * cols * dtype.itemsize:,} bytes")
+    return torch.from_dlpack(_new_capsule(managed, b"dltensor", None))
+
+
+def kept_bytes() -> int:
+    """Bytes that the pool keeps for later outputs and scratch; 0 without the library."""
+    library = load()
+    return 0 if isinstance(library, str) else library.rarefy_workspace_bytes()
+
+
+def release() -> None:
+    """Give what the pool keeps back to the system. Tensors in use are not touched."""
+    library = load()
+    if not isinstance(library, str):
+        library.rarefy_workspace_release()
