@@ -240,6 +240,12 @@ def test_sparse_values_have_a_rate_of_their_own(text):
     assert len(rates) == len(list(twin.model.parameters()))
 
 
+def test_the_dense_twin_has_a_rate_of_its_own(text):
+    for asked, rate in ((None, 0.005), (0.02, 0.02)):
+        given = settings(text, lr=0.01, density=0.1, dense_lr=asked).settled(12)
+        assert {group["lr"] for group in make_twins(given, given.plan)[1].optimizer.param_groups} == {rate}
+
+
 def test_twins_take_turns_on_the_same_bytes(tmp_path, text):
     watched = Watched()
     with MetricsLog(tmp_path) as log, StopRequest() as stop:

@@ -95,7 +95,7 @@ def spmm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dvalues and dbias, each where `needs` asks for it; dy is packed once."""
     v32, dy32, x32 = _f32(values), _f32(dy), _f32(x)
-    dx = empty(*x32.shape) if needs[0] else None
+    dx = empty(x32.shape[0], x32.shape[1]) if needs[0] else None
     dvalues = _empty_values(index) if needs[1] else None
     dbias = dy32.new_empty(index.out_features) if needs[2] else None
     inputs = (v32.data_ptr(), dy32.data_ptr(), x32.data_ptr())

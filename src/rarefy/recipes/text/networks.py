@@ -53,7 +53,9 @@ def make_dense(settings: TextSettings) -> Twin:
 
 
 def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Optimizer:
-    groups = param_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    lr = settings.lr if sparse else settings.dense_lr
+    assert lr is not None, "settled"
+    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay)
     values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
     if values:
         faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)

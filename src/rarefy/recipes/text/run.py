@@ -240,7 +240,8 @@ def _last_good(folder: Path) -> str:
 
 def _advice(settings: TextSettings) -> str:
     return (
-        f"Start again with a lower --lr (it was {settings.lr:g}, and {settings.sparse_lr:g} for sparse values), "
+        f"Start again with a lower --lr (it was {settings.lr:g}, {settings.sparse_lr:g} for sparse values, "
+        f"{settings.dense_lr:g} for the dense twin), "
         f"a longer --warmup ({settings.warmup} steps) or a smaller --clip ({settings.clip:g}); --resume would come "
         "to the same point"
     )

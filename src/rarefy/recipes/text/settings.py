@@ -81,10 +81,13 @@ class TextSettings:
     """Micro-batches an optimizer step."""
 
     lr: float = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate of the sparse network, but for its sparse layers."""
 
     sparse_lr: float | None = None
     """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%."""
+
+    dense_lr: float | None = None
+    """Peak learning rate of the dense twin. Without it: lr / 2, its best in short runs (docs/log.md)."""
 
     warmup: int | None = None
     """Steps over which the rate rises. Without it: a tenth of the run, at most 100."""
@@ -141,7 +144,7 @@ class TextSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("minutes", "lr", "sparse_lr"):
+        for name in ("minutes", "lr", "sparse_lr", "dense_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -198,6 +201,7 @@ class TextSettings:
             steps=steps,
             minutes=None,
             sparse_lr=self.sparse_lr if self.sparse_lr is not None else self.lr / density**0.3,
+            dense_lr=self.dense_lr if self.dense_lr is not None else self.lr / 2,
             warmup=self.warmup if self.warmup is not None else max(1, min(100, steps // 10)),
             eval_interval=self.eval_interval
             if self.eval_interval is not None
