@@ -41,7 +41,7 @@ int backward_blocks(const rarefy_pattern *p, const float *values, const float *d
 }
 
 // Block shapes with a kernel. Each costs some seconds of compilation per target, so the list holds what is used.
-#define RAREFY_BLOCKS(X) X(1, 1) X(4, 1) X(4, 4)
+#define RAREFY_BLOCKS(X) X(1, 1) X(4, 1) X(8, 1) X(4, 4) X(8, 8) X(16, 16)
 
 int supports(int64_t block_rows, int64_t block_cols) {
 #define RAREFY_CASE(BR, BC) \

@@ -75,6 +75,11 @@ CASES = [
     Case(out_features=24, in_features=12, density=0.0, batch=7, block=(4, 4)),
     Case(out_features=36, in_features=31, density=0.2, batch=21, block=(4, 1), gaps=True),
     Case(out_features=16, in_features=9, density=1.0, batch=2, block=(4, 1), bias=False),
+    Case(out_features=72, in_features=31, density=0.2, batch=70, block=(8, 1), gaps=True),
+    Case(out_features=64, in_features=96, density=0.2, batch=69, block=(8, 8), gaps=True),
+    Case(out_features=24, in_features=16, density=0.5, batch=1, block=(8, 8), bias=False),
+    Case(out_features=80, in_features=112, density=0.3, batch=67, block=(16, 16), gaps=True),
+    Case(out_features=32, in_features=16, density=1.0, batch=18, block=(16, 16)),
     Case(out_features=14, in_features=27, density=0.3, batch=11, block=(2, 3), gaps=True),
     Case(out_features=6, in_features=6, density=1.0, batch=0, block=(2, 3)),
 ]

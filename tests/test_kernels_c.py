@@ -67,7 +67,7 @@ for name, result, arguments in [
     function.restype, function.argtypes = result, arguments
 
 ISAS = LIB.rarefy_isas().decode().split(",")
-BLOCKS = [(1, 1), (4, 1), (4, 4)]
+BLOCKS = [(1, 1), (4, 1), (8, 1), (4, 4), (8, 8), (16, 16)]
 
 
 def at(array: np.ndarray | None) -> int | None:
