@@ -2,7 +2,7 @@
 //
 // An activation of tens of megabytes that is mapped anew at every step costs more in page faults than in writing it. So
 // blocks are kept when they are given back, in huge pages where the system grants them, and serve later requests of
-// about their size. What is kept never exceeds what was once in use at the same time.
+// about their size. Kept and used together stay within what was once in use at the same time, and a few huge pages.
 #include <stdlib.h>
 
 #include <algorithm>
