@@ -1,4 +1,5 @@
-// Whole calls for many tokens: reordering, packing, threads and scratch memory around tiled.h.
+// Whole calls for many tokens: reordering, packing, threads and scratch memory around tiled.h. The drivers know a block
+// shape only by its sizes and its TileKernels, so that one driver serves all of them.
 #pragma once
 
 #include <omp.h>
@@ -13,167 +14,292 @@ namespace {
 constexpr int64_t kTileBytes = int64_t(32) << 10;   // inputs in L1
 constexpr int64_t kSumsBytes = int64_t(256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
+constexpr int64_t kPieceFeatures = 256;             // what a thread packs at a time
 
 // Columns a tile should have: as many as fit in L1, but more where the segments would be too short to be worth it.
-inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units, int block_inputs, int panel) {
-  int64_t inputs = kTileBytes / (panel * int64_t(sizeof(float)));
+inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t block_inputs) {
+  int64_t inputs = kTileBytes / (kPanel * int64_t(sizeof(float)));
   const double density = double(num_units) / (double(max64(num_rows, 1)) * double(max64(num_cols, 1)));
-  while (inputs * 2 < max_tile_inputs(panel) && inputs * density < 6.0 * block_inputs) inputs *= 2;
+  while (inputs * 2 < max_tile_inputs(kPanel) && inputs * density < 6.0 * double(block_inputs)) inputs *= 2;
   return max64(1, inputs / block_inputs);
 }
 
-// y = x times the view's matrix, transposed, + bias. y has RB and x has CB features for each unit row and column.
-template <int RB, int CB, int NV, bool WT, class Index>
-int multiply_tiled(const View<Index> &view, const float *values, const float *x, const float *bias, float *y,
-                   int64_t batch, int threads) {
-  constexpr int P = NV * VL, UNIT = RB * CB;
-  const int64_t in = view.num_cols * CB, out = view.num_rows * RB, panels = ceil_div(batch, P);
-  const int64_t num_units = view.ptr[view.num_rows];
-  const int64_t parts_wanted = row_parts(panels, view.num_rows, threads);
-  const int64_t chunk_rows = min64(kSumsBytes / (RB * P * int64_t(sizeof(float))), ceil_div(view.num_rows, parts_wanted));
-  Stream s = plan_stream(view.num_rows, view.num_cols, num_units, chunk_rows,
-                         choose_tile(view.num_rows, view.num_cols, num_units, CB, P), UNIT == 1, false, false);
-  const int64_t parts = min64(parts_wanted, max64(s.num_chunks, 1));
-  const int64_t own = in * P + s.chunk_rows * RB * P;
+// A matrix in the order in which its kernels read it. `outputs` and `inputs` of a unit, as the view has them.
+struct Matrix {
+  const TileKernels *kernels;
+  bool transposed;
+  int64_t outputs, inputs;
+  Stream s;
+  int64_t out_features() const { return s.num_rows * outputs; }
+  int64_t in_features() const { return s.num_cols * inputs; }
+  int64_t unit_entries() const { return outputs * inputs; }
+  int64_t first_output(int64_t chunk) const { return s.first_row[chunk] * outputs; }
+  int64_t chunk_floats() const { return s.chunk_rows * outputs * kPanel; }
+  int64_t first_input(int64_t tile) const { return min64(tile * s.tile_cols * inputs, in_features()); }
+};
+
+// For y = x W^T (the view is W), or dx = dy W (the view is W^T); rows are cut into at least `parts` chunks.
+template <class Index>
+Matrix plan_multiply(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, bool transposed,
+                     int64_t parts) {
+  Matrix m = {kernels, transposed, transposed ? p->block_cols : p->block_rows, transposed ? p->block_rows : p->block_cols, {}};
+  const int64_t chunk_rows = kSumsBytes / (m.outputs * kPanel * int64_t(sizeof(float)));
+  m.s = plan_stream(view, chunk_rows, parts, choose_tile(view.num_rows, view.num_cols, p->num_units, m.inputs),
+                    m.unit_entries() == 1, false, false);
+  return m;
+}
+
+template <class Index>
+void build(const Matrix &m, const View<Index> &view, const float *values, int64_t chunk, int32_t *scratch) {
+  build_chunk(m.s, view, values, m.unit_entries(), chunk, int(m.inputs) * kPanel * int(sizeof(float)) / kOffsetBytes, scratch);
+}
+
+// One panel times the chunks [begin, end). load(f0, f1) is called before the inputs in [f0, f1) are first read from
+// `panel`, expect(tile, prefetch) may announce memory, and emit(first, count, sums) takes finished outputs.
+template <class Load, class Expect, class Emit>
+void multiply_panel(const Matrix &m, int64_t begin, int64_t end, const float *bias, float *panel, float *sums, Load load,
+                    Expect expect, Emit emit) {
+  const auto multiply = m.transposed ? m.kernels->multiply_t : m.kernels->multiply;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = m.first_output(chunk), count = m.first_output(chunk + 1) - first;
+    for (int64_t r = 0; r < count; ++r) {
+      const vec start = bias != nullptr ? broadcast(bias[first + r]) : vec{};
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide; ++v) store(sums + r * kPanel + v * VL, start);
+    }
+    for (int64_t t = 0; t < m.s.num_tiles; ++t) {
+      const int64_t f0 = m.first_input(t);
+      if (chunk == begin) load(f0, m.first_input(t + 1));
+      Prefetch prefetch;
+      expect(chunk, t, prefetch);
+      multiply(m.s, chunk * m.s.num_tiles + t, panel + f0 * kPanel, sums, prefetch);
+    }
+    emit(first, count, sums);
+  }
+}
+
+// What is needed around tile t of a chunk: its share of the rows that `emit` will write, and the inputs of the next tile.
+inline void expect_outputs(const Matrix &m, int64_t chunk, int64_t t, const Rows &y, int64_t token, int64_t tokens,
+                           Prefetch &prefetch) {
+  const int64_t first = m.first_output(chunk), count = m.first_output(chunk + 1) - first;
+  const int64_t begin = token + tokens * t / m.s.num_tiles, end = token + tokens * (t + 1) / m.s.num_tiles;
+  prefetch.add(y.at(begin, first), y.features * y.element_bytes(), end - begin, count * y.element_bytes());
+}
+
+// y = x times the view's matrix, transposed, + bias.
+template <class Index>
+int multiply_tiled(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, bool transposed,
+                   const float *values, const Rows &x, const float *bias, const Rows &y, int64_t batch, int threads) {
+  const int64_t panels = ceil_div(batch, kPanel), wanted = row_parts(panels, view.num_rows, threads);
+  Matrix m = plan_multiply(view, p, kernels, transposed, wanted);
+  const int64_t parts = min64(wanted, max64(m.s.num_chunks, 1));
+  const int64_t in = m.in_features(), own = in * kPanel + m.chunk_floats();
   float *buffers = nullptr;
   int32_t *scratch = nullptr;
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    carve_stream(s, carver, UNIT);
+    carve_stream(m.s, carver, m.unit_entries());
     buffers = carver.take<float>(threads * own);
-    scratch = carver.take<int32_t>(threads * build_scratch(s));
+    scratch = carver.take<int32_t>(threads * build_scratch(m.s));
     if (pass == 0) {
       lease = lease_acquire(carver.used);
       if (lease.data == nullptr) return RAREFY_NO_MEMORY;
       carver = {lease.data, 0};
     }
   }
+  cut_chunks(view, m.s.chunk_rows, wanted, m.s.first_row);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
-      build_chunk<UNIT>(s, view, values, chunk, CB * P * int(sizeof(float)) / kOffsetBytes,
-                        scratch + thread * build_scratch(s));
+    for (int64_t chunk = 0; chunk < m.s.num_chunks; ++chunk) {
+      build(m, view, values, chunk, scratch + thread * build_scratch(m.s));
     }
-    float *panel = buffers + thread * own, *sums = panel + in * P;
+    float *panel = buffers + thread * own, *sums = panel + in * kPanel;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels * parts; ++task) {
-      const int64_t at = task / parts, part = task % parts;
-      const int64_t token = at * P, tokens = min64(P, batch - token);
-      const int64_t begin = s.num_chunks * part / parts, end = s.num_chunks * (part + 1) / parts;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * s.chunk_rows * RB, count = min64(s.chunk_rows * RB, out - first);
-        for (int64_t r = 0; r < count; ++r) {
-          const vec start = bias != nullptr ? broadcast(bias[first + r]) : vec{};
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) store(sums + r * P + v * VL, start);
-        }
-        for (int64_t t = 0; t < s.num_tiles; ++t) {
-          const int64_t f0 = t * s.tile_cols * CB, f1 = min64(f0 + s.tile_cols * CB, in);
-          if (chunk == begin) pack<NV>(x + token * in, in, tokens, f0, f1, panel + f0 * P);  // just before its use
-          multiply_tile<RB, CB, NV, WT>(s, chunk * s.num_tiles + t, panel + f0 * P, sums);
-        }
-        unpack<NV>(sums, out, tokens, first, first + count, y + token * out);
-      }
+      const int64_t token = task / parts * kPanel, part = task % parts, tokens = min64(kPanel, batch - token);
+      const int64_t begin = m.s.num_chunks * part / parts, end = m.s.num_chunks * (part + 1) / parts;
+      multiply_panel(
+          m, begin, end, bias, panel, sums,
+          [&](int64_t f0, int64_t f1) { pack_rows<kWide>(x, token, tokens, f0, f1, panel + f0 * kPanel); },
+          [&](int64_t chunk, int64_t t, Prefetch &prefetch) {
+            expect_outputs(m, chunk, t, y, token, tokens, prefetch);
+            const int64_t f0 = m.first_input(t + 1), f1 = m.first_input(t + 2);
+            if (chunk == begin) {
+              prefetch.add(x.at(token, f0), in * x.element_bytes(), tokens, (f1 - f0) * x.element_bytes());
+            }
+          },
+          [&](int64_t first, int64_t count, const float *done) {
+            unpack_rows<kWide>(done, token, tokens, first, first + count, y);
+          });
     }
   }
   lease_release(lease);
   return RAREFY_OK;
 }
 
-// dvalues, and dx and dbias unless null, in one pass over dy. The view is W^T: a thread owns chunks of columns of W with
-// all tokens, so every sum has one owner and one order; the packed dy is shared, a few panels at a time.
-template <int BR, int BC, int NV, class Index>
-int backward_tiled(const View<Index> &view, const float *values, const float *dy, const float *x, float *dx,
-                   float *dvalues, float *dbias, int64_t batch, int threads) {
-  constexpr int P = NV * VL, UNIT = BR * BC;
-  const int64_t in = view.num_rows * BC, out = view.num_cols * BR, panels = ceil_div(batch, P);
-  const int64_t num_units = view.ptr[view.num_rows];
-  const int64_t chunk_rows = max64(1, min64(kSumsBytes / 2 / (BC * P * int64_t(sizeof(float))), ceil_div(view.num_rows, 2 * threads)));
-  Stream s = plan_stream(view.num_rows, view.num_cols, num_units, chunk_rows,
-                         choose_tile(view.num_rows, view.num_cols, num_units, BR, P), UNIT == 1 && kPairedBackward, UNIT == 1, true);
-  const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * P * int64_t(sizeof(float)))));
-  const int64_t own = 2 * s.chunk_rows * BC * P + Dots<false>::BUFFER;
-  float *dy_panels = nullptr, *bias_parts = nullptr, *gradient = nullptr, *buffers = nullptr;
+// The gradients of one matrix, from panels of dy that the threads share. The view is W^T: a thread owns chunks of columns
+// of W with all tokens, so every sum has one owner and one order.
+struct Gradients {
+  Matrix m;
+  float *in_order;    // dvalues in the order of the stream
+  float *bias_parts;  // sums of dy over the tokens of each panel: (panels, out)
+  int64_t out() const { return m.in_features(); }   // of the layer, that is
+  int64_t in() const { return m.out_features(); }
+  int64_t own_floats() const { return 2 * m.chunk_floats() + Dots<false>::BUFFER; }
+};
+
+// What a thread of its own needs: inputs of a chunk, sums for their gradients, and dot products that wait.
+inline void clear_dots(const Gradients &g, float *own) {
+  for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) own[2 * g.m.chunk_floats() + d] = 0.0f;
+}
+
+template <class Index>
+Gradients plan_gradients(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, int threads) {
+  Gradients g = {{kernels, true, p->block_cols, p->block_rows, {}}, nullptr, nullptr};
+  const int64_t chunk_rows = max64(1, kSumsBytes / 2 / (p->block_cols * kPanel * int64_t(sizeof(float))));
+  const bool single = g.m.unit_entries() == 1;
+  g.m.s = plan_stream(view, chunk_rows, 2 * threads, choose_tile(view.num_rows, view.num_cols, p->num_units, p->block_rows),
+                      single && kPairedBackward, single, true);
+  return g;
+}
+
+inline void carve_gradients(Gradients &g, Carver &carver, int64_t panels, bool bias) {
+  carve_stream(g.m.s, carver, g.m.unit_entries());
+  g.in_order = carver.take<float>(g.m.s.num_places * g.m.unit_entries());
+  g.bias_parts = carver.take<float>(bias ? panels * g.out() : 0);
+}
+
+// One chunk over the `count` panels from `first_panel` on, of which dy_panels holds the first. load(panel, c0, c1, x) brings
+// the inputs [c0, c1) of the layer for one panel; emit(panel, c0, c1, sums) takes their gradients; none: emit is not called.
+template <bool DX, class Load, class Expect, class Emit>
+void gradients_chunk(const Gradients &g, int64_t chunk, const float *dy_panels, int64_t first_panel, int64_t count,
+                     float *own, Load load, Expect expect, Emit emit) {
+  const Matrix &m = g.m;
+  float *x_chunk = own, *sums = x_chunk + m.chunk_floats(), *dots = sums + m.chunk_floats();
+  const int64_t c0 = m.first_output(chunk), c1 = m.first_output(chunk + 1);
+  const auto backward = DX ? m.kernels->backward : m.kernels->backward_values;
+  for (int64_t at = 0; at < count; ++at) {
+    load(first_panel + at, c0, c1, x_chunk);
+    if (DX) {
+      for (int64_t i = 0; i < (c1 - c0) * kPanel; i += VL) store(sums + i, vec{});
+    }
+    for (int64_t t = 0; t < m.s.num_tiles; ++t) {
+      const float *panel = dy_panels + at * g.out() * kPanel;
+      const int64_t f0 = m.first_input(t), f1 = m.first_input(t + 1), f2 = m.first_input(t + 2);
+      Prefetch prefetch;
+      const int64_t next = f1 < g.out() ? f2 - f1 : at + 1 < count ? m.first_input(1) : 0;  // the next panel's after the last
+      prefetch.add(panel + f1 * kPanel, 0, next > 0, next * kPanel * int64_t(sizeof(float)));
+      expect(first_panel + at, c0, c1, t, prefetch);
+      backward(m.s, chunk * m.s.num_tiles + t, panel + f0 * kPanel, x_chunk, sums, dots, g.in_order, first_panel + at > 0,
+               prefetch);
+    }
+    if (DX) emit(first_panel + at, c0, c1, sums);
+  }
+}
+
+// Memory of a chunk's rows that tile t of `tiles` announces: those of the next panel's inputs, or of this panel's outputs.
+inline void expect_rows(const Rows &rows, int64_t token, int64_t tokens, int64_t c0, int64_t c1, int64_t t, int64_t tiles,
+                        Prefetch &prefetch) {
+  const int64_t begin = token + tokens * t / tiles, end = token + tokens * (t + 1) / tiles;
+  prefetch.add(rows.at(begin, c0), rows.features * rows.element_bytes(), end - begin, (c1 - c0) * rows.element_bytes());
+}
+
+// To be called by all threads: dy's panels [first, first + count) from rows, and the sums for the bias.
+inline void pack_dy(const Rows &dy, int64_t first, int64_t count, int64_t batch, float *dy_panels, float *bias_parts) {
+  const int64_t out = dy.features, pieces = ceil_div(out, kPieceFeatures);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < count * pieces; ++task) {
+    const int64_t at = task / pieces, token = (first + at) * kPanel, tokens = min64(kPanel, batch - token);
+    const int64_t f0 = task % pieces * kPieceFeatures, f1 = min64(f0 + kPieceFeatures, out);
+    pack_rows<kWide>(dy, token, tokens, f0, f1, dy_panels + (at * out + f0) * kPanel);
+    if (bias_parts != nullptr) sum_columns(dy, token, tokens, f0, f1, bias_parts + (first + at) * out + f0);
+  }
+}
+
+// To be called by all threads, after all chunks: the values' gradient in its own order, and the bias' summed.
+inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues, float *dbias) {
+  const Stream &s = g.m.s;
+  const int64_t entries = g.m.unit_entries(), out = g.out();
+#pragma omp for schedule(static) nowait
+  for (int64_t k = 0; k < s.num_places; ++k) {
+    if (s.order[k] < 0) continue;
+    if (entries == 1) {
+      dvalues[s.order[k]] = g.in_order[k];
+    } else {
+      memcpy(dvalues + s.order[k] * entries, g.in_order + k * entries, size_t(entries) * sizeof(float));
+    }
+  }
+  if (dbias == nullptr) return;
+#pragma omp for schedule(static)
+  for (int64_t f = 0; f < out; ++f) {
+    float sum = 0.0f;
+    for (int64_t at = 0; at < panels; ++at) sum += g.bias_parts[at * out + f];
+    dbias[f] = sum;
+  }
+}
+
+// dvalues, and dx and dbias unless null, in one pass over dy.
+template <class Index>
+int backward_tiled(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, const float *values,
+                   const Rows &dy, const Rows &x, const Rows &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
+  const int64_t out = p->out_features, panels = ceil_div(batch, kPanel);
+  Gradients g = plan_gradients(view, p, kernels, threads);
+  const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * kPanel * int64_t(sizeof(float)))));
+  const bool has_dx = dx.data != nullptr;
+  float *dy_panels = nullptr, *buffers = nullptr;
   int32_t *scratch = nullptr;
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    carve_stream(s, carver, UNIT);
-    dy_panels = carver.take<float>(group * out * P);
-    bias_parts = carver.take<float>(dbias != nullptr ? panels * out : 0);
-    gradient = carver.take<float>(s.num_places * UNIT);  // dvalues in the order of the stream
-    buffers = carver.take<float>(threads * own);
-    scratch = carver.take<int32_t>(threads * build_scratch(s));
+    carve_gradients(g, carver, panels, dbias != nullptr);
+    dy_panels = carver.take<float>(group * out * kPanel);
+    buffers = carver.take<float>(threads * g.own_floats());
+    scratch = carver.take<int32_t>(threads * build_scratch(g.m.s));
     if (pass == 0) {
       lease = lease_acquire(carver.used);
       if (lease.data == nullptr) return RAREFY_NO_MEMORY;
       carver = {lease.data, 0};
     }
   }
+  cut_chunks(view, g.m.s.chunk_rows, 2 * threads, g.m.s.first_row);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-    float *x_chunk = buffers + thread * own, *sums = x_chunk + s.chunk_rows * BC * P, *dots_buffer = sums + s.chunk_rows * BC * P;
-    for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) dots_buffer[d] = 0.0f;
+    float *own = buffers + thread * g.own_floats();
+    clear_dots(g, own);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
-      build_chunk<UNIT>(s, view, dx != nullptr ? values : nullptr, chunk, BR * P * int(sizeof(float)) / kOffsetBytes,
-                        scratch + thread * build_scratch(s));
+    for (int64_t chunk = 0; chunk < g.m.s.num_chunks; ++chunk) {
+      build(g.m, view, has_dx ? values : nullptr, chunk, scratch + thread * build_scratch(g.m.s));
     }
     for (int64_t first = 0; first < panels; first += group) {
-      const int64_t count = min64(group, panels - first), pieces = ceil_div(out, 256);
+      const int64_t count = min64(group, panels - first), tiles = g.m.s.num_tiles;
+      pack_dy(dy, first, count, batch, dy_panels, dbias != nullptr ? g.bias_parts : nullptr);
+      const auto tokens_of = [&](int64_t panel) { return max64(0, min64(kPanel, batch - panel * kPanel)); };
+      const auto load = [&](int64_t panel, int64_t c0, int64_t c1, float *target) {
+        pack_rows<kWide>(x, panel * kPanel, tokens_of(panel), c0, c1, target);
+      };
+      const auto expect = [&](int64_t panel, int64_t c0, int64_t c1, int64_t t, Prefetch &prefetch) {
+        expect_rows(x, (panel + 1) * kPanel, tokens_of(panel + 1), c0, c1, t, tiles, prefetch);
+        if (has_dx) expect_rows(dx, panel * kPanel, tokens_of(panel), c0, c1, t, tiles, prefetch);
+      };
+      const auto emit = [&](int64_t panel, int64_t c0, int64_t c1, const float *sums) {
+        unpack_rows<kWide>(sums, panel * kPanel, tokens_of(panel), c0, c1, dx);
+      };
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < count * pieces; ++task) {
-        const int64_t at = task / pieces, token = (first + at) * P, tokens = min64(P, batch - token);
-        const int64_t f0 = task % pieces * 256, f1 = min64(f0 + 256, out);
-        pack<NV>(dy + token * out, out, tokens, f0, f1, dy_panels + (at * out + f0) * P);
-        if (dbias != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
-        const int64_t c0 = chunk * s.chunk_rows * BC, c1 = min64(c0 + s.chunk_rows * BC, in);
-        for (int64_t at = 0; at < count; ++at) {
-          const int64_t token = (first + at) * P, tokens = min64(P, batch - token);
-          pack<NV>(x + token * in, in, tokens, c0, c1, x_chunk);
-          if (dx != nullptr) {
-            for (int64_t i = 0; i < (c1 - c0) * P; i += VL) store(sums + i, vec{});
-          }
-          for (int64_t t = 0; t < s.num_tiles; ++t) {
-            const float *tile = dy_panels + (at * out + t * s.tile_cols * BR) * P;
-            const int64_t place = chunk * s.num_tiles + t;
-            const int64_t tile_floats = s.tile_cols * BR * P;  // the next tile, of the next panel after the last
-            const int64_t left = (count - at) * out * P - (t + 1) * tile_floats;
-            const int64_t next = max64(0, min64(tile_floats, left));
-            if (dx != nullptr) {
-              backward_tile<BR, BC, NV, true>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0,
-                                              tile + tile_floats, next);
-            } else {
-              backward_tile<BR, BC, NV, false>(s, place, tile, x_chunk, sums, dots_buffer, gradient, first + at > 0,
-                                              tile + tile_floats, next);
-            }
-          }
-          if (dx != nullptr) unpack<NV>(sums, in, tokens, c0, c1, dx + token * in);
+      for (int64_t chunk = 0; chunk < g.m.s.num_chunks; ++chunk) {
+        if (has_dx) {
+          gradients_chunk<true>(g, chunk, dy_panels, first, count, own, load, expect, emit);
+        } else {
+          gradients_chunk<false>(g, chunk, dy_panels, first, count, own, load, expect, emit);
         }
       }
     }
-#pragma omp for schedule(static) nowait
-    for (int64_t k = 0; k < s.num_places; ++k) {
-      if (s.order[k] < 0) continue;
-      for (int e = 0; e < UNIT; ++e) dvalues[int64_t(s.order[k]) * UNIT + e] = gradient[k * UNIT + e];
-    }
-    if (dbias != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t f = 0; f < out; ++f) {
-        float sum = 0.0f;
-        for (int64_t at = 0; at < panels; ++at) sum += bias_parts[at * out + f];
-        dbias[f] = sum;
-      }
-    }
+    finish_gradients(g, panels, dvalues, dbias);
   }
   lease_release(lease);
   return RAREFY_OK;

@@ -9,15 +9,16 @@
 
 namespace rarefy {
 
-// One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1.
+// One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1. x, y, dy and dx hold
+// bfloat16 if `half`, else float32.
 struct Kernels {
   const char *name;
   int (*supports)(int64_t block_rows, int64_t block_cols);
-  int (*spmm)(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y, int64_t batch,
-              int threads);
+  int (*spmm)(const rarefy_pattern *, const float *values, const void *x, const float *bias, void *y, bool half,
+              int64_t batch, int threads);
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
-  int (*backward)(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
-                  float *dvalues, float *dbias, int64_t batch, int threads);
+  int (*backward)(const rarefy_pattern *, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
+                  float *dbias, bool half, int64_t batch, int threads);
 };
 
 const Kernels *kernels_portable();

@@ -9,70 +9,131 @@
 namespace rarefy {
 namespace {
 
-constexpr int kWide = 4;  // vectors in a panel when there are tokens enough to fill it
-
 // Tokens from which reordering the pattern pays for itself. Sooner in backward: following the transposed index as it is,
 // every panel would fetch the values in random order.
 constexpr int64_t kForwardTiledFrom = 3 * kWide * VL, kBackwardTiledFrom = 2 * VL + 1;
 
 template <int BR, int BC, class Index>
-int spmm_blocks(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y,
-                int64_t batch, int threads) {
+int spmm_few(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y, int64_t batch,
+             int threads) {
   if (batch <= VL) return spmm_direct<BR, BC, 1, Index>(p, values, x, bias, y, batch, threads);
-  if (batch < kForwardTiledFrom) return spmm_direct<BR, BC, 2, Index>(p, values, x, bias, y, batch, threads);
-  return multiply_tiled<BR, BC, kWide, false>(by_rows<Index>(p), values, x, bias, y, batch, threads);
+  return spmm_direct<BR, BC, 2, Index>(p, values, x, bias, y, batch, threads);
 }
 
 template <int BR, int BC, class Index>
-int backward_blocks(const rarefy_pattern *p, const float *values, const float *dy, const float *x, float *dx,
-                    float *dvalues, float *dbias, int64_t batch, int threads) {
+int backward_few(const rarefy_pattern *p, const float *values, const float *dy, const float *x, float *dx,
+                 float *dvalues, float *dbias, int64_t batch, int threads) {
   if (batch <= VL) return backward_direct<BR, BC, 1, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
-  if (batch < kBackwardTiledFrom) {
-    return backward_direct<BR, BC, 2, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
-  }
-  if (dvalues == nullptr && dbias == nullptr) {
-    if (dx == nullptr) return RAREFY_OK;
-    return multiply_tiled<BC, BR, kWide, true>(by_cols<Index>(p), values, dy, nullptr, dx, batch, threads);
-  }
-  if (dvalues == nullptr || p->t_crow == nullptr) {
-    return backward_direct<BR, BC, 2, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
-  }
-  return backward_tiled<BR, BC, kWide>(by_cols<Index>(p), values, dy, x, dx, dvalues, dbias, batch, threads);
+  return backward_direct<BR, BC, 2, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
 }
+
+// What there is for one block shape: kernels for many tokens, and whole calls for few, by width of the index.
+struct Block {
+  int64_t rows, cols;
+  TileKernels tiled;
+  int (*spmm_few[2])(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y,
+                     int64_t batch, int threads);
+  int (*backward_few[2])(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
+                         float *dvalues, float *dbias, int64_t batch, int threads);
+};
+
+template <int BR, int BC>
+constexpr Block kBlock = {BR,
+                          BC,
+                          kTileKernels<BR, BC>,
+                          {spmm_few<BR, BC, uint16_t>, spmm_few<BR, BC, int32_t>},
+                          {backward_few<BR, BC, uint16_t>, backward_few<BR, BC, int32_t>}};
 
 // Block shapes with a kernel. Each costs some seconds of compilation per target, so the list holds what is used.
-#define RAREFY_BLOCKS(X) X(1, 1) X(4, 1) X(8, 1) X(4, 4) X(8, 8) X(16, 16)
+constexpr Block kBlocks[] = {kBlock<1, 1>, kBlock<4, 1>, kBlock<8, 1>, kBlock<4, 4>, kBlock<8, 8>, kBlock<16, 16>};
 
-int supports(int64_t block_rows, int64_t block_cols) {
-#define RAREFY_CASE(BR, BC) \
-  if (block_rows == BR && block_cols == BC) return 1;
-  RAREFY_BLOCKS(RAREFY_CASE)
-#undef RAREFY_CASE
-  return 0;
+const Block *find_block(int64_t rows, int64_t cols) {
+  for (const Block &block : kBlocks) {
+    if (block.rows == rows && block.cols == cols) return &block;
+  }
+  return nullptr;
 }
 
-int spmm(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y, int64_t batch,
-         int threads) {
-#define RAREFY_CASE(BR, BC)                                                                        \
-  if (p->block_rows == BR && p->block_cols == BC) {                                                \
-    if (p->index_bytes == 2) return spmm_blocks<BR, BC, uint16_t>(p, values, x, bias, y, batch, threads); \
-    return spmm_blocks<BR, BC, int32_t>(p, values, x, bias, y, batch, threads);                    \
-  }
-  RAREFY_BLOCKS(RAREFY_CASE)
-#undef RAREFY_CASE
-  return RAREFY_UNSUPPORTED_BLOCK;
+int supports(int64_t block_rows, int64_t block_cols) { return find_block(block_rows, block_cols) != nullptr; }
+
+// Calls `work` with views of the pattern in its own index type.
+template <class Work>
+int with_index(const rarefy_pattern *p, Work work) {
+  return p->index_bytes == 2 ? work(uint16_t()) : work(int32_t());
 }
 
-int backward(const rarefy_pattern *p, const float *values, const float *dy, const float *x, float *dx, float *dvalues,
-             float *dbias, int64_t batch, int threads) {
-#define RAREFY_CASE(BR, BC)                                                                                        \
-  if (p->block_rows == BR && p->block_cols == BC) {                                                                \
-    if (p->index_bytes == 2) return backward_blocks<BR, BC, uint16_t>(p, values, dy, x, dx, dvalues, dbias, batch, threads); \
-    return backward_blocks<BR, BC, int32_t>(p, values, dy, x, dx, dvalues, dbias, batch, threads);                 \
+// Float32 copies of bfloat16 activations, for the kernels that know no other, and back. Freed with the object.
+class Wide {
+ public:
+  Wide(const void *narrow, int64_t count, bool half, bool read) : narrow_(narrow), count_(narrow != nullptr ? count : 0) {
+    if (!half || narrow == nullptr) return;
+    lease_ = lease_acquire(size_t(count_) * sizeof(float));
+    float *wide = reinterpret_cast<float *>(lease_.data);
+    for (int64_t i = 0; read && wide != nullptr && i < count_; ++i) wide[i] = widen(static_cast<const bf16 *>(narrow)[i]);
+    failed_ = wide == nullptr;
   }
-  RAREFY_BLOCKS(RAREFY_CASE)
-#undef RAREFY_CASE
-  return RAREFY_UNSUPPORTED_BLOCK;
+  ~Wide() {
+    if (lease_.data != nullptr) lease_release(lease_);
+  }
+  Wide(const Wide &) = delete;
+  Wide &operator=(const Wide &) = delete;
+  bool failed() const { return failed_; }
+  float *data() { return lease_.data != nullptr ? reinterpret_cast<float *>(lease_.data) : static_cast<float *>(const_cast<void *>(narrow_)); }
+  void write_back() {
+    for (int64_t i = 0; lease_.data != nullptr && i < count_; ++i) {
+      narrow_to(static_cast<bf16 *>(const_cast<void *>(narrow_)) + i, data()[i]);
+    }
+  }
+
+ private:
+  const void *narrow_;
+  int64_t count_;
+  Lease lease_ = {nullptr, 0};
+  bool failed_ = false;
+};
+
+int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, bool half,
+         int64_t batch, int threads) {
+  const Block *block = find_block(p->block_rows, p->block_cols);
+  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const int64_t in = p->in_features, out = p->out_features;
+  if (batch < kForwardTiledFrom) {
+    Wide wide_x(x, batch * in, half, true), wide_y(y, batch * out, half, false);
+    if (wide_x.failed() || wide_y.failed()) return RAREFY_NO_MEMORY;
+    const int code = block->spmm_few[p->index_bytes == 4](p, values, wide_x.data(), bias, wide_y.data(), batch, threads);
+    wide_y.write_back();
+    return code;
+  }
+  return with_index(p, [&](auto index) {
+    return multiply_tiled(by_rows<decltype(index)>(p), p, &block->tiled, false, values, {x, in, half}, bias,
+                          {y, out, half}, batch, threads);
+  });
+}
+
+int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
+             float *dbias, bool half, int64_t batch, int threads) {
+  const Block *block = find_block(p->block_rows, p->block_cols);
+  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const int64_t in = p->in_features, out = p->out_features;
+  if (batch >= kBackwardTiledFrom && dvalues == nullptr && dbias == nullptr) {
+    if (dx == nullptr) return RAREFY_OK;
+    return with_index(p, [&](auto index) {
+      return multiply_tiled(by_cols<decltype(index)>(p), p, &block->tiled, true, values, {dy, out, half}, nullptr,
+                            {dx, in, half}, batch, threads);
+    });
+  }
+  if (batch < kBackwardTiledFrom || dvalues == nullptr || p->t_crow == nullptr) {
+    Wide wide_dy(dy, batch * out, half, true), wide_x(x, batch * in, half, true), wide_dx(dx, batch * in, half, false);
+    if (wide_dy.failed() || wide_x.failed() || wide_dx.failed()) return RAREFY_NO_MEMORY;
+    const int code = block->backward_few[p->index_bytes == 4](p, values, wide_dy.data(), wide_x.data(), wide_dx.data(),
+                                                              dvalues, dbias, batch, threads);
+    wide_dx.write_back();
+    return code;
+  }
+  return with_index(p, [&](auto index) {
+    return backward_tiled(by_cols<decltype(index)>(p), p, &block->tiled, values, {dy, out, half}, {x, in, half},
+                          {dx, in, half}, dvalues, dbias, batch, threads);
+  });
 }
 
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)

@@ -1,5 +1,6 @@
 // Panels: P = NV * VL tokens side by side for each feature, so that a nonzero works on whole cache lines.
-// panel[feature][P], feature-major; a row-major matrix has one token a row. Lanes past the last token are zero.
+// panel[feature][P], feature-major and float32; a row-major matrix has one token a row and float32 or bfloat16 elements.
+// Lanes past the last token are zero.
 #pragma once
 
 #include "simd.h"
@@ -8,12 +9,12 @@ namespace rarefy {
 namespace {
 
 // panel[f - begin] for the features begin <= f < end of `tokens` <= P rows of `source`, whose row length is `stride`.
-template <int NV>
-void pack(const float *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {
+template <int NV, class T>
+void pack(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {
   constexpr int P = NV * VL;
   for (int group = 0; group < NV; ++group) {
     const int64_t live = min64(max64(tokens - group * VL, 0), VL);
-    const float *rows = source + group * VL * stride;
+    const T *rows = source + group * VL * stride;
     float *out = panel + group * VL;
     int64_t f = begin;
     if (live == VL) {
@@ -37,19 +38,19 @@ void pack(const float *source, int64_t stride, int64_t tokens, int64_t begin, in
     }
     for (; f < end; ++f) {
       float *lane = out + (f - begin) * P;
-      for (int64_t t = 0; t < live; ++t) lane[t] = rows[t * stride + f];
+      for (int64_t t = 0; t < live; ++t) lane[t] = widen(rows[t * stride + f]);
       for (int64_t t = live; t < VL; ++t) lane[t] = 0.0f;
     }
   }
 }
 
 // The reverse: target[token][f] for begin <= f < end from panel[f - begin]; only `tokens` rows are written.
-template <int NV>
-void unpack(const float *panel, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *target) {
+template <int NV, class T>
+void unpack(const float *panel, int64_t stride, int64_t tokens, int64_t begin, int64_t end, T *target) {
   constexpr int P = NV * VL;
   for (int group = 0; group < NV; ++group) {
     const int64_t live = min64(max64(tokens - group * VL, 0), VL);
-    float *rows = target + group * VL * stride;
+    T *rows = target + group * VL * stride;
     const float *in = panel + group * VL;
     int64_t f = begin;
     for (; live > 0 && f + VL <= end; f += VL) {
@@ -68,13 +69,14 @@ void unpack(const float *panel, int64_t stride, int64_t tokens, int64_t begin, i
       }
     }
     for (; f < end; ++f) {
-      for (int64_t t = 0; t < live; ++t) rows[t * stride + f] = in[(f - begin) * P + t];
+      for (int64_t t = 0; t < live; ++t) narrow_to(rows + t * stride + f, in[(f - begin) * P + t]);
     }
   }
 }
 
 // sums[f - begin] = the sum over the tokens of column f, in the order of the tokens.
-inline void column_sums(const float *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *sums) {
+template <class T>
+void column_sums(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *sums) {
   int64_t f = begin;
   for (; f + VL <= end; f += VL) {
     vec sum = {};
@@ -83,8 +85,46 @@ inline void column_sums(const float *source, int64_t stride, int64_t tokens, int
   }
   for (; f < end; ++f) {
     float sum = 0.0f;
-    for (int64_t t = 0; t < tokens; ++t) sum += source[t * stride + f];
+    for (int64_t t = 0; t < tokens; ++t) sum += widen(source[t * stride + f]);
     sums[f - begin] = sum;
+  }
+}
+
+// Row-major activations of a caller, of either element type.
+struct Rows {
+  const void *data;
+  int64_t features;
+  bool half;  // bfloat16
+  int64_t element_bytes() const { return half ? 2 : 4; }
+  const char *at(int64_t token, int64_t f) const {
+    return static_cast<const char *>(data) + (token * features + f) * element_bytes();
+  }
+};
+
+template <int NV>
+void pack_rows(const Rows &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *panel) {
+  if (rows.half) {
+    pack<NV>(reinterpret_cast<const bf16 *>(rows.at(token, 0)), rows.features, tokens, begin, end, panel);
+  } else {
+    pack<NV>(reinterpret_cast<const float *>(rows.at(token, 0)), rows.features, tokens, begin, end, panel);
+  }
+}
+
+template <int NV>
+void unpack_rows(const float *panel, int64_t token, int64_t tokens, int64_t begin, int64_t end, const Rows &rows) {
+  char *target = const_cast<char *>(rows.at(token, 0));
+  if (rows.half) {
+    unpack<NV>(panel, rows.features, tokens, begin, end, reinterpret_cast<bf16 *>(target));
+  } else {
+    unpack<NV>(panel, rows.features, tokens, begin, end, reinterpret_cast<float *>(target));
+  }
+}
+
+inline void sum_columns(const Rows &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *sums) {
+  if (rows.half) {
+    column_sums(reinterpret_cast<const bf16 *>(rows.at(token, 0)), rows.features, tokens, begin, end, sums);
+  } else {
+    column_sums(reinterpret_cast<const float *>(rows.at(token, 0)), rows.features, tokens, begin, end, sums);
   }
 }
 

@@ -1,7 +1,7 @@
 /* rarefy: kernels for networks that are sparse from the first step. Plain C interface, no torch and no Python.
  *
  * A matrix W of out_features x in_features is held as units (blocks of block_rows x block_cols entries, 1 x 1 for an
- * unstructured pattern) in compressed rows of units. Activations are row-major float32, one token a row. Every pointer
+ * unstructured pattern) in compressed rows of units. Activations are row-major, one token a row. Every pointer
  * must be valid for the sizes stated; the contents of the index arrays are trusted (rarefy.Pattern.check checks them).
  *
  * Threads are OpenMP's; threads <= 0 means omp_get_max_threads(). Results are the same from run to run and, for
@@ -62,6 +62,14 @@ RAREFY_API int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, 
 /* spmm_t and sddmm in one pass over dy. Any of dx, dvalues and dbias may be NULL: then it is not computed. */
 RAREFY_API int rarefy_backward_f32(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x,
                                    float *dx, float *dvalues, float *dbias, int64_t batch, int threads);
+
+/* The same with activations and their gradients in bfloat16 (the upper half of a float32). Values, bias and their
+ * gradients stay float32, and so does the arithmetic; what is stored is rounded to nearest, ties to even. */
+RAREFY_API int rarefy_spmm_bf16(const rarefy_pattern *pattern, const float *values, const uint16_t *x, const float *bias,
+                                uint16_t *y, int64_t batch, int threads);
+RAREFY_API int rarefy_backward_bf16(const rarefy_pattern *pattern, const float *values, const uint16_t *dy,
+                                    const uint16_t *x, uint16_t *dx, float *dvalues, float *dbias, int64_t batch,
+                                    int threads);
 
 /* The transposed index by counting sort, in O(num_units + rows + cols). cols and t_rows have index_bytes each.
  * t_crow: num_unit_cols + 1, t_rows and t_perm: crow[num_unit_rows]. RAREFY_BAD_ARGUMENT if a column is out of range. */

@@ -44,6 +44,36 @@ inline vec broadcast(float x) {
 #endif
 }
 
+// bfloat16 is the upper half of a float. It is only ever storage: arithmetic is in float32.
+typedef uint16_t bf16;
+typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+typedef uint16_t halves_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(VL * 4)));
+
+inline vec load_any(const bf16 *p) {
+  const halves narrow = *reinterpret_cast<const halves_any *>(p);
+  return reinterpret_cast<vec>(__builtin_convertvector(narrow, words) << 16);
+}
+// To nearest, ties to even; NaN stays NaN.
+inline void store_any(bf16 *p, vec v) {
+  const words bits = reinterpret_cast<words>(v);
+  const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_nan = reinterpret_cast<words>(v != v);
+  *reinterpret_cast<halves_any *>(p) = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);
+}
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+inline void narrow_to(float *p, float x) { *p = x; }
+inline void narrow_to(bf16 *p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *p = x != x ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 // One step of a transpose: lanes whose index has bit S are swapped between the two vectors of a pair.
 template <int S, int... I>
 inline vec low_half(vec a, vec b, std::integer_sequence<int, I...>) {

@@ -8,7 +8,7 @@
 //
 // Order of the units: chunk of rows, tile of columns, segment by length, column; in a pair of segments, unit by unit of
 // each in turn. A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
-// a prefix sum.
+// a prefix sum. Chunks have about equal numbers of units, as they are what threads share out.
 #pragma once
 
 #include "view.h"
@@ -28,9 +28,10 @@ struct Stream {
   bool even;                              // every segment or pair has an even number of places, the last maybe unused
   bool ordered;                           // keeps `order`
   int64_t chunk_spare;                    // unused places of a chunk, at most
-  int64_t chunk_rows, tile_cols;          // in units; tile_cols is a power of two
+  int64_t chunk_rows, tile_cols;          // the most of a chunk, in units; tile_cols is a power of two
   int64_t num_chunks, num_tiles;
   int tile_shift;
+  int32_t *first_row;    // of each chunk; num_chunks + 1
   Segment *segments;     // chunk_rows places for each (chunk, tile)
   int32_t *num_segments; // for each (chunk, tile)
   int32_t *first_unit;   // for each (chunk, tile)
@@ -44,26 +45,43 @@ constexpr int kOffsetBytes = 8;  // an x86 address multiplies by it for nothing
 // The most columns a tile may have for its offsets to fit 16 bits.
 constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (panel * int64_t(sizeof(float))); }
 
-inline Stream plan_stream(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t chunk_rows, int64_t tile_cols,
-                          bool pairs, bool even, bool ordered) {
+// Cuts the rows into chunks of at most `most` rows and about a `parts`th of the work. Returns how many; first_row may be
+// null.
+template <class Index>
+int64_t cut_chunks(const View<Index> &view, int64_t most, int64_t parts, int32_t *first_row) {
+  const int64_t share = ceil_div(view.ptr[view.num_rows] + view.num_rows, max64(parts, 1));
+  int64_t count = 0;
+  for (int64_t row = 0; row < view.num_rows; ++count) {
+    if (first_row != nullptr) first_row[count] = int32_t(row);
+    const int64_t begin = row, wanted = view.ptr[begin] + begin + share;
+    while (row < view.num_rows && row - begin < most && view.ptr[row] + row < wanted) ++row;
+  }
+  if (first_row != nullptr) first_row[count] = int32_t(view.num_rows);
+  return count;
+}
+
+template <class Index>
+Stream plan_stream(const View<Index> &view, int64_t chunk_rows, int64_t parts, int64_t tile_cols, bool pairs, bool even,
+                   bool ordered) {
   Stream s = {};
-  s.num_rows = num_rows;
-  s.num_cols = num_cols;
+  s.num_rows = view.num_rows;
+  s.num_cols = view.num_cols;
   while ((int64_t(1) << s.tile_shift) < tile_cols) ++s.tile_shift;
   s.tile_cols = int64_t(1) << s.tile_shift;
-  s.chunk_rows = max64(1, min64(min64(chunk_rows, num_rows), 65535));
-  s.num_chunks = ceil_div(num_rows, s.chunk_rows);
-  s.num_tiles = ceil_div(num_cols, s.tile_cols);
+  s.chunk_rows = max64(1, min64(min64(chunk_rows, view.num_rows), 65535));
+  s.num_chunks = cut_chunks(view, s.chunk_rows, parts, nullptr);
+  s.num_tiles = ceil_div(view.num_cols, s.tile_cols);
   s.pairs = pairs;
   s.even = even;
   s.ordered = ordered;
   // Only one segment of a length is left without a partner.
   s.chunk_spare = even ? s.num_tiles * (pairs ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
-  s.num_places = num_units + s.num_chunks * s.chunk_spare;
+  s.num_places = view.ptr[view.num_rows] + s.num_chunks * s.chunk_spare;
   return s;
 }
 
-inline void carve_stream(Stream &s, Carver &carver, int unit_entries) {
+inline void carve_stream(Stream &s, Carver &carver, int64_t unit_entries) {
+  s.first_row = carver.take<int32_t>(s.num_chunks + 1);
   s.segments = carver.take<Segment>(s.num_chunks * s.num_tiles * s.chunk_rows);
   s.num_segments = carver.take<int32_t>(s.num_chunks * s.num_tiles);
   s.first_unit = carver.take<int32_t>(s.num_chunks * s.num_tiles);
@@ -80,11 +98,11 @@ inline bool paired(const Stream &s, const Segment *segments, int32_t i, int32_t 
 // Scratch for build_chunk, in int32.
 inline int64_t build_scratch(const Stream &s) { return s.chunk_rows * (s.num_tiles + 1) + s.tile_cols + 1; }
 
-// values may be null: then only the index is built.
-template <int UNIT, class Index>
-void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t chunk, int step,
+// values may be null: then only the index is built. `entries` in a unit, `step` of a column's inputs in offsets.
+template <class Index>
+void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t entries, int64_t chunk, int step,
                  int32_t *scratch) {
-  const int64_t first = chunk * s.chunk_rows, rows = min64(s.chunk_rows, view.num_rows - first);
+  const int64_t first = s.first_row[chunk], rows = s.first_row[chunk + 1] - first;
   const int64_t tiles = s.num_tiles;
   // bounds[r * (tiles + 1) + t]: the first unit of row r at or beyond tile t.
   int32_t *bounds = scratch, *places = scratch + s.chunk_rows * (tiles + 1);
@@ -124,7 +142,11 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
       s.offsets[to] = uint16_t((view.cols[k] - tile_begin) * step);
       if (s.ordered) s.order[to] = place;
       if (values == nullptr) return;
-      for (int e = 0; e < UNIT; ++e) s.values[int64_t(to) * UNIT + e] = values[int64_t(place) * UNIT + e];
+      if (entries == 1) {
+        s.values[to] = values[place];
+      } else {
+        memcpy(s.values + to * entries, values + place * entries, size_t(entries) * sizeof(float));
+      }
     };
     for (int32_t i = 0; i < count; ++i) {
       const int32_t length = segments[i].length;

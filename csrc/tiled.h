@@ -3,6 +3,7 @@
 
 #include "dots.h"
 #include "pack.h"
+#include "prefetch.h"
 #include "stream.h"
 
 namespace rarefy {
@@ -57,12 +58,14 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
 
 // All segments of one (chunk, tile).
 template <int RB, int CB, int NV, bool WT>
-void multiply_tile(const Stream &s, int64_t at, const float *tile, float *sums) {
+void multiply_tile(const Stream &s, int64_t at, const float *tile, float *sums, Prefetch &prefetch) {
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
   const float *values = s.values + int64_t(s.first_unit[at]) * (RB * CB);
+  prefetch.spread(RB * CB == 1 ? count / 2 : count);
   for (int32_t i = 0; i < count;) {
+    prefetch.step();
     const int64_t length = segments[i].length;
     if (RB * CB == 1 && paired(s, segments, i, count)) {
       multiply_segments<RB, CB, NV, WT, (RB * CB == 1 ? 2 : 1)>(segments + i, offsets, values, tile, sums);
@@ -130,26 +133,10 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
   }
 }
 
-// Brings memory that is needed next into L2 a few lines at a time, while something else is computed.
-class Prefetch {
- public:
-  Prefetch(const float *data, int64_t floats, int64_t steps)
-      : at_(reinterpret_cast<const char *>(data)), end_(at_ + floats * int64_t(sizeof(float))),
-        stride_(ceil_div(floats * int64_t(sizeof(float)), 64 * max64(steps, 1)) * 64) {}
-  void step() {
-    const char *stop = at_ + stride_ < end_ ? at_ + stride_ : end_;
-    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const char *at_, *end_;
-  int64_t stride_;
-};
-
 // All segments of one (chunk, tile) of the view W^T (units of BC rows, BR inputs). dvalues is in the stream's order.
 template <int BR, int BC, int NV, bool DX>
 void backward_tile(const Stream &s, int64_t at, const float *tile, const float *x, float *dx_sums, float *dots_buffer,
-                   float *dvalues, bool add, const float *next, int64_t next_floats) {
+                   float *dvalues, bool add, Prefetch &prefetch) {
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
@@ -158,7 +145,7 @@ void backward_tile(const Stream &s, int64_t at, const float *tile, const float *
   if constexpr (BR == 1 && BC == 1) {
     Dots<true> dots(dots_buffer);
     dots.begin(dvalues, add);
-    Prefetch prefetch(next, next_floats, count / 2);
+    prefetch.spread(count / 2);
     for (int32_t i = 0; i < count;) {
       prefetch.step();
       const int64_t length = segments[i].length;
@@ -182,10 +169,13 @@ void backward_tile(const Stream &s, int64_t at, const float *tile, const float *
     dots.finish();
   } else {
     constexpr int P = NV * VL;
-    if (DX) multiply_tile<BC, BR, NV, true>(s, at, tile, dx_sums);
+    if (DX) {
+      Prefetch none;
+      multiply_tile<BC, BR, NV, true>(s, at, tile, dx_sums, none);
+    }
     Dots<false> dots(dots_buffer);
     dots.begin(dvalues, add);
-    Prefetch prefetch(next, next_floats, count);
+    prefetch.spread(count);
     for (int32_t i = 0; i < count; ++i) {
       prefetch.step();
       for (int64_t k = 0; k < segments[i].length; ++k) {
@@ -195,6 +185,23 @@ void backward_tile(const Stream &s, int64_t at, const float *tile, const float *
     dots.finish();
   }
 }
+
+// The kernels of one block shape, as the drivers call them.
+struct TileKernels {
+  void (*multiply)(const Stream &, int64_t at, const float *tile, float *sums, Prefetch &);    // the view is W
+  void (*multiply_t)(const Stream &, int64_t at, const float *tile, float *sums, Prefetch &);  // the view is W^T
+  void (*backward)(const Stream &, int64_t at, const float *tile, const float *x, float *dx_sums, float *dots_buffer,
+                   float *dvalues, bool add, Prefetch &);
+  void (*backward_values)(const Stream &, int64_t at, const float *tile, const float *x, float *dx_sums,
+                          float *dots_buffer, float *dvalues, bool add, Prefetch &);  // dx_sums are left alone
+};
+
+constexpr int kWide = 4;           // vectors in a panel when there are tokens enough to fill it
+constexpr int kPanel = kWide * VL;  // its tokens
+
+template <int BR, int BC>
+constexpr TileKernels kTileKernels = {multiply_tile<BR, BC, kWide, false>, multiply_tile<BC, BR, kWide, true>,
+                                      backward_tile<BR, BC, kWide, true>, backward_tile<BR, BC, kWide, false>};
 
 }  // namespace
 }  // namespace rarefy
