@@ -150,3 +150,37 @@ int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float
   if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
   return backward(pattern, nullptr, dy, x, nullptr, dvalues, dbias, false, batch, threads);
 }
+
+static bool bad(const rarefy_mlp *mlp, int64_t batch, bool transposed) {
+  if (mlp == nullptr || bad(mlp->up, batch, transposed) || bad(mlp->down, batch, transposed)) return true;
+  if (mlp->up->out_features != mlp->down->in_features) return true;
+  return mlp->activation < RAREFY_GELU || mlp->activation > RAREFY_SQUARED_RELU;
+}
+
+int rarefy_mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
+                       const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(mlp, batch, false) || missing(up_values, mlp->up->num_units) || missing(down_values, mlp->down->num_units) ||
+      missing(x, batch * mlp->up->in_features) || missing(y, batch * mlp->down->out_features) ||
+      missing(z, batch * mlp->up->out_features)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->mlp_forward(mlp, up_values, up_bias, down_values, down_bias, x, y, z, batch, thread_count(threads));
+}
+
+int rarefy_mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy,
+                        const void *x, const void *z, void *dx, float *d_up_values, float *d_up_bias,
+                        float *d_down_values, float *d_down_bias, int64_t batch, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(mlp, batch, true)) return RAREFY_BAD_ARGUMENT;
+  const int64_t up_units = mlp->up->num_units, down_units = mlp->down->num_units;
+  if (missing(up_values, up_units) || missing(d_up_values, up_units) || missing(down_values, down_units) ||
+      missing(d_down_values, down_units) || missing(dy, batch * mlp->down->out_features) ||
+      missing(x, batch * mlp->up->in_features) || missing(z, batch * mlp->up->out_features)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias, d_down_values, d_down_bias,
+                               batch, thread_count(threads));
+}

@@ -24,34 +24,52 @@ inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units
   return max64(1, inputs / block_inputs);
 }
 
-// A matrix in the order in which its kernels read it. `outputs` and `inputs` of a unit, as the view has them.
+// A matrix, or its transpose, in the order in which its kernels read it.
 struct Matrix {
+  const rarefy_pattern *p;
   const TileKernels *kernels;
-  bool transposed;
-  int64_t outputs, inputs;
+  bool transposed;  // dx = dy W, and the gradients; else y = x W^T
   Stream s;
-  int64_t out_features() const { return s.num_rows * outputs; }
-  int64_t in_features() const { return s.num_cols * inputs; }
-  int64_t unit_entries() const { return outputs * inputs; }
-  int64_t first_output(int64_t chunk) const { return s.first_row[chunk] * outputs; }
-  int64_t chunk_floats() const { return s.chunk_rows * outputs * kPanel; }
-  int64_t first_input(int64_t tile) const { return min64(tile * s.tile_cols * inputs, in_features()); }
+  const int32_t *ptr() const { return transposed ? p->t_crow : p->crow; }
+  int64_t num_rows() const { return transposed ? p->in_features / p->block_cols : p->out_features / p->block_rows; }
+  int64_t num_cols() const { return transposed ? p->out_features / p->block_rows : p->in_features / p->block_cols; }
+  int64_t outputs() const { return transposed ? p->block_cols : p->block_rows; }  // of a unit
+  int64_t inputs() const { return transposed ? p->block_rows : p->block_cols; }
+  int64_t out_features() const { return transposed ? p->in_features : p->out_features; }
+  int64_t in_features() const { return transposed ? p->out_features : p->in_features; }
+  int64_t unit_entries() const { return p->block_rows * p->block_cols; }
+  int64_t first_output(int64_t chunk) const { return s.first_row[chunk] * outputs(); }
+  int64_t first_input(int64_t tile) const { return min64(tile * s.tile_cols * inputs(), in_features()); }
+  int64_t chunk_floats() const { return s.chunk_rows * outputs() * kPanel; }
+  int64_t tile_cols() const { return choose_tile(num_rows(), num_cols(), p->num_units, inputs()); }
 };
 
-// For y = x W^T (the view is W), or dx = dy W (the view is W^T); rows are cut into at least `parts` chunks.
-template <class Index>
-Matrix plan_multiply(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, bool transposed,
-                     int64_t parts) {
-  Matrix m = {kernels, transposed, transposed ? p->block_cols : p->block_rows, transposed ? p->block_rows : p->block_cols, {}};
-  const int64_t chunk_rows = kSumsBytes / (m.outputs * kPanel * int64_t(sizeof(float)));
-  m.s = plan_stream(view, chunk_rows, parts, choose_tile(view.num_rows, view.num_cols, p->num_units, m.inputs),
-                    m.unit_entries() == 1, false, false);
+// Rows are cut into at least `parts` chunks.
+inline Matrix plan_multiply(const rarefy_pattern *p, const TileKernels *kernels, bool transposed, int64_t parts) {
+  Matrix m = {p, kernels, transposed, {}};
+  const int64_t chunk_rows = kSumsBytes / (m.outputs() * kPanel * int64_t(sizeof(float)));
+  m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(), m.unit_entries() == 1, false, false);
   return m;
 }
 
-template <class Index>
-void build(const Matrix &m, const View<Index> &view, const float *values, int64_t chunk, int32_t *scratch) {
-  build_chunk(m.s, view, values, m.unit_entries(), chunk, int(m.inputs) * kPanel * int(sizeof(float)) / kOffsetBytes, scratch);
+inline void carve_matrix(Matrix &m, Carver &carver) {
+  carve_stream(m.s, carver, m.unit_entries());
+  if (carver.data != nullptr) cut_chunks(m.ptr(), m.num_rows(), m.s.chunk_rows, m.s.parts, m.s.first_row);
+}
+
+// To be called by all threads. values may be null: then only the index is built.
+inline void build(const Matrix &m, const float *values, int32_t *scratch) {
+  const int step = int(m.inputs()) * kPanel * int(sizeof(float)) / kOffsetBytes;
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int64_t chunk = 0; chunk < m.s.num_chunks; ++chunk) {
+    if (m.p->index_bytes == 2) {
+      const View<uint16_t> view = m.transposed ? by_cols<uint16_t>(m.p) : by_rows<uint16_t>(m.p);
+      build_chunk(m.s, view, values, m.unit_entries(), chunk, step, scratch);
+    } else {
+      const View<int32_t> view = m.transposed ? by_cols<int32_t>(m.p) : by_rows<int32_t>(m.p);
+      build_chunk(m.s, view, values, m.unit_entries(), chunk, step, scratch);
+    }
+  }
 }
 
 // One panel times the chunks [begin, end). load(f0, f1) is called before the inputs in [f0, f1) are first read from
@@ -87,11 +105,11 @@ inline void expect_outputs(const Matrix &m, int64_t chunk, int64_t t, const Rows
 }
 
 // y = x times the view's matrix, transposed, + bias.
-template <class Index>
-int multiply_tiled(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, bool transposed,
-                   const float *values, const Rows &x, const float *bias, const Rows &y, int64_t batch, int threads) {
-  const int64_t panels = ceil_div(batch, kPanel), wanted = row_parts(panels, view.num_rows, threads);
-  Matrix m = plan_multiply(view, p, kernels, transposed, wanted);
+inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, bool transposed, const float *values,
+                          const Rows &x, const float *bias, const Rows &y, int64_t batch, int threads) {
+  const int64_t panels = ceil_div(batch, kPanel);
+  const int64_t wanted = row_parts(panels, y.features / (transposed ? p->block_cols : p->block_rows), threads);
+  Matrix m = plan_multiply(p, kernels, transposed, wanted);
   const int64_t parts = min64(wanted, max64(m.s.num_chunks, 1));
   const int64_t in = m.in_features(), own = in * kPanel + m.chunk_floats();
   float *buffers = nullptr;
@@ -99,7 +117,7 @@ int multiply_tiled(const View<Index> &view, const rarefy_pattern *p, const TileK
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    carve_stream(m.s, carver, m.unit_entries());
+    carve_matrix(m, carver);
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * build_scratch(m.s));
     if (pass == 0) {
@@ -108,15 +126,12 @@ int multiply_tiled(const View<Index> &view, const rarefy_pattern *p, const TileK
       carver = {lease.data, 0};
     }
   }
-  cut_chunks(view, m.s.chunk_rows, wanted, m.s.first_row);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t chunk = 0; chunk < m.s.num_chunks; ++chunk) {
-      build(m, view, values, chunk, scratch + thread * build_scratch(m.s));
-    }
+    build(m, values, scratch + thread * build_scratch(m.s));
+#pragma omp barrier
     float *panel = buffers + thread * own, *sums = panel + in * kPanel;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels * parts; ++task) {
@@ -157,18 +172,17 @@ inline void clear_dots(const Gradients &g, float *own) {
   for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) own[2 * g.m.chunk_floats() + d] = 0.0f;
 }
 
-template <class Index>
-Gradients plan_gradients(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, int threads) {
-  Gradients g = {{kernels, true, p->block_cols, p->block_rows, {}}, nullptr, nullptr};
+inline Gradients plan_gradients(const rarefy_pattern *p, const TileKernels *kernels, int threads) {
+  Gradients g = {{p, kernels, true, {}}, nullptr, nullptr};
   const int64_t chunk_rows = max64(1, kSumsBytes / 2 / (p->block_cols * kPanel * int64_t(sizeof(float))));
   const bool single = g.m.unit_entries() == 1;
-  g.m.s = plan_stream(view, chunk_rows, 2 * threads, choose_tile(view.num_rows, view.num_cols, p->num_units, p->block_rows),
+  g.m.s = plan_stream(g.m.ptr(), g.m.num_rows(), g.m.num_cols(), chunk_rows, 2 * threads, g.m.tile_cols(),
                       single && kPairedBackward, single, true);
   return g;
 }
 
 inline void carve_gradients(Gradients &g, Carver &carver, int64_t panels, bool bias) {
-  carve_stream(g.m.s, carver, g.m.unit_entries());
+  carve_matrix(g.m, carver);
   g.in_order = carver.take<float>(g.m.s.num_places * g.m.unit_entries());
   g.bias_parts = carver.take<float>(bias ? panels * g.out() : 0);
 }
@@ -243,11 +257,10 @@ inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues,
 }
 
 // dvalues, and dx and dbias unless null, in one pass over dy.
-template <class Index>
-int backward_tiled(const View<Index> &view, const rarefy_pattern *p, const TileKernels *kernels, const float *values,
-                   const Rows &dy, const Rows &x, const Rows &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
+inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, const float *values, const Rows &dy,
+                          const Rows &x, const Rows &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
   const int64_t out = p->out_features, panels = ceil_div(batch, kPanel);
-  Gradients g = plan_gradients(view, p, kernels, threads);
+  Gradients g = plan_gradients(p, kernels, threads);
   const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * kPanel * int64_t(sizeof(float)))));
   const bool has_dx = dx.data != nullptr;
   float *dy_panels = nullptr, *buffers = nullptr;
@@ -265,17 +278,13 @@ int backward_tiled(const View<Index> &view, const rarefy_pattern *p, const TileK
       carver = {lease.data, 0};
     }
   }
-  cut_chunks(view, g.m.s.chunk_rows, 2 * threads, g.m.s.first_row);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     float *own = buffers + thread * g.own_floats();
     clear_dots(g, own);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t chunk = 0; chunk < g.m.s.num_chunks; ++chunk) {
-      build(g.m, view, has_dx ? values : nullptr, chunk, scratch + thread * build_scratch(g.m.s));
-    }
+    build(g.m, has_dx ? values : nullptr, scratch + thread * build_scratch(g.m.s));  // pack_dy ends with a barrier
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = min64(group, panels - first), tiles = g.m.s.num_tiles;
       pack_dy(dy, first, count, batch, dy_panels, dbias != nullptr ? g.bias_parts : nullptr);

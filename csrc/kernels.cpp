@@ -4,7 +4,7 @@
 #include "internal.h"
 
 #include "drive_direct.h"
-#include "drive_tiled.h"
+#include "drive_mlp.h"
 
 namespace rarefy {
 namespace {
@@ -56,12 +56,6 @@ const Block *find_block(int64_t rows, int64_t cols) {
 
 int supports(int64_t block_rows, int64_t block_cols) { return find_block(block_rows, block_cols) != nullptr; }
 
-// Calls `work` with views of the pattern in its own index type.
-template <class Work>
-int with_index(const rarefy_pattern *p, Work work) {
-  return p->index_bytes == 2 ? work(uint16_t()) : work(int32_t());
-}
-
 // Float32 copies of bfloat16 activations, for the kernels that know no other, and back. Freed with the object.
 class Wide {
  public:
@@ -104,10 +98,7 @@ int spmm(const rarefy_pattern *p, const float *values, const void *x, const floa
     wide_y.write_back();
     return code;
   }
-  return with_index(p, [&](auto index) {
-    return multiply_tiled(by_rows<decltype(index)>(p), p, &block->tiled, false, values, {x, in, half}, bias,
-                          {y, out, half}, batch, threads);
-  });
+  return multiply_tiled(p, &block->tiled, false, values, {x, in, half}, bias, {y, out, half}, batch, threads);
 }
 
 int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
@@ -117,10 +108,7 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
   const int64_t in = p->in_features, out = p->out_features;
   if (batch >= kBackwardTiledFrom && dvalues == nullptr && dbias == nullptr) {
     if (dx == nullptr) return RAREFY_OK;
-    return with_index(p, [&](auto index) {
-      return multiply_tiled(by_cols<decltype(index)>(p), p, &block->tiled, true, values, {dy, out, half}, nullptr,
-                            {dx, in, half}, batch, threads);
-    });
+    return multiply_tiled(p, &block->tiled, true, values, {dy, out, half}, nullptr, {dx, in, half}, batch, threads);
   }
   if (batch < kBackwardTiledFrom || dvalues == nullptr || p->t_crow == nullptr) {
     Wide wide_dy(dy, batch * out, half, true), wide_x(x, batch * in, half, true), wide_dx(dx, batch * in, half, false);
@@ -130,10 +118,32 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
     wide_dx.write_back();
     return code;
   }
-  return with_index(p, [&](auto index) {
-    return backward_tiled(by_cols<decltype(index)>(p), p, &block->tiled, values, {dy, out, half}, {x, in, half},
-                          {dx, in, half}, dvalues, dbias, batch, threads);
-  });
+  return backward_tiled(p, &block->tiled, values, {dy, out, half}, {x, in, half}, {dx, in, half}, dvalues, dbias, batch,
+                        threads);
+}
+
+int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
+                const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
+  const rarefy_pattern *up = mlp->up, *down = mlp->down;
+  const Block *first = find_block(up->block_rows, up->block_cols), *second = find_block(down->block_rows, down->block_cols);
+  if (first == nullptr || second == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const bool half = mlp->half_rows != 0;
+  return rarefy::mlp_forward({up, down, &first->tiled, &second->tiled, mlp->activation}, up_values, up_bias, down_values,
+                             down_bias, {x, up->in_features, half}, {y, down->out_features, half},
+                             {z, up->out_features, mlp->half_saved != 0}, batch, threads);
+}
+
+int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy, const void *x,
+                 const void *z, void *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
+                 float *d_down_bias, int64_t batch, int threads) {
+  const rarefy_pattern *up = mlp->up, *down = mlp->down;
+  const Block *first = find_block(up->block_rows, up->block_cols), *second = find_block(down->block_rows, down->block_cols);
+  if (first == nullptr || second == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const bool half = mlp->half_rows != 0;
+  return rarefy::mlp_backward({up, down, &first->tiled, &second->tiled, mlp->activation}, up_values, down_values,
+                              {dy, down->out_features, half}, {x, up->in_features, half},
+                              {const_cast<void *>(z), up->out_features, mlp->half_saved != 0}, {dx, up->in_features, half},
+                              d_up_values, d_up_bias, d_down_values, d_down_bias, batch, threads);
 }
 
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)
@@ -141,7 +151,7 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
 #define RAREFY_JOIN_(a, b) a##b
 
-constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward};
+constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward, mlp_forward, mlp_backward};
 
 }  // namespace
 

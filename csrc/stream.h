@@ -29,6 +29,7 @@ struct Stream {
   bool ordered;                           // keeps `order`
   int64_t chunk_spare;                    // unused places of a chunk, at most
   int64_t chunk_rows, tile_cols;          // the most of a chunk, in units; tile_cols is a power of two
+  int64_t parts;                          // the chunks were cut for
   int64_t num_chunks, num_tiles;
   int tile_shift;
   int32_t *first_row;    // of each chunk; num_chunks + 1
@@ -47,36 +48,36 @@ constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (pa
 
 // Cuts the rows into chunks of at most `most` rows and about a `parts`th of the work. Returns how many; first_row may be
 // null.
-template <class Index>
-int64_t cut_chunks(const View<Index> &view, int64_t most, int64_t parts, int32_t *first_row) {
-  const int64_t share = ceil_div(view.ptr[view.num_rows] + view.num_rows, max64(parts, 1));
+inline int64_t cut_chunks(const int32_t *ptr, int64_t num_rows, int64_t most, int64_t parts, int32_t *first_row) {
+  const int64_t share = ceil_div(ptr[num_rows] + num_rows, max64(parts, 1));
   int64_t count = 0;
-  for (int64_t row = 0; row < view.num_rows; ++count) {
+  for (int64_t row = 0; row < num_rows; ++count) {
     if (first_row != nullptr) first_row[count] = int32_t(row);
-    const int64_t begin = row, wanted = view.ptr[begin] + begin + share;
-    while (row < view.num_rows && row - begin < most && view.ptr[row] + row < wanted) ++row;
+    const int64_t begin = row, wanted = ptr[begin] + begin + share;
+    while (row < num_rows && row - begin < most && ptr[row] + row < wanted) ++row;
   }
-  if (first_row != nullptr) first_row[count] = int32_t(view.num_rows);
+  if (first_row != nullptr) first_row[count] = int32_t(num_rows);
   return count;
 }
 
-template <class Index>
-Stream plan_stream(const View<Index> &view, int64_t chunk_rows, int64_t parts, int64_t tile_cols, bool pairs, bool even,
-                   bool ordered) {
+// ptr: the units of each row, num_rows + 1.
+inline Stream plan_stream(const int32_t *ptr, int64_t num_rows, int64_t num_cols, int64_t chunk_rows, int64_t parts,
+                          int64_t tile_cols, bool pairs, bool even, bool ordered) {
   Stream s = {};
-  s.num_rows = view.num_rows;
-  s.num_cols = view.num_cols;
+  s.num_rows = num_rows;
+  s.num_cols = num_cols;
   while ((int64_t(1) << s.tile_shift) < tile_cols) ++s.tile_shift;
   s.tile_cols = int64_t(1) << s.tile_shift;
-  s.chunk_rows = max64(1, min64(min64(chunk_rows, view.num_rows), 65535));
-  s.num_chunks = cut_chunks(view, s.chunk_rows, parts, nullptr);
-  s.num_tiles = ceil_div(view.num_cols, s.tile_cols);
+  s.parts = parts;
+  s.chunk_rows = max64(1, min64(min64(chunk_rows, num_rows), 65535));
+  s.num_chunks = cut_chunks(ptr, num_rows, s.chunk_rows, parts, nullptr);
+  s.num_tiles = ceil_div(num_cols, s.tile_cols);
   s.pairs = pairs;
   s.even = even;
   s.ordered = ordered;
   // Only one segment of a length is left without a partner.
   s.chunk_spare = even ? s.num_tiles * (pairs ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
-  s.num_places = view.ptr[view.num_rows] + s.num_chunks * s.chunk_spare;
+  s.num_places = ptr[num_rows] + s.num_chunks * s.chunk_spare;
   return s;
 }
 

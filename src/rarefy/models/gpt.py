@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rarefy.nn import mlp
+
 VOCABULARY = 256
 """Every byte is a token."""
 
@@ -86,7 +88,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTC)))
+        return mlp(x_BTC, self.up, "gelu", self.down)
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """Sparse modules."""
 
 from rarefy.nn.linear import SparseLinear
+from rarefy.nn.mlp import mlp
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "mlp"]

@@ -233,8 +233,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.cast(x)
         y = torch.ops.rarefy.spmm(
             self.values,
             self.crow_indices,
@@ -248,6 +247,13 @@ class SparseLinear(nn.Module):
             self.sink,
         )
         return y.view(*x.shape[:-1], self.out_features)
+
+    @staticmethod
+    def cast(x: Tensor) -> Tensor:
+        """x in the dtype that autocast asks for."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def dense_weight(self) -> Tensor:
         """(out_features, in_features) with zeros where no unit is; for export and tests."""

@@ -60,3 +60,5 @@ _feed = sink.feed  # the ops' own argument is called sink too
 # One function an op for every device, as the choice between implementations depends on more than the device.
 for _name in ("spmm", "spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
     torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])
+
+from rarefy.ops import mlp  # noqa: E402, F401  (composed of the ops above)

@@ -1,8 +1,9 @@
-"""The C++ kernels behind the four operations: fp32 on CPU, other dtypes by conversion at the border."""
+"""The C++ kernels behind the four operations: fp32 on CPU, with activations in fp32 or bf16; others are converted."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from rarefy.ops.index import Index
 from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
+
+if TYPE_CHECKING:
+    from rarefy.ops.mlp import Matrices
 
 
 class _CPattern(ctypes.Structure):
@@ -55,16 +59,25 @@ def _f32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
 
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], str]:
+    """Activations as the kernels read them, and the suffix of the kernels that do: all bf16, or all fp32."""
+    half = all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    if half:
+        return [tensor.detach().contiguous() for tensor in tensors], "bf16"
+    return [_f32(tensor) for tensor in tensors], "f32"
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor:
     """See `rarefy.ops.schema`."""
-    values, x32, bias = _f32(values), _f32(x), None if bias is None else _f32(bias)
-    y = empty(x.shape[0], index.out_features)
-    arguments = (values.data_ptr(), x32.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
-    call("rarefy_spmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    values, bias = _f32(values), None if bias is None else _f32(bias)
+    (rows,), kind = _rows(x)
+    y = empty(x.shape[0], index.out_features, rows.dtype)
+    arguments = (values.data_ptr(), rows.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
+    call(f"rarefy_spmm_{kind}", ctypes.byref(_c_pattern(index)), *arguments)
     return y.to(x.dtype)
 
 
@@ -94,18 +107,66 @@ def spmm_backward(
     values: Tensor, index: Index, dy: Tensor, x: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dvalues and dbias, each where `needs` asks for it; dy is packed once."""
-    v32, dy32, x32 = _f32(values), _f32(dy), _f32(x)
-    dx = empty(x32.shape[0], x32.shape[1]) if needs[0] else None
+    v32 = _f32(values)
+    (dy_rows, x_rows), kind = _rows(dy, x)
+    dx = empty(x.shape[0], x.shape[1], x_rows.dtype) if needs[0] else None
     dvalues = _empty_values(index) if needs[1] else None
-    dbias = dy32.new_empty(index.out_features) if needs[2] else None
-    inputs = (v32.data_ptr(), dy32.data_ptr(), x32.data_ptr())
+    dbias = v32.new_empty(index.out_features) if needs[2] else None
+    inputs = (v32.data_ptr(), dy_rows.data_ptr(), x_rows.data_ptr())
     outputs = (_pointer(dx), _pointer(dvalues), _pointer(dbias))
-    call("rarefy_backward_f32", ctypes.byref(_c_pattern(index)), *inputs, *outputs, x.shape[0], torch.get_num_threads())
+    name, pattern = f"rarefy_backward_{kind}", _c_pattern(index)
+    call(name, ctypes.byref(pattern), *inputs, *outputs, x.shape[0], torch.get_num_threads())
     return (
         None if dx is None else dx.to(dy.dtype),
         None if dvalues is None else dvalues.to(values.dtype),
         None if dbias is None else dbias.to(values.dtype),
     )
+
+
+class _CMlp(ctypes.Structure):
+    """`rarefy_mlp` of csrc/rarefy.h."""
+
+    _fields_ = [
+        ("up", ctypes.POINTER(_CPattern)),
+        ("down", ctypes.POINTER(_CPattern)),
+        *((name, ctypes.c_int32) for name in ("activation", "half_rows", "half_saved")),
+    ]
+
+
+def _c_mlp(m: Matrices, activation: int, kind: str, saved: torch.dtype) -> _CMlp:
+    up, down = ctypes.pointer(_c_pattern(m.up)), ctypes.pointer(_c_pattern(m.down))
+    return _CMlp(up, down, activation, kind == "bf16", saved == torch.bfloat16)
+
+
+def mlp(
+    m: Matrices, x: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: int, saved: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `rarefy.ops.mlp`; fp32 values, x in fp32 or bf16."""
+    (rows,), kind = _rows(x)
+    batch, hidden = x.shape[0], m.up.out_features
+    y = empty(batch, m.down.out_features, rows.dtype)
+    groups = -(-batch // 64)
+    z = empty(groups * hidden, 64, saved).view(groups, hidden, 64)
+    weights = [None if t is None else _f32(t) for t in (m.up_values, up_bias, m.down_values, down_bias)]
+    arguments = (*map(_pointer, weights), rows.data_ptr(), y.data_ptr(), z.data_ptr(), batch, torch.get_num_threads())
+    call("rarefy_mlp_forward", ctypes.byref(_c_mlp(m, activation, kind, saved)), *arguments)
+    return y, z
+
+
+def mlp_backward(
+    m: Matrices, dy: Tensor, x: Tensor, z: Tensor, activation: int, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, up values and bias, down values and bias; a bias' or x's None where `needs` does not ask for it."""
+    (dy_rows, x_rows), kind = _rows(dy, x)
+    dx = empty(x.shape[0], x.shape[1], x_rows.dtype) if needs[0] else None
+    d_up, d_down = _empty_values(m.up), _empty_values(m.down)
+    d_up_bias = d_up.new_empty(m.up.out_features) if needs[2] else None
+    d_down_bias = d_up.new_empty(m.down.out_features) if needs[4] else None
+    inputs = [_f32(m.up_values), _f32(m.down_values), dy_rows, x_rows, z.contiguous()]
+    outputs = (dx, d_up, d_up_bias, d_down, d_down_bias)
+    arguments = (*map(_pointer, (*inputs, *outputs)), x.shape[0], torch.get_num_threads())
+    call("rarefy_mlp_backward", ctypes.byref(_c_mlp(m, activation, kind, z.dtype)), *arguments)
+    return None if dx is None else dx.to(x.dtype), *outputs[1:]
 
 
 TILE_ROWS, TILE_ENTRIES = 128, 1 << 22

@@ -63,11 +63,21 @@ def take_calls(sink: Tensor) -> int:
     return calls
 
 
+def armed(sink: Tensor) -> bool:
+    """Whether someone waits for the next backward calls."""
+    return int(sink[SLOT]) in _collectors
+
+
+def count(sink: Tensor) -> None:
+    """One more backward call, with no one waiting."""
+    sink[CALLS] += 1
+
+
 def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
     """Called by `spmm_backward` on every backend. Gradients are computed in at least fp32, whatever autocast chose:
     in bf16 most of them would be equal.
     """
-    sink[CALLS] += 1
+    count(sink)
     collector = _collectors.get(int(sink[SLOT]))
     if collector is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
