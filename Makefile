@@ -5,7 +5,9 @@ ARGS ?=
 RUN ?= $(patsubst %/report.html,%,$(firstword $(shell ls -td runs/*/report.html 2>/dev/null)))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+NATIVE := CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
+CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+HAS_CMAKE := $(if $(shell command -v cmake),,.venv/torch)
 
 # Where there is a compiler, kernels that do not build are an error; where there is none, plain torch does.
 ifneq (,$(foreach name,$(CXX) c++ clang++,$(shell command -v $(name) 2>/dev/null)))
@@ -13,9 +15,9 @@ export RAREFY_REQUIRE_NATIVE := 1
 endif
 
 # Runs a command in silence; if it fails, shows the end of what it said.
-quiet = @mkdir -p build; echo "$(1) ..."; $(2) >build/make.log 2>&1 || { tail -n 40 build/make.log; echo "failed; all of it: build/make.log"; exit 1; }
+quiet = @mkdir -p build; echo "$(1) ..."; { $(2); } >build/make.log 2>&1 || { tail -n 40 build/make.log; echo "failed; all of it: build/make.log"; exit 1; }
 
-.PHONY: help demo test check lint bench readme wheel wheel-check report-check sanitize clean
+.PHONY: help demo test check lint bench readme wheel wheel-check report-check sanitize kernels-check neon clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -67,6 +69,23 @@ sanitize: .venv/dev ## the kernels alone, under the address and undefined-behavi
 	@RAREFY_LIBRARY=build/sanitize/librarefy_kernels.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -p no:faulthandler tests/test_kernels_c.py $(ARGS)
+
+# Warnings are errors here; both need neither torch nor Python where the system has CMake.
+CHECKED := -DRAREFY_TESTS=ON -DRAREFY_WERROR=ON
+kernels-check: $(HAS_CMAKE) ## the kernels alone against plain double loops, on every instruction set of this CPU
+	$(call quiet,building the kernels and their check,$(CMAKE) -S . -B build/check $(CHECKED) && $(CMAKE) --build build/check --parallel)
+	@build/check/check_kernels $(ARGS)
+
+neon: build/neon/checked ## the same for 64-bit ARM: cross compiled, then run under qemu; installs both (Debian, as root)
+	@cat $<
+
+build/neon/checked: $(NATIVE) $(wildcard csrc/tests/*) tools/aarch64.cmake | $(HAS_CMAKE)
+	@tools/system_package.sh aarch64-c++
+	@tools/system_package.sh qemu-aarch64
+	$(call quiet,building the kernels for 64-bit ARM,$(CMAKE) -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=tools/aarch64.cmake $(CHECKED) && $(CMAKE) --build build/neon --parallel)
+	@echo "checking them under qemu: half a minute ..."
+	@OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/check_kernels neon portable >build/neon/checking || { cat build/neon/checking; exit 1; }
+	@mv build/neon/checking $@
 
 clean:          ## remove what was built; runs/ and .venv stay
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,8 @@ Choice find_choices() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     choice.list[choice.count++] = kernels_avx2();
   }
+#elif defined(RAREFY_ARM64)
+  choice.list[choice.count++] = kernels_neon();  // every 64-bit ARM has it
 #endif
   choice.list[choice.count++] = kernels_portable();
   for (int i = 0; i < choice.count; ++i) {

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(RAREFY_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace rarefy {
@@ -21,6 +23,9 @@ constexpr int kBudget = 16; // accumulators that leave registers for the operand
 #elif defined(__AVX2__)
 constexpr int VL = 8;
 constexpr int kBudget = 8;
+#elif defined(RAREFY_NEON)
+constexpr int VL = 4;
+constexpr int kBudget = 16;  // of 32 registers
 #else
 constexpr int VL = 4;
 constexpr int kBudget = 8;
@@ -115,6 +120,9 @@ inline vec half_of(vec a, vec b, std::integer_sequence<int, I...>) {
 }
 template <int GROUP>
 inline vec join(vec a, vec b) {
+#if defined(RAREFY_NEON)
+  if constexpr (GROUP == 1) return vpaddq_f32(a, b);
+#endif
   return half_of<GROUP, 0>(a, b, Lanes()) + half_of<GROUP, 1>(a, b, Lanes());
 }
 inline vec join_halves(vec a, vec b) {  // (the lower plus the upper half of a, the same of b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -456,6 +457,27 @@ def test_unknown_isa_is_refused_and_named_in_the_environment() -> None:
             check=True,
         )
         assert done.stdout.strip() == printed
+
+
+COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a compiler on Linux")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the compiler would run under the sanitizers too")
+def test_the_program_that_checks_the_kernels_by_itself(tmp_path: Path) -> None:
+    """Other machines, real and emulated, run it alone (`make neon`): here it must build, pass, and be able to fail."""
+    assert COMPILER is not None and LIBRARY is not None
+    program = tmp_path / "check_kernels"
+    source = ROOT / "csrc" / "tests" / "check_kernels.cpp"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([COMPILER, *flags, source, LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}", "-o", program], check=True)
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([program, *ISAS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert all(f"\n{isa} " in done.stdout for isa in ISAS)
+    done = subprocess.run([program, "abacus"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "abacus is not among them" in done.stdout
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

@@ -1,12 +1,14 @@
 #!/bin/sh
-# Makes sure that a program of the operating system is there: tools/system_package.sh chromium|c++
+# Makes sure that a program of the operating system is there: tools/system_package.sh chromium|c++|aarch64-c++|qemu-aarch64
 # Installs it where that can be done (apt-get, as root); otherwise says what is missing and fails.
 set -eu
 
 case "$1" in
     chromium) names="chromium chromium-browser google-chrome"; package=chromium ;;
     c++) names="c++ g++ clang++"; package=g++ ;;
-    *) echo "usage: $0 chromium|c++" >&2; exit 2 ;;
+    aarch64-c++) names=aarch64-linux-gnu-g++; package=g++-aarch64-linux-gnu ;;
+    qemu-aarch64) names=qemu-aarch64; package=qemu-user ;;
+    *) echo "usage: $0 chromium|c++|aarch64-c++|qemu-aarch64" >&2; exit 2 ;;
 esac
 for name in $names; do
     if command -v "$name" >/dev/null; then exit 0; fi
