@@ -11,7 +11,7 @@ namespace rarefy {
 namespace {
 
 struct Choice {
-  const Kernels *list[3];
+  const Kernels *list[4];
   int count;
   char names[64];
 };
@@ -21,8 +21,15 @@ Choice find_choices() {
   Choice choice = {};
 #if defined(RAREFY_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+#if defined(RAREFY_AMX)
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+      __builtin_cpu_supports("amx-bf16") && amx_allowed()) {
+    choice.list[choice.count++] = kernels_amx();
+  }
+#endif
+  if (avx512) {
     choice.list[choice.count++] = kernels_avx512();
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

@@ -29,6 +29,8 @@ struct Kernels {
 const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
+const Kernels *kernels_amx();
+bool amx_allowed();
 const Kernels *kernels_neon();
 
 // Memory from the pool, 64-byte aligned, kept for a later call when it is released. Null if there is none to be had.

@@ -1,0 +1,452 @@
+// Blocks of 8x8 and 16x16 with bfloat16 activations on AMX, the matrix unit of recent Xeons: what the dense product runs on there.
+// Everything else of this instruction set is AVX-512's.
+//
+// A tile register holds up to 16 rows of 64 bytes. One instruction adds A (rows of 2K bfloat16) times B (K rows of pairs,
+// each of two consecutive k) to C (float32), in as many cycles as A has rows. Products are taken with the weights as A, so that B and C have tokens along
+// their rows, as panels do:
+//
+//   y, dx   C[output][token]  += W[output][input] B[input pair][token]      one block of W, K its side / 2
+//   dW      C[output][input]  += dy[output][token] B[token pair][input]     one block of dW, K = 16
+//
+// Pairs of neighbouring features are 32-bit words in a row-major matrix, so packing is a transpose of words.
+#include <omp.h>
+
+#include "internal.h"
+
+#include "pack.h"
+#include "view.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace rarefy {
+namespace {
+
+constexpr int64_t kTokens = 64;                     // of a panel
+constexpr int64_t kPanelBytes = int64_t(1) << 20;   // panels of dy in both layouts that the threads share, in L2
+constexpr int64_t kFewTokens = 64;                  // below, the vector kernels
+
+// Tiles: 0 to 3 sums, 4 and 5 the A operand, 6 and 7 the B operand.
+struct __attribute__((packed)) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// Sets the tiles' shapes, and brings back what was set before: the caller's own libraries use them too.
+class Tiles {
+ public:
+  Tiles() { _tile_storeconfig(&before_); }
+  ~Tiles() {
+    if (before_.palette != 0) {
+      _tile_loadconfig(&before_);
+    } else {
+      _tile_release();
+    }
+  }
+  Tiles(const Tiles &) = delete;
+  Tiles &operator=(const Tiles &) = delete;
+  // Of a product whose A operand and sums have `rows`, over `pairs`, with sums of `cols`.
+  void shape(int64_t rows, int64_t pairs, int64_t cols) {
+    TileConfig config = {};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.rows[t] = uint8_t(t < 6 ? rows : pairs);
+      config.row_bytes[t] = uint16_t(4 * (t == 4 || t == 5 ? pairs : cols));
+    }
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  TileConfig before_;
+};
+
+typedef uint32_t word;
+
+inline vec load_words(const void *p) { return load_any(static_cast<const float *>(p)); }
+
+// words[(f - begin) / 2][64] of the features [begin, end), multiples of 16, of up to 64 tokens; tokens past the last are 0.
+void pack_pairs(const bf16 *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
+  for (int64_t group = 0; group < kTokens; group += VL) {
+    for (int64_t f = begin; f < end; f += 2 * VL) {
+      const int64_t count = min64(VL, (end - f) / 2);
+      const __mmask16 mask = __mmask16((1u << count) - 1);
+      vec block[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) {
+        const bf16 *row = source + (group + i) * features + f;
+        block[i] = group + i < tokens ? _mm512_maskz_loadu_ps(mask, row) : vec{};
+      }
+      transpose(block);
+      for (int64_t w = 0; w < count; ++w) store(reinterpret_cast<float *>(words + ((f - begin) / 2 + w) * kTokens + group), block[w]);
+    }
+  }
+}
+
+// Two rows of 16 float32 to 16 words of bfloat16 pairs.
+inline vec join_pairs(vec even, vec odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(odd, even));
+  return reinterpret_cast<vec>(_mm512_permutexvar_epi16(order, both));
+}
+
+// The reverse of pack_pairs, from float32 sums[f - begin][64], plus bias unless null.
+void unpack_sums(const float *sums, const float *bias, int64_t features, int64_t tokens, int64_t begin, int64_t end,
+                 bf16 *target) {
+  for (int64_t group = 0; group < tokens; group += VL) {
+    for (int64_t f = begin; f < end; f += 2 * VL) {
+      const int64_t count = min64(VL, (end - f) / 2);
+      const __mmask16 mask = __mmask16((1u << count) - 1);
+      vec block[VL];
+      for (int64_t w = 0; w < VL; ++w) {
+        if (w >= count) {
+          block[w] = vec{};
+          continue;
+        }
+        const float *row = sums + (f - begin + 2 * w) * kTokens + group;
+        vec even = load(row), odd = load(row + kTokens);
+        if (bias != nullptr) {
+          even += broadcast(bias[f + 2 * w]);
+          odd += broadcast(bias[f + 2 * w + 1]);
+        }
+        block[w] = join_pairs(even, odd);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < min64(VL, tokens - group); ++i) {
+        _mm512_mask_storeu_ps(target + (group + i) * features + f, mask, block[i]);
+      }
+    }
+  }
+}
+
+// rows[f][64] of bfloat16, a token after the other, from words[f / 2][64].
+void split_pairs(const word *words, int64_t features, bf16 *rows) {
+  for (int64_t w = 0; w < features / 2; ++w) {
+    for (int64_t group = 0; group < kTokens; group += VL) {
+      const __m512i both = _mm512_loadu_si512(words + w * kTokens + group);
+      bf16 *even = rows + 2 * w * kTokens + group;
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(even), _mm512_cvtepi32_epi16(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(even + kTokens), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+    }
+  }
+}
+
+// words[(f - begin) / SIDE][token / 2][SIDE]: pairs of neighbouring tokens.
+template <int SIDE>
+void pack_tokens(const bf16 *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
+  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
+  const auto read = [&](int64_t t, int64_t f) {
+    return _mm512_cvtepu16_epi32(t < tokens ? _mm256_maskz_loadu_epi16(mask, source + t * features + f) : _mm256_setzero_si256());
+  };
+  for (int64_t t = 0; t < kTokens; t += 2) {
+    for (int64_t f = begin; f < end; f += SIDE) {
+      const __m512i pairs = _mm512_or_si512(read(t, f), _mm512_slli_epi32(read(t + 1, f), 16));
+      _mm512_mask_storeu_epi32(words + ((f - begin) / SIDE * (kTokens / 2) + t / 2) * SIDE, mask, pairs);
+    }
+  }
+}
+
+// A block of values as an A operand: bfloat16, [output][input], or its transpose.
+template <int SIDE>
+void convert_block(const float *values, bool transposed, bf16 *block) {
+  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
+  vec rows[VL] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) rows[i] = _mm512_maskz_loadu_ps(mask, values + i * SIDE);
+  if (transposed) transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) {
+    _mm256_mask_storeu_epi16(block + i * SIDE, mask, __m256i(_mm512_cvtneps_pbh(rows[i])));
+  }
+}
+
+struct Columns {  // of either index type
+  const void *data;
+  bool narrow;
+  int64_t operator[](int64_t k) const {
+    return narrow ? static_cast<const uint16_t *>(data)[k] : static_cast<const int32_t *>(data)[k];
+  }
+};
+
+// One orientation of the pattern: W, or W^T.
+struct Side {
+  int64_t num_rows;
+  const int32_t *ptr;
+  Columns cols;
+  const int32_t *perm;  // null: units are in this order
+};
+
+Side side_of(const rarefy_pattern *p, bool transposed) {
+  const bool narrow = p->index_bytes == 2;
+  if (transposed) return {p->in_features / p->block_cols, p->t_crow, {p->t_rows, narrow}, p->t_perm};
+  return {p->out_features / p->block_rows, p->crow, {p->cols, narrow}, nullptr};
+}
+
+// The blocks in the side's order. To be called by all threads; ends without a barrier.
+template <int SIDE>
+void convert_side(const Side &side, const float *values, bool transposed, bf16 *blocks) {
+#pragma omp for schedule(static) nowait
+  for (int32_t k = 0; k < side.ptr[side.num_rows]; ++k) {
+    const int64_t from = side.perm != nullptr ? side.perm[k] : k;
+    convert_block<SIDE>(values + from * (SIDE * SIDE), transposed, blocks + int64_t(k) * (SIDE * SIDE));
+  }
+}
+
+// sums[r - begin][SIDE][64] of the block rows [begin, end) over one panel of words[input / 2][64].
+template <int SIDE>
+void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, float *sums) {
+  for (int64_t r = begin; r < end; ++r) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = side.ptr[r]; k < side.ptr[r + 1]; ++k) {
+      const word *x = words + side.cols[k] * (SIDE / 2 * kTokens);
+      _tile_loadd(4, blocks + k * (SIDE * SIDE), SIDE * 2);
+      _tile_loadd(6, x, kTokens * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, x + 16, kTokens * 4);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(6, x + 32, kTokens * 4);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_loadd(7, x + 48, kTokens * 4);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+    float *out = sums + (r - begin) * SIDE * kTokens;
+    _tile_stored(0, out, kTokens * 4);
+    _tile_stored(1, out + 16, kTokens * 4);
+    _tile_stored(2, out + 32, kTokens * 4);
+    _tile_stored(3, out + 48, kTokens * 4);
+  }
+}
+
+constexpr int64_t kOutputsAtOnce = 64;  // whose sums are unpacked together: whole cache lines, and sums in L1
+
+// target = source times the side's matrix, transposed, + bias, for one panel of tokens.
+template <int SIDE>
+void multiply_panel(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, const float *bias,
+                    int64_t features, int64_t tokens, bf16 *target, float *sums) {
+  for (int64_t r = begin; r < end; r += kOutputsAtOnce / SIDE) {
+    const int64_t stop = min64(r + kOutputsAtOnce / SIDE, end);
+    multiply_rows<SIDE>(side, blocks, words, r, stop, sums);
+    unpack_sums(sums, bias, features, tokens, r * SIDE, stop * SIDE, target);
+  }
+}
+
+template <int SIDE>
+int multiply(const rarefy_pattern *p, bool transposed, const float *values, const bf16 *x, const float *bias, bf16 *y,
+             int64_t batch, int threads) {
+  const Side side = side_of(p, transposed);
+  const int64_t in = transposed ? p->out_features : p->in_features, out = side.num_rows * SIDE;
+  const int64_t panels = ceil_div(batch, kTokens), parts = row_parts(panels, side.num_rows, threads);
+  const int64_t own = in / 2 * kTokens + kOutputsAtOnce * kTokens;  // in words, or floats
+  bf16 *blocks = nullptr;
+  word *buffers = nullptr;
+  Carver carver = {nullptr, 0};
+  Lease lease = {nullptr, 0};
+  for (int pass = 0; pass < 2; ++pass) {
+    blocks = carver.take<bf16>(p->num_units * (SIDE * SIDE));
+    buffers = carver.take<word>(threads * own);
+    if (pass == 0) {
+      lease = lease_acquire(carver.used);
+      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+      carver = {lease.data, 0};
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    Tiles tiles;
+    tiles.shape(SIDE, SIDE / 2, 16);
+    convert_side<SIDE>(side, values, transposed, blocks);
+#pragma omp barrier
+    word *words = buffers + omp_get_thread_num() * own;
+    float *sums = reinterpret_cast<float *>(words + in / 2 * kTokens);
+    int64_t packed = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < panels * parts; ++task) {
+      const int64_t at = task / parts, part = task % parts, token = at * kTokens, tokens = min64(kTokens, batch - token);
+      if (packed != at) pack_pairs(x + token * in, in, tokens, 0, in, words);
+      packed = at;
+      multiply_panel<SIDE>(side, blocks, words, part_begin(side.ptr, side.num_rows, part, parts),
+                     part_begin(side.ptr, side.num_rows, part + 1, parts), bias, out, tokens, y + token * out, sums);
+    }
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+// dvalues of the blocks [k, k + COUNT) of one block column, in W^T's order, from `count` panels.
+template <int SIDE, int COUNT>
+void add_products(const Side &side, int64_t k, const bf16 *dy_rows, int64_t panel_rows, const word *x, int64_t x_panel,
+                  int64_t count, bool add, float *dvalues) {
+  float *to[4];
+  const bf16 *from[4];
+  for (int i = 0; i < COUNT; ++i) {
+    to[i] = dvalues + int64_t(side.perm[k + i]) * (SIDE * SIDE);
+    from[i] = dy_rows + side.cols[k + i] * (SIDE * kTokens);
+  }
+#define RAREFY_EACH(STEP)     \
+  STEP(0, 4)                  \
+  if (COUNT > 1) { STEP(1, 5) } \
+  if (COUNT > 2) { STEP(2, 4) } \
+  if (COUNT > 3) { STEP(3, 5) }
+#define RAREFY_START(i, a)                   \
+  if (add) {                                 \
+    _tile_loadd(i, to[i], SIDE * 4);        \
+  } else {                                   \
+    _tile_zero(i);                           \
+  }
+#define RAREFY_STEP(i, a)                                              \
+  _tile_loadd(a, from[i] + at * panel_rows + half, kTokens * 2);       \
+  _tile_dpbf16ps(i, a, 6);
+#define RAREFY_STOP(i, a) _tile_stored(i, to[i], SIDE * 4);
+  RAREFY_EACH(RAREFY_START)
+  for (int64_t at = 0; at < count; ++at) {
+    for (int64_t half = 0; half < kTokens; half += 32) {
+      _tile_loadd(6, x + at * x_panel + half / 2 * SIDE, SIDE * 4);
+      RAREFY_EACH(RAREFY_STEP)
+    }
+  }
+  RAREFY_EACH(RAREFY_STOP)
+#undef RAREFY_EACH
+#undef RAREFY_START
+#undef RAREFY_STEP
+#undef RAREFY_STOP
+}
+
+// dvalues, and dx and dbias unless null, from bfloat16 dy and x. A thread owns block columns of W with all tokens.
+template <int SIDE>
+int gradients(const rarefy_pattern *p, const float *values, const bf16 *dy, const bf16 *x, bf16 *dx, float *dvalues,
+              float *dbias, int64_t batch, int threads) {
+  const Side side = side_of(p, true);
+  const int64_t in = p->in_features, out = p->out_features, panels = ceil_div(batch, kTokens);
+  const int64_t group = max64(2, min64(panels, kPanelBytes / max64(1, out * kTokens * 2)));
+  const int64_t chunks = threads > 1 ? 2 * threads : 1;
+  int64_t widest = 0;  // block columns of a chunk
+  for (int64_t c = 0; c < chunks; ++c) {
+    widest = max64(widest, part_begin(side.ptr, side.num_rows, c + 1, chunks) - part_begin(side.ptr, side.num_rows, c, chunks));
+  }
+  const int64_t x_panel = widest * (kTokens / 2 * SIDE), own = group * x_panel + kOutputsAtOnce * kTokens;
+  bf16 *blocks = nullptr, *dy_rows = nullptr;
+  word *dy_words = nullptr, *buffers = nullptr;
+  float *bias_parts = nullptr;
+  Carver carver = {nullptr, 0};
+  Lease lease = {nullptr, 0};
+  for (int pass = 0; pass < 2; ++pass) {
+    blocks = carver.take<bf16>(dx != nullptr ? p->num_units * (SIDE * SIDE) : 0);
+    dy_words = carver.take<word>(group * out / 2 * kTokens);
+    dy_rows = carver.take<bf16>(group * out * kTokens);
+    bias_parts = carver.take<float>(dbias != nullptr ? panels * out : 0);
+    buffers = carver.take<word>(threads * own);
+    if (pass == 0) {
+      lease = lease_acquire(carver.used);
+      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+      carver = {lease.data, 0};
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    Tiles tiles;
+    if (dx != nullptr) convert_side<SIDE>(side, values, true, blocks);
+    word *x_words = buffers + omp_get_thread_num() * own;
+    float *sums = reinterpret_cast<float *>(x_words + group * x_panel);
+    for (int64_t first = 0; first < panels; first += group) {
+      const int64_t count = min64(group, panels - first), pieces = ceil_div(out, 256);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < count * pieces; ++task) {
+        const int64_t at = task / pieces, token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
+        const int64_t f0 = task % pieces * 256, f1 = min64(f0 + 256, out);
+        word *words = dy_words + (at * out + f0) / 2 * kTokens;
+        pack_pairs(dy + token * out, out, tokens, f0, f1, words);
+        split_pairs(words, f1 - f0, dy_rows + (at * out + f0) * kTokens);
+        if (dbias != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t begin = part_begin(side.ptr, side.num_rows, chunk, chunks);
+        const int64_t end = part_begin(side.ptr, side.num_rows, chunk + 1, chunks);
+        tiles.shape(SIDE, SIDE / 2, 16);
+        for (int64_t at = 0; at < count; ++at) {
+          const int64_t token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
+          pack_tokens<SIDE>(x + token * in, in, tokens, begin * SIDE, end * SIDE, x_words + at * x_panel);
+          if (dx != nullptr) {
+            multiply_panel<SIDE>(side, blocks, dy_words + at * out / 2 * kTokens, begin, end, nullptr, in, tokens,
+                           dx + token * in, sums);
+          }
+        }
+        tiles.shape(SIDE, 16, SIDE);
+        for (int64_t c = begin; c < end; ++c) {
+          const word *own_x = x_words + (c - begin) * (kTokens / 2 * SIDE);
+          const bool add = first > 0;
+          int64_t k = side.ptr[c];
+          for (; k + 4 <= side.ptr[c + 1]; k += 4) {
+            add_products<SIDE, 4>(side, k, dy_rows, out * kTokens, own_x, x_panel, count, add, dvalues);
+          }
+          for (; k < side.ptr[c + 1]; ++k) {
+            add_products<SIDE, 1>(side, k, dy_rows, out * kTokens, own_x, x_panel, count, add, dvalues);
+          }
+        }
+      }
+    }
+    if (dbias != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t f = 0; f < out; ++f) {
+        float sum = 0.0f;
+        for (int64_t at = 0; at < panels; ++at) sum += bias_parts[at * out + f];
+        dbias[f] = sum;
+      }
+    }
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+bool takes(const rarefy_pattern *p, bool half, int64_t batch) {
+  return half && batch >= kFewTokens && p->block_rows == p->block_cols && (p->block_rows == 8 || p->block_rows == 16);
+}
+
+int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, bool half,
+         int64_t batch, int threads) {
+  if (!takes(p, half, batch)) return kernels_avx512()->spmm(p, values, x, bias, y, half, batch, threads);
+  return (p->block_rows == 8 ? multiply<8> : multiply<16>)(p, false, values, static_cast<const bf16 *>(x), bias,
+                                                          static_cast<bf16 *>(y), batch, threads);
+}
+
+int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
+             float *dbias, bool half, int64_t batch, int threads) {
+  const bool only_dx = dvalues == nullptr && dbias == nullptr && dx != nullptr;
+  if (!takes(p, half, batch) || p->t_crow == nullptr || (dvalues == nullptr && !only_dx)) {
+    return kernels_avx512()->backward(p, values, dy, x, dx, dvalues, dbias, half, batch, threads);
+  }
+  const bf16 *dy_rows = static_cast<const bf16 *>(dy);
+  if (only_dx) {
+    return (p->block_rows == 8 ? multiply<8> : multiply<16>)(p, true, values, dy_rows, nullptr, static_cast<bf16 *>(dx),
+                                                            batch, threads);
+  }
+  return (p->block_rows == 8 ? gradients<8> : gradients<16>)(p, values, dy_rows, static_cast<const bf16 *>(x),
+                                                            static_cast<bf16 *>(dx), dvalues, dbias, batch, threads);
+}
+
+}  // namespace
+
+// Whether the system lets this process use the tiles: Linux grants them on request.
+bool amx_allowed() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+const Kernels *kernels_amx() {
+  static const Kernels table = [] {
+    Kernels kernels = *kernels_avx512();
+    kernels.name = "amx";
+    kernels.spmm = spmm;
+    kernels.backward = backward;
+    return kernels;
+  }();
+  return &table;
+}
+
+}  // namespace rarefy
