@@ -13,6 +13,7 @@
 
 #include "internal.h"
 
+#include "activation.h"
 #include "pack.h"
 #include "view.h"
 
@@ -23,7 +24,7 @@ namespace rarefy {
 namespace {
 
 constexpr int64_t kTokens = 64;                     // of a panel
-constexpr int64_t kPanelBytes = int64_t(1) << 20;   // panels of dy in both layouts that the threads share, in L2
+constexpr int64_t kPanelBytes = int64_t(1) << 20;   // panels of dy, in one of two layouts, that the threads share in L2
 constexpr int64_t kFewTokens = 64;                  // below, the vector kernels
 
 // Tiles: 0 to 3 sums, 4 and 5 the A operand, 6 and 7 the B operand.
@@ -316,19 +317,89 @@ void add_products(const Side &side, int64_t k, const bf16 *dy_rows, int64_t pane
 #undef RAREFY_STOP
 }
 
+// dvalues of the block columns [begin, end) from `count` panels; see add_products.
+template <int SIDE>
+void add_columns(const Side &side, int64_t begin, int64_t end, const bf16 *dy_rows, int64_t panel_rows, const word *x,
+                 int64_t x_panel, int64_t count, bool add, float *dvalues) {
+  for (int64_t c = begin; c < end; ++c) {
+    const word *own_x = x + (c - begin) * (kTokens / 2 * SIDE);
+    int64_t k = side.ptr[c];
+    for (; k + 4 <= side.ptr[c + 1]; k += 4) {
+      add_products<SIDE, 4>(side, k, dy_rows, panel_rows, own_x, x_panel, count, add, dvalues);
+    }
+    for (; k < side.ptr[c + 1]; ++k) {
+      add_products<SIDE, 1>(side, k, dy_rows, panel_rows, own_x, x_panel, count, add, dvalues);
+    }
+  }
+}
+
+// How block columns are shared out: chunks of about equal numbers of blocks.
+struct Chunks {
+  const Side &side;
+  int64_t count;
+  int64_t begin(int64_t chunk) const { return part_begin(side.ptr, side.num_rows, chunk, count); }
+  int64_t widest() const {
+    int64_t most = 0;
+    for (int64_t c = 0; c < count; ++c) most = max64(most, begin(c + 1) - begin(c));
+    return most;
+  }
+};
+
+// Panels of dy from row-major ones, in both layouts, and their sums for the bias. To be called by all threads.
+void pack_dy(const bf16 *dy, int64_t out, int64_t first, int64_t count, int64_t batch, word *dy_words, bf16 *dy_rows,
+             float *bias_parts) {
+  const int64_t pieces = ceil_div(out, 256);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < count * pieces; ++task) {
+    const int64_t at = task / pieces, token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
+    const int64_t f0 = task % pieces * 256, f1 = min64(f0 + 256, out);
+    word *words = dy_words + (at * out + f0) / 2 * kTokens;
+    pack_pairs(dy + token * out, out, tokens, f0, f1, words);
+    split_pairs(words, f1 - f0, dy_rows + (at * out + f0) * kTokens);
+    if (bias_parts != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
+  }
+}
+
+// To be called by all threads.
+void add_bias_parts(const float *parts, int64_t panels, int64_t out, float *dbias) {
+#pragma omp for schedule(static)
+  for (int64_t f = 0; f < out; ++f) {
+    float sum = 0.0f;
+    for (int64_t at = 0; at < panels; ++at) sum += parts[at * out + f];
+    dbias[f] = sum;
+  }
+}
+
+// A thread's part in the gradients of one matrix from panels of dy, row-major x, and dx (or null).
+template <int SIDE>
+void gradients_of(const Side &side, const Chunks &chunks, const bf16 *blocks, const word *dy_words, const bf16 *dy_rows,
+                  int64_t out, const bf16 *x, bf16 *dx, int64_t in, int64_t first, int64_t count, int64_t batch,
+                  word *x_words, int64_t x_panel, float *sums, float *dvalues, Tiles &tiles) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t begin = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+    tiles.shape(SIDE, SIDE / 2, 16);
+    for (int64_t at = 0; at < count; ++at) {
+      const int64_t token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
+      pack_tokens<SIDE>(x + token * in, in, tokens, begin * SIDE, end * SIDE, x_words + at * x_panel);
+      if (dx == nullptr) continue;
+      multiply_panel<SIDE>(side, blocks, dy_words + at * out / 2 * kTokens, begin, end, nullptr, in, tokens,
+                           dx + token * in, sums);
+    }
+    tiles.shape(SIDE, 16, SIDE);
+    add_columns<SIDE>(side, begin, end, dy_rows, out * kTokens, x_words, x_panel, count, first > 0, dvalues);
+  }
+}
+
 // dvalues, and dx and dbias unless null, from bfloat16 dy and x. A thread owns block columns of W with all tokens.
 template <int SIDE>
 int gradients(const rarefy_pattern *p, const float *values, const bf16 *dy, const bf16 *x, bf16 *dx, float *dvalues,
               float *dbias, int64_t batch, int threads) {
   const Side side = side_of(p, true);
+  const Chunks chunks = {side, threads > 1 ? 2 * threads : 1};
   const int64_t in = p->in_features, out = p->out_features, panels = ceil_div(batch, kTokens);
   const int64_t group = max64(2, min64(panels, kPanelBytes / max64(1, out * kTokens * 2)));
-  const int64_t chunks = threads > 1 ? 2 * threads : 1;
-  int64_t widest = 0;  // block columns of a chunk
-  for (int64_t c = 0; c < chunks; ++c) {
-    widest = max64(widest, part_begin(side.ptr, side.num_rows, c + 1, chunks) - part_begin(side.ptr, side.num_rows, c, chunks));
-  }
-  const int64_t x_panel = widest * (kTokens / 2 * SIDE), own = group * x_panel + kOutputsAtOnce * kTokens;
+  const int64_t x_panel = chunks.widest() * (kTokens / 2 * SIDE), own = group * x_panel + kOutputsAtOnce * kTokens;
   bf16 *blocks = nullptr, *dy_rows = nullptr;
   word *dy_words = nullptr, *buffers = nullptr;
   float *bias_parts = nullptr;
@@ -354,51 +425,183 @@ int gradients(const rarefy_pattern *p, const float *values, const bf16 *dy, cons
     word *x_words = buffers + omp_get_thread_num() * own;
     float *sums = reinterpret_cast<float *>(x_words + group * x_panel);
     for (int64_t first = 0; first < panels; first += group) {
-      const int64_t count = min64(group, panels - first), pieces = ceil_div(out, 256);
+      const int64_t count = min64(group, panels - first);
+      pack_dy(dy, out, first, count, batch, dy_words, dy_rows, dbias != nullptr ? bias_parts : nullptr);
+      gradients_of<SIDE>(side, chunks, blocks, dy_words, dy_rows, out, x, dx, in, first, count, batch, x_words, x_panel,
+                         sums, dvalues, tiles);
+    }
+    if (dbias != nullptr) add_bias_parts(bias_parts, panels, out, dbias);
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+// -- an MLP: see drive_mlp.h. z is stored in bfloat16, (panel, hidden, 64) -------------------------------------------
+
+// The activation and its derivative at stored inputs, VL tokens of one feature.
+template <int ACTIVATION>
+inline void activate_at(const bf16 *z, vec &h, vec &slope) {
+  activate<ACTIVATION>(load_any(z), h, slope);
+}
+
+template <int SIDE>
+int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
+                const float *down_bias, const bf16 *x, bf16 *y, bf16 *z, int64_t batch, int threads) {
+  const Side up = side_of(mlp->up, false), down = side_of(mlp->down, false);
+  const int64_t in = mlp->up->in_features, hidden = mlp->up->out_features, out = mlp->down->out_features;
+  const int64_t panels = ceil_div(batch, kTokens), own = (in + hidden) / 2 * kTokens + kOutputsAtOnce * kTokens;
+  bf16 *up_blocks = nullptr, *down_blocks = nullptr;
+  word *buffers = nullptr;
+  Carver carver = {nullptr, 0};
+  Lease lease = {nullptr, 0};
+  for (int pass = 0; pass < 2; ++pass) {
+    up_blocks = carver.take<bf16>(mlp->up->num_units * (SIDE * SIDE));
+    down_blocks = carver.take<bf16>(mlp->down->num_units * (SIDE * SIDE));
+    buffers = carver.take<word>(threads * own);
+    if (pass == 0) {
+      lease = lease_acquire(carver.used);
+      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+      carver = {lease.data, 0};
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    Tiles tiles;
+    tiles.shape(SIDE, SIDE / 2, 16);
+    convert_side<SIDE>(up, up_values, false, up_blocks);
+    convert_side<SIDE>(down, down_values, false, down_blocks);
+#pragma omp barrier
+    word *x_words = buffers + omp_get_thread_num() * own, *h_words = x_words + in / 2 * kTokens;
+    float *sums = reinterpret_cast<float *>(h_words + hidden / 2 * kTokens);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < count * pieces; ++task) {
-        const int64_t at = task / pieces, token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
-        const int64_t f0 = task % pieces * 256, f1 = min64(f0 + 256, out);
-        word *words = dy_words + (at * out + f0) / 2 * kTokens;
-        pack_pairs(dy + token * out, out, tokens, f0, f1, words);
-        split_pairs(words, f1 - f0, dy_rows + (at * out + f0) * kTokens);
-        if (dbias != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
+    for (int64_t at = 0; at < panels; ++at) {
+      const int64_t token = at * kTokens, tokens = min64(kTokens, batch - token);
+      pack_pairs(x + token * in, in, tokens, 0, in, x_words);
+      for (int64_t r = 0; r < up.num_rows; r += kOutputsAtOnce / SIDE) {
+        const int64_t stop = min64(r + kOutputsAtOnce / SIDE, up.num_rows);
+        multiply_rows<SIDE>(up, up_blocks, x_words, r, stop, sums);
+        with_activation(mlp->activation, [&](auto activation) {
+          for (int64_t f = r * SIDE; f < stop * SIDE; f += 2) {
+            for (int64_t group = 0; group < kTokens; group += VL) {
+              vec h[2], slope;
+              for (int i = 0; i < 2; ++i) {
+                const vec start = up_bias != nullptr ? broadcast(up_bias[f + i]) : vec{};
+                bf16 *place = z + (at * hidden + f + i) * kTokens + group;
+                store_any(place, load(sums + (f + i - r * SIDE) * kTokens + group) + start);
+                activate_at<decltype(activation)::value>(place, h[i], slope);
+              }
+              store(reinterpret_cast<float *>(h_words + f / 2 * kTokens + group), join_pairs(h[0], h[1]));
+            }
+          }
+        });
       }
+      multiply_panel<SIDE>(down, down_blocks, h_words, 0, down.num_rows, down_bias, out, tokens, y + token * out, sums);
+    }
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+// words[token / 2][SIDE] of SIDE features from rows[SIDE][64].
+template <int SIDE>
+void pair_tokens(const bf16 *rows, word *words) {
+  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
+  for (int half = 0; half < 2; ++half) {
+    vec block[VL] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; ++i) block[i] = load_words(rows + i * kTokens + half * 32);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) _mm512_mask_storeu_ps(words + (half * 16 + i) * SIDE, mask, block[i]);
+  }
+}
+
+template <int SIDE>
+int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const bf16 *dy, const bf16 *x,
+                 const bf16 *z, bf16 *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
+                 float *d_down_bias, int64_t batch, int threads) {
+  const Side up = side_of(mlp->up, true), down = side_of(mlp->down, true);
+  const Chunks up_chunks = {up, threads > 1 ? 2 * threads : 1}, down_chunks = {down, threads > 1 ? 2 * threads : 1};
+  const int64_t in = mlp->up->in_features, hidden = mlp->up->out_features, out = mlp->down->out_features;
+  const int64_t panels = ceil_div(batch, kTokens);
+  const int64_t group = max64(2, min64(panels, 2 * kPanelBytes / max64(1, (out + hidden) * kTokens * 2)));
+  const int64_t up_panel = up_chunks.widest() * (kTokens / 2 * SIDE), down_panel = down_chunks.widest() * (kTokens / 2 * SIDE);
+  const int64_t own = group * max64(up_panel, down_panel) + 2 * kOutputsAtOnce * kTokens;
+  bf16 *up_blocks = nullptr, *down_blocks = nullptr, *dy_rows = nullptr, *dz_rows = nullptr;
+  word *dy_words = nullptr, *dz_words = nullptr, *buffers = nullptr;
+  float *up_parts = nullptr, *down_parts = nullptr;
+  Carver carver = {nullptr, 0};
+  Lease lease = {nullptr, 0};
+  for (int pass = 0; pass < 2; ++pass) {
+    up_blocks = carver.take<bf16>(mlp->up->num_units * (SIDE * SIDE));
+    down_blocks = carver.take<bf16>(mlp->down->num_units * (SIDE * SIDE));
+    dy_words = carver.take<word>(group * out / 2 * kTokens);
+    dz_words = carver.take<word>(group * hidden / 2 * kTokens);
+    dy_rows = carver.take<bf16>(group * out * kTokens);
+    dz_rows = carver.take<bf16>(group * hidden * kTokens);
+    up_parts = carver.take<float>(panels * hidden);
+    down_parts = carver.take<float>(d_down_bias != nullptr ? panels * out : 0);
+    buffers = carver.take<word>(threads * own);
+    if (pass == 0) {
+      lease = lease_acquire(carver.used);
+      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+      carver = {lease.data, 0};
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    Tiles tiles;
+    if (dx != nullptr) convert_side<SIDE>(up, up_values, true, up_blocks);
+    convert_side<SIDE>(down, down_values, true, down_blocks);
+    word *words = buffers + omp_get_thread_num() * own;
+    float *sums = reinterpret_cast<float *>(words + group * max64(up_panel, down_panel));
+    bf16 *h_rows = reinterpret_cast<bf16 *>(sums + kOutputsAtOnce * kTokens);
+    for (int64_t first = 0; first < panels; first += group) {
+      const int64_t count = min64(group, panels - first);
+      pack_dy(dy, out, first, count, batch, dy_words, dy_rows, d_down_bias != nullptr ? down_parts : nullptr);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t begin = part_begin(side.ptr, side.num_rows, chunk, chunks);
-        const int64_t end = part_begin(side.ptr, side.num_rows, chunk + 1, chunks);
+      for (int64_t chunk = 0; chunk < down_chunks.count; ++chunk) {
+        const int64_t begin = down_chunks.begin(chunk), end = down_chunks.begin(chunk + 1);
         tiles.shape(SIDE, SIDE / 2, 16);
         for (int64_t at = 0; at < count; ++at) {
-          const int64_t token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
-          pack_tokens<SIDE>(x + token * in, in, tokens, begin * SIDE, end * SIDE, x_words + at * x_panel);
-          if (dx != nullptr) {
-            multiply_panel<SIDE>(side, blocks, dy_words + at * out / 2 * kTokens, begin, end, nullptr, in, tokens,
-                           dx + token * in, sums);
+          for (int64_t r = begin; r < end; r += kOutputsAtOnce / SIDE) {
+            const int64_t stop = min64(r + kOutputsAtOnce / SIDE, end);
+            multiply_rows<SIDE>(down, down_blocks, dy_words + at * out / 2 * kTokens, r, stop, sums);
+            with_activation(mlp->activation, [&](auto activation) {
+              for (int64_t f = r * SIDE; f < stop * SIDE; f += 2) {
+                vec total[2] = {};
+                for (int64_t lane = 0; lane < kTokens; lane += VL) {
+                  vec dz[2];
+                  for (int i = 0; i < 2; ++i) {
+                    const int64_t local = (f + i - r * SIDE) * kTokens + lane;
+                    vec h, slope;
+                    activate_at<decltype(activation)::value>(z + ((first + at) * hidden + f + i) * kTokens + lane, h, slope);
+                    dz[i] = load(sums + local) * slope;
+                    total[i] += dz[i];
+                    store_any(h_rows + local, h);
+                    store_any(dz_rows + (at * hidden + f + i) * kTokens + lane, dz[i]);
+                  }
+                  store(reinterpret_cast<float *>(dz_words + (at * hidden + f) / 2 * kTokens + lane), join_pairs(dz[0], dz[1]));
+                }
+                for (int i = 0; i < 2; ++i) up_parts[(first + at) * hidden + f + i] = _mm512_reduce_add_ps(total[i]);
+              }
+            });
+            for (int64_t c = r; c < stop; ++c) {
+              pair_tokens<SIDE>(h_rows + (c - r) * SIDE * kTokens,
+                                words + at * down_panel + (c - begin) * (kTokens / 2 * SIDE));
+            }
           }
         }
         tiles.shape(SIDE, 16, SIDE);
-        for (int64_t c = begin; c < end; ++c) {
-          const word *own_x = x_words + (c - begin) * (kTokens / 2 * SIDE);
-          const bool add = first > 0;
-          int64_t k = side.ptr[c];
-          for (; k + 4 <= side.ptr[c + 1]; k += 4) {
-            add_products<SIDE, 4>(side, k, dy_rows, out * kTokens, own_x, x_panel, count, add, dvalues);
-          }
-          for (; k < side.ptr[c + 1]; ++k) {
-            add_products<SIDE, 1>(side, k, dy_rows, out * kTokens, own_x, x_panel, count, add, dvalues);
-          }
-        }
+        add_columns<SIDE>(down, begin, end, dy_rows, out * kTokens, words, down_panel, count, first > 0, d_down_values);
       }
+      gradients_of<SIDE>(up, up_chunks, up_blocks, dz_words, dz_rows, hidden, x, dx, in, first, count, batch, words,
+                         up_panel, sums, d_up_values, tiles);
     }
-    if (dbias != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t f = 0; f < out; ++f) {
-        float sum = 0.0f;
-        for (int64_t at = 0; at < panels; ++at) sum += bias_parts[at * out + f];
-        dbias[f] = sum;
-      }
-    }
+    if (d_up_bias != nullptr) add_bias_parts(up_parts, panels, hidden, d_up_bias);
+    if (d_down_bias != nullptr) add_bias_parts(down_parts, panels, out, d_down_bias);
   }
   lease_release(lease);
   return RAREFY_OK;
@@ -430,6 +633,34 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
                                                             static_cast<bf16 *>(dx), dvalues, dbias, batch, threads);
 }
 
+bool takes(const rarefy_mlp *mlp, int64_t batch) {
+  const bool half = mlp->half_rows != 0 && mlp->half_saved != 0;
+  return takes(mlp->up, half, batch) && takes(mlp->down, half, batch) && mlp->up->block_rows == mlp->down->block_rows;
+}
+
+int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
+                const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) {
+    return kernels_avx512()->mlp_forward(mlp, up_values, up_bias, down_values, down_bias, x, y, z, batch, threads);
+  }
+  return (mlp->up->block_rows == 8 ? mlp_forward<8> : mlp_forward<16>)(
+      mlp, up_values, up_bias, down_values, down_bias, static_cast<const bf16 *>(x), static_cast<bf16 *>(y),
+      static_cast<bf16 *>(z), batch, threads);
+}
+
+int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy, const void *x,
+                 const void *z, void *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
+                 float *d_down_bias, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) {
+    return kernels_avx512()->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias,
+                                          d_down_values, d_down_bias, batch, threads);
+  }
+  return (mlp->up->block_rows == 8 ? mlp_backward<8> : mlp_backward<16>)(
+      mlp, up_values, down_values, static_cast<const bf16 *>(dy), static_cast<const bf16 *>(x),
+      static_cast<const bf16 *>(z), static_cast<bf16 *>(dx), d_up_values, d_up_bias, d_down_values, d_down_bias, batch,
+      threads);
+}
+
 }  // namespace
 
 // Whether the system lets this process use the tiles: Linux grants them on request.
@@ -444,6 +675,8 @@ const Kernels *kernels_amx() {
     kernels.name = "amx";
     kernels.spmm = spmm;
     kernels.backward = backward;
+    kernels.mlp_forward = mlp_forward;
+    kernels.mlp_backward = mlp_backward;
     return kernels;
   }();
   return &table;
