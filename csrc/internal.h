@@ -18,6 +18,10 @@ struct Kernels {
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
   int (*backward)(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
                   float *dvalues, float *dbias, int64_t batch, int threads);
+  int (*attention)(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
+                   int64_t head_dim, int threads);
+  int (*attention_backward)(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
+                            int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads);
 };
 
 const Kernels *kernels_portable();

@@ -3,6 +3,7 @@
 // function here that another target has too.
 #include "internal.h"
 
+#include "attention.h"
 #include "drive_direct.h"
 #include "drive_tiled.h"
 
@@ -80,7 +81,8 @@ int backward(const rarefy_pattern *p, const float *values, const float *dy, cons
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
 #define RAREFY_JOIN_(a, b) a##b
 
-constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward};
+constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward, attention_forward,
+                            attention_backward};
 
 }  // namespace
 
