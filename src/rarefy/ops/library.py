@@ -28,6 +28,8 @@ _SIGNATURES = {
     "rarefy_spmm_t_f32": (ctypes.c_int, [POINTER, *[POINTER] * 3, INT64, ctypes.c_int]),
     "rarefy_sddmm_f32": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
     "rarefy_backward_f32": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
+    "rarefy_attention_f32": (ctypes.c_int, [*[POINTER] * 3, *[INT64] * 4, ctypes.c_int]),
+    "rarefy_attention_backward_f32": (ctypes.c_int, [*[POINTER] * 5, *[INT64] * 4, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),
     "rarefy_grow_new": (POINTER, [INT64]),
     "rarefy_grow_scan_f32": (ctypes.c_int, [POINTER, POINTER, POINTER, INT64, INT64, ctypes.c_int]),
