@@ -193,3 +193,33 @@ int rarefy_mlp_backward(const rarefy_mlp *mlp, const float *up_values, const flo
   return kernels->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias, d_down_values, d_down_bias,
                                batch, thread_count(threads));
 }
+
+namespace {
+bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
+  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
+}
+}  // namespace
+
+int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
+                         int64_t head_dim, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
+  const int64_t rows = batch * tokens * heads, size = rows * head_dim;
+  if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
+  if (missing(qkv, size) || missing(out, size) || missing(lse, rows)) return RAREFY_BAD_ARGUMENT;
+  return kernels->attention(qkv, out, lse, batch, tokens, heads, head_dim, thread_count(threads));
+}
+
+int rarefy_attention_backward_f32(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
+                                  int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
+  const int64_t rows = batch * tokens * heads, size = rows * head_dim;
+  if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
+  if (missing(dout, size) || missing(qkv, size) || missing(out, size) || missing(lse, rows) || missing(dqkv, size)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, thread_count(threads));
+}

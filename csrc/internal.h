@@ -24,6 +24,10 @@ struct Kernels {
   int (*mlp_backward)(const rarefy_mlp *, const float *up_values, const float *down_values, const void *dy,
                       const void *x, const void *z, void *dx, float *d_up_values, float *d_up_bias,
                       float *d_down_values, float *d_down_bias, int64_t batch, int threads);
+  int (*attention)(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
+                   int64_t head_dim, int threads);
+  int (*attention_backward)(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
+                            int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads);
 };
 
 const Kernels *kernels_portable();

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy.nn import mlp
+from rarefy.ops import causal_attention
 
 VOCABULARY = 256
 """Every byte is a token."""
@@ -74,9 +75,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         B, T, C = x_BTC.shape
-        q, k, v = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        mixed_BHTc = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed_BHTc.transpose(1, 2).reshape(B, T, C))
+        mixed_BTHc = causal_attention(self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads))
+        return self.out(mixed_BTHc.reshape(B, T, C))
 
 
 class MLP(nn.Module):

@@ -1,5 +1,5 @@
-"""The four operations: schema, reference, plain torch and native kernels. `using("tiled")` names a backend for
-tests.
+"""The four operations and causal attention: schema, reference, plain torch and native kernels. `using("tiled")` names a
+backend for tests.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from rarefy.ops import reference, schema, sink, tiled
+from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, using
 from rarefy.ops.index import Index, index_dtype
 
-__all__ = ["Index", "available", "index_dtype", "sink", "using"]
+__all__ = ["Index", "available", "causal_attention", "index_dtype", "sink", "using"]
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:

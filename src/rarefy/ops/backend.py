@@ -43,6 +43,17 @@ def using(name: str) -> Iterator[None]:
             library.set_isa(isa)
 
 
+def runs_kernels(why_not: str | None) -> bool:
+    """Whether the compiled kernels run an op: not if the user named another backend, nor if they cannot (`why_not`).
+
+    Raises:
+        ValueError: they cannot, and the user named them.
+    """
+    if why_not is not None and _named not in ("auto", "reference", "tiled"):
+        raise ValueError(f"backend {_named!r} was asked for, but {why_not}")
+    return why_not is None and _named not in ("reference", "tiled")
+
+
 def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> ModuleType:
     """The module whose functions run an op for values of this dtype, device and block.
 
@@ -54,10 +65,8 @@ def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> Module
     if _named == "tiled":
         return tiled
     why_not = native.why_not(dtype, device, block)
-    if why_not is None:
+    if why_not is None or runs_kernels(why_not):
         return native
-    if _named != "auto":
-        raise ValueError(f"backend {_named!r} was asked for, but {why_not}")
     if why_not not in _told:
         _told.add(why_not)
         if device.type == "cpu" and dtype != torch.float64:  # float64 is for checking gradients; no one expects speed

@@ -32,6 +32,8 @@ _SIGNATURES = {
     "rarefy_backward_bf16": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
     "rarefy_mlp_forward": (ctypes.c_int, [POINTER, *[POINTER] * 7, INT64, ctypes.c_int]),
     "rarefy_mlp_backward": (ctypes.c_int, [POINTER, *[POINTER] * 10, INT64, ctypes.c_int]),
+    "rarefy_attention_f32": (ctypes.c_int, [*[POINTER] * 3, *[INT64] * 4, ctypes.c_int]),
+    "rarefy_attention_backward_f32": (ctypes.c_int, [*[POINTER] * 5, *[INT64] * 4, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),
     "rarefy_grow_new": (POINTER, [INT64]),
     "rarefy_grow_scan_f32": (ctypes.c_int, [POINTER, POINTER, POINTER, INT64, INT64, ctypes.c_int]),

@@ -126,6 +126,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.sink = sink
 
 
+def refuse_second_derivative(op: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients; under create_graph=True such that a second derivative raises and does not count as zero."""
+    if not torch.is_grad_enabled():
+        return gradients
+    delayed_error = torch._C._functions.DelayedError  # pyright: ignore[reportAttributeAccessIssue]
+    refuse = delayed_error(f"rarefy's {op} has no second derivative", len(gradients))
+    refused = refuse(*(gradient.requires_grad_() for gradient in gradients))
+    return (refused,) if isinstance(refused, Tensor) else refused
+
+
 def _backward(ctx, dy: Tensor):
     values, crow, cols, t_crow, t_rows, t_perm, x = ctx.saved_tensors
     needs = [ctx.needs_input_grad[7], ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[8]]
@@ -133,11 +143,7 @@ def _backward(ctx, dy: Tensor):
         gradients = torch.ops.rarefy.spmm_backward(
             values, crow, cols, t_crow, t_rows, t_perm, ctx.block, dy, x, needs, ctx.sink
         )
-    if torch.is_grad_enabled():  # create_graph=True: a missing second derivative must raise, not count as zero
-        delayed_error = torch._C._functions.DelayedError  # pyright: ignore[reportAttributeAccessIssue]
-        refuse = delayed_error("rarefy's spmm has no second derivative", len(gradients))
-        gradients = refuse(*(gradient.requires_grad_() for gradient in gradients))
-    dx, dvalues, dbias = gradients
+    dx, dvalues, dbias = refuse_second_derivative("spmm", *gradients)
     return (
         *(dvalues if needs[1] else None, None, None, None, None, None, None),
         *(dx if needs[0] else None, dbias.to(ctx.bias_dtype) if needs[2] else None, None),

@@ -1,0 +1,477 @@
+// Causal attention, forward and backward, straight from and into the layout of a fused projection: q, k and v are
+// qkv[token][0..2][head][dim]. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of
+// rows. Scores of a block of queries are kept for a strip of keys, so that their softmax sees them once; past a strip it
+// goes on online. Memory is O(tokens * dim) a thread.
+//
+// Every element of a result is one chain of additions in the order of the keys (out, dq) or of the queries (dk, dv),
+// however the work is cut: so the bits do not depend on the number of threads.
+#pragma once
+
+#include <math.h>
+#include <omp.h>
+
+#include "internal.h"
+
+#include "pack.h"
+#include "products.h"
+#include "view.h"
+
+namespace rarefy {
+namespace {
+
+constexpr int64_t kQueries = 48;         // a block of queries: whole tiles of rows and whole vectors
+constexpr int64_t kKeys = 64;            // a block of keys, whose panel stays in L1
+constexpr int64_t kForwardStrip = 512;   // keys whose scores are kept, for kQueries queries in L2
+constexpr int64_t kBackwardStrip = 256;  // the same, of probabilities and of their gradients
+constexpr int64_t kSpareRows = kTileRows;
+constexpr float kLog2E = 1.44269504f;
+
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+
+inline vec larger(vec a, vec b) { return a > b ? a : b; }  // b where either is not a number
+
+// 2^x for x <= 127, to 1.5 units in the last place; 0 below 2^-126. Not a number stays so.
+inline vec exp2_of(vec x) {
+  const vec magic = broadcast(12582912.0f + 127.0f);  // rounds to whole numbers, and leaves the exponent's bits lowest
+  x = larger(broadcast(-127.0f), x);
+  const vec whole = x + magic;
+  const vec rest = x - (whole - magic);
+  vec sum = broadcast(0x1.5c08e6p-10f);  // minimax in relative error on [-1/2, 1/2]: 7.5e-8
+  sum = sum * rest + broadcast(0x1.3d0c54p-7f);
+  sum = sum * rest + broadcast(0x1.c6b6e4p-5f);
+  sum = sum * rest + broadcast(0x1.ebf918p-3f);
+  sum = sum * rest + broadcast(0x1.62e428p-1f);
+  sum = sum * rest + broadcast(0x1.000002p+0f);
+  return sum * (vec)((ivec)whole << 23);
+}
+
+inline ivec lane_numbers() {
+  ivec lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) lanes[i] = i;
+  return lanes;
+}
+// v where lane < live, else `other`.
+inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ivec{} + int32_t(live)) ? v : other; }
+
+// Lane i is the largest lane of rows[i].
+inline vec largest(vec (&rows)[VL]) {
+  transpose(rows);
+#pragma GCC unroll 4
+  for (int step = VL / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) rows[i] = larger(rows[i], rows[i + step]);
+  }
+  return rows[0];
+}
+
+// Sizes, and the distances in qkv.
+struct Heads {
+  int64_t batch, tokens, heads, dim;
+  int64_t pairs() const { return batch * heads; }
+  int64_t width() const { return ceil_div(dim, VL) * VL; }                     // of a packed row
+  int64_t panels() const { return ceil_div(tokens, kPanel); }                  // of packed, transposed keys
+  int64_t rows() const { return ceil_div(tokens, VL) * VL + kSpareRows; }      // of packed rows, with room for whole tiles
+  int64_t at(int64_t pair) const { return (pair / heads * tokens * heads + pair % heads) * dim; }  // in out
+  int64_t qkv_at(int64_t pair) const { return (pair / heads * tokens * 3 * heads + pair % heads) * dim; }
+  float scale() const { return 1.0f / sqrtf(float(dim)); }
+};
+
+// The threads that share one pair of sequence and head: one, or all.
+struct Team {
+  int rank, size;
+  // Whether piece i is this thread's, dealt there and back: pieces grow or shrink steadily.
+  bool owns(int64_t i) const { return (i / size % 2 == 0 ? i % size : size - 1 - i % size) == rank; }
+  void wait() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+};
+
+// `count` rows of `dim` floats, each padded with zeros to whole vectors, and `spare` rows of zeros.
+inline void pack_rows(const float *source, int64_t stride, int64_t count, int64_t spare, int64_t dim, const Rows target) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float *from = source + r * stride;
+    float *to = target.row(r);
+    int64_t f = 0;
+    for (; f + VL <= dim; f += VL) store(to + f, load_any(from + f));
+    for (; f < target.stride; ++f) to[f] = f < dim ? from[f] : 0.0f;
+  }
+  for (int64_t r = count; r < count + spare; ++r) {
+    for (int64_t f = 0; f < target.stride; f += VL) store(target.row(r) + f, vec{});
+  }
+}
+
+// The reverse, times `scale`.
+inline void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, float *target, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float *from = source.row(r);
+    float *to = target + r * stride;
+    int64_t f = 0;
+    for (; f + VL <= dim; f += VL) store_any(to + f, load(from + f) * broadcast(scale));
+    for (; f < dim; ++f) to[f] = from[f] * scale;
+  }
+}
+
+// Runs work(pair, team) for all pairs: those that go round evenly one to a thread, the rest one after the other with
+// every thread at work. To be called by all threads of a parallel region.
+template <class Work>
+void share_pairs(int64_t pairs, int threads, int64_t *next, Work work) {
+  const int rank = omp_get_thread_num();
+  const int64_t alone = threads == 1 || pairs >= 8 * threads ? pairs : pairs - pairs % threads;
+  for (;;) {
+    int64_t pair;
+#pragma omp atomic capture
+    pair = (*next)++;
+    if (pair >= alone) break;
+    work(pair, Team{0, 1});
+  }
+  if (alone == pairs) return;
+#pragma omp barrier
+  for (int64_t pair = alone; pair < pairs; ++pair) {
+    work(pair, Team{rank, threads});
+#pragma omp barrier
+  }
+}
+
+inline bool shares(int64_t pairs, int threads) { return threads > 1 && pairs < 8 * threads && pairs % threads != 0; }
+
+// ---- forward ------------------------------------------------------------------------------------------------------------
+
+struct ForwardBuffers {
+  float *keys, *values;                 // of the pair: panels of keys, transposed, and rows of values
+  float *queries, *scores, *out, *row;  // of a block of queries; row: kQueries largest scores, sums and factors
+};
+
+inline ForwardBuffers carve_forward(Carver &carver, const Heads &h) {
+  ForwardBuffers b;
+  b.keys = carver.take<float>(h.panels() * kPanel * h.dim);
+  b.values = carver.take<float>(h.rows() * h.width());
+  b.queries = carver.take<float>((kQueries + kSpareRows) * h.width());
+  b.scores = carver.take<float>((kQueries + kSpareRows) * (kForwardStrip + 16));
+  b.out = carver.take<float>((kQueries + kSpareRows) * h.width());
+  b.row = carver.take<float>((kQueries + VL) * (VL + 2));
+  return b;
+}
+
+// out and lse of the queries [q0, q1) of a pair.
+inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *queries, int64_t q0, int64_t q1,
+                          float *out, float *lse) {
+  constexpr int64_t kStride = kForwardStrip + 16;  // an odd number of cache lines
+  const int64_t count = q1 - q0, width = h.width(), vectors = width / VL;
+  const Rows q = {b.queries, width}, o = {b.out, width}, v = {b.values, width};
+  const Rows scores = {b.scores, kStride};
+  float *largest_of = b.row, *sum_of = largest_of + kQueries + VL - kQueries % VL;
+  float *partial = b.row + 2 * (kQueries + VL - kQueries % VL);  // VL a row
+  const float k = h.scale() * kLog2E;
+  pack_rows(queries, 3 * h.heads * h.dim, count, kSpareRows, h.dim, q);
+  for (int64_t s0 = 0; s0 < q1; s0 += kForwardStrip) {
+    const int64_t s1 = min64(s0 + kForwardStrip, q1);
+    // The keys that a tile of rows [r, r + rows) sees in [begin, end), counted from begin: none if not positive.
+    auto seen = [&](int64_t r, int rows, int64_t begin, int64_t end) { return min64(end, q0 + r + rows) - begin; };
+    for (int64_t j = s0; j < s1; j += kKeys) {
+      const float *panel = b.keys + j * h.dim;
+      for (int64_t r = 0, rows; r < count; r += rows) {
+        rows = tile_rows(count - r);
+        const int64_t live = seen(r, int(rows), j, min64(j + kKeys, s1));
+        if (live <= 0) continue;
+        product<false>({q.row(r), width}, {const_cast<float *>(panel), kPanel}, kPanel * h.dim, h.dim,
+                       {scores.row(r) + (j - s0), kStride}, int(rows), ceil_div(live, VL), false);
+      }
+    }
+    for (int64_t r0 = 0; r0 < count; r0 += VL) {
+      const vec none = broadcast(-INFINITY);
+      vec most[VL];
+      for (int i = 0; i < VL; ++i) {
+        const int64_t live = r0 + i < count ? min64(s1, q0 + r0 + i + 1) - s0 : 0;
+        const float *row = scores.row(r0 + i);
+        vec best = none;
+        int64_t c = 0;
+        for (; c + VL <= live; c += VL) best = larger(load(row + c), best);
+        if (c < live) best = larger(keep(load(row + c), live - c, none), best);
+        most[i] = best;
+      }
+      vec best = largest(most);
+      if (s0 > 0) best = larger(load(largest_of + r0), best);
+      if (s0 > 0) store(partial + r0 * VL, exp2_of((load(largest_of + r0) - best) * broadcast(k)));
+      store(largest_of + r0, best);
+      if (s0 > 0) {  // what was summed under the former largest score shrinks
+        for (int64_t i = 0; i < VL && r0 + i < count; ++i) {
+          const vec factor = broadcast(partial[r0 * VL + i]);
+          for (int64_t f = 0; f < width; f += VL) store(o.row(r0 + i) + f, load(o.row(r0 + i) + f) * factor);
+        }
+        store(sum_of + r0, load(sum_of + r0) * load(partial + r0 * VL));
+      }
+    }
+    for (int64_t r = 0, rows; r < count; r += rows) {
+      rows = tile_rows(count - r);
+      const int64_t needed = seen(r, int(rows), s0, s1);
+      for (int64_t i = r; i < r + rows && i < count; ++i) {
+        const int64_t live = min64(s1, q0 + i + 1) - s0;
+        float *row = scores.row(i);
+        const vec factor = broadcast(k), shift = broadcast(-k * largest_of[i]);
+        vec sum = {};
+        int64_t c = 0;
+        for (; c + VL <= live; c += VL) {
+          const vec p = exp2_of(load(row + c) * factor + shift);
+          store(row + c, p);
+          sum += p;
+        }
+        if (c < live) {
+          const vec p = keep(exp2_of(load(row + c) * factor + shift), live - c, vec{});
+          store(row + c, p);
+          sum += p;
+          c += VL;
+        }
+        for (; c < needed; c += VL) store(row + c, vec{});
+        store(partial + i * VL, sum);
+      }
+    }
+    for (int64_t r0 = 0; r0 < count; r0 += VL) {
+      vec sums[VL];
+      for (int i = 0; i < VL; ++i) sums[i] = r0 + i < count ? load(partial + (r0 + i) * VL) : vec{};
+      const vec sum = reduce(sums);
+      store(sum_of + r0, s0 > 0 ? load(sum_of + r0) + sum : sum);
+    }
+    for (int64_t j = s0; j < s1; j += kKeys) {
+      for (int64_t r = 0, rows; r < count; r += rows) {
+        rows = tile_rows(count - r);
+        const int64_t live = seen(r, int(rows), j, min64(j + kKeys, s1));
+        if (live <= 0) continue;
+        product<false>({scores.row(r) + (j - s0), kStride}, {v.row(j), width}, kPanel, live, {o.row(r), width},
+                       int(rows), vectors, j > 0);
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    lse[q0 + i] = largest_of[i] * h.scale() + logf(sum_of[i]);
+    unpack_rows({o.row(i), width}, 1.0f / sum_of[i], 1, h.dim, out + (q0 + i) * h.heads * h.dim, h.dim);
+  }
+}
+
+int attention_forward(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
+                      int64_t dim, int threads) {
+  const Heads h = {batch, tokens, heads, dim};
+  const int64_t blocks = ceil_div(tokens, kQueries), stride = 3 * heads * dim;
+  threads = int(max64(1, min64(threads, h.pairs() * blocks)));
+  Carver counter = {nullptr, 0};
+  carve_forward(counter, h);
+  const size_t own = counter.used;
+  const Lease lease = lease_acquire(own * threads);
+  if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+  int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    const int team_size = omp_get_num_threads();
+    Carver mine = {lease.data + own * omp_get_thread_num(), 0}, first = {lease.data, 0};
+    const ForwardBuffers alone = carve_forward(mine, h);
+    ForwardBuffers together = alone;
+    const ForwardBuffers common = carve_forward(first, h);
+    together.keys = common.keys;
+    together.values = common.values;
+    share_pairs(h.pairs(), team_size, &next, [&](int64_t pair, const Team team) {
+      const ForwardBuffers &b = team.size > 1 ? together : alone;
+      const float *q = qkv + h.qkv_at(pair), *k = q + heads * dim, *v = k + heads * dim;
+      for (int64_t p = 0; p < h.panels(); ++p) {
+        if (!team.owns(p)) continue;
+        const int64_t t = p * kPanel, count = min64(kPanel, tokens - t);
+        pack<kTileVectors>(k + t * stride, stride, count, 0, dim, b.keys + t * dim);
+        pack_rows(v + t * stride, stride, count, 0, dim, {b.values + t * h.width(), h.width()});
+      }
+      team.wait();
+      for (int64_t block = blocks - 1; block >= 0; --block) {
+        if (!team.owns(block)) continue;
+        const int64_t q0 = block * kQueries, q1 = min64(q0 + kQueries, tokens);
+        forward_block(h, b, q + q0 * stride, q0, q1, out + h.at(pair), lse + pair * tokens);
+      }
+    });
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------------
+
+struct BackwardBuffers {
+  float *q, *k, *dout, *k_panels, *v_panels;  // rows, and transposed panels
+  float *dq, *dk, *dv;                        // rows of sums
+  float *lse, *shift;                         // a token: log2-sum-exp2, and the sum of dout * out
+  float *p, *ds;                              // strips: probabilities, and gradients of the scores
+};
+
+constexpr int64_t kStripStride = kBackwardStrip + 16;  // an odd number of cache lines
+
+inline BackwardBuffers carve_backward(Carver &carver, const Heads &h, int64_t strip_rows) {
+  BackwardBuffers b;
+  const int64_t rows = h.rows() * h.width(), panels = h.panels() * kPanel * h.dim;
+  b.q = carver.take<float>(rows);
+  b.k = carver.take<float>(rows);
+  b.dout = carver.take<float>(rows);
+  b.k_panels = carver.take<float>(panels);
+  b.v_panels = carver.take<float>(panels);
+  b.dq = carver.take<float>(rows);
+  b.dk = carver.take<float>(rows);
+  b.dv = carver.take<float>(rows);
+  b.lse = carver.take<float>(h.rows());
+  b.shift = carver.take<float>(h.rows());
+  b.p = carver.take<float>((strip_rows + kSpareRows) * kStripStride);
+  b.ds = carver.take<float>((strip_rows + kSpareRows) * kStripStride);
+  return b;
+}
+
+// Probabilities, gradients of the scores and dq of the queries [q0, q1) for the keys [s0, s1); p and ds are their rows of
+// the strips. Right of the diagonal both are zero as far as any tile reads.
+inline void backward_queries(const Heads &h, const BackwardBuffers &b, int64_t q0, int64_t q1, int64_t s0, int64_t s1,
+                             const Rows p, const Rows ds) {
+  const int64_t count = q1 - q0, width = h.width(), dim = h.dim;
+  const float k = h.scale() * kLog2E;
+  for (int64_t j = s0; j < min64(s1, q1); j += kKeys) {
+    const int64_t j1 = min64(j + kKeys, s1), at = j - s0;
+    for (int64_t r = 0, rows; r < count; r += rows) {
+      rows = tile_rows(count - r);
+      const int64_t seen = min64(j1, q0 + r + rows) - j;
+      if (seen <= 0) continue;
+      product<false>({b.q + (q0 + r) * width, width}, {b.k_panels + j * dim, kPanel}, kPanel * dim, dim,
+                     {p.row(r) + at, kStripStride}, int(rows), ceil_div(seen, VL), false);
+    }
+    for (int64_t r = 0, rows; r < count; r += rows) {
+      rows = tile_rows(count - r);
+      const int64_t seen = min64(j1, q0 + r + rows) - j;
+      if (seen <= 0) continue;
+      product<false>({b.dout + (q0 + r) * width, width}, {b.v_panels + j * dim, kPanel}, kPanel * dim, dim,
+                     {ds.row(r) + at, kStripStride}, int(rows), ceil_div(seen, VL), false);
+      // In backward_keys a tile of keys that begins at a row's own key reads some more of the row.
+      const int64_t reach = q0 + r + rows <= j1 ? seen + kTileRows - 1 : seen;
+      for (int64_t i = r; i < r + rows && i < count; ++i) {
+        const int64_t live = min64(j1, q0 + i + 1) - j;
+        float *prob = p.row(i) + at, *gradient = ds.row(i) + at;
+        const vec factor = broadcast(k), lse = broadcast(-b.lse[q0 + i]), shift = broadcast(b.shift[q0 + i]);
+        int64_t c = 0;
+        for (; c + VL <= live; c += VL) {
+          const vec value = exp2_of(load(prob + c) * factor + lse);
+          store(prob + c, value);
+          store(gradient + c, value * (load(gradient + c) - shift));
+        }
+        if (c < live) {
+          const vec value = exp2_of(load(prob + c) * factor + lse);
+          store(prob + c, keep(value, live - c, vec{}));
+          store(gradient + c, keep(value * (load(gradient + c) - shift), live - c, vec{}));
+          c += VL;
+        }
+        for (; c < reach; c += VL) {
+          store(prob + c, vec{});
+          store(gradient + c, vec{});
+        }
+      }
+      product<false>({ds.row(r) + at, kStripStride}, {b.k + j * width, width}, kPanel, seen,
+                     {b.dq + (q0 + r) * width, width}, int(rows), width / VL, j > 0);
+    }
+  }
+}
+
+// dk and dv of the keys [j0, j1), summed over the queries [c0, c1); p and ds are the strips, whose first row is query c0
+// and first column key s0.
+inline void backward_keys(const Heads &h, const BackwardBuffers &b, int64_t j0, int64_t j1, int64_t c0, int64_t c1,
+                          int64_t s0, const Rows p, const Rows ds) {
+  const int64_t width = h.width();
+  for (int64_t j = j0, rows; j < j1; j += rows) {
+    rows = tile_rows(j1 - j);
+    const int64_t i = max64(c0, j), depth = c1 - i;
+    if (depth <= 0) break;
+    product<true>({ds.row(i - c0) + (j - s0), kStripStride}, {b.q + i * width, width}, kPanel, depth,
+                  {b.dk + j * width, width}, int(rows), width / VL, c0 > j);
+    product<true>({p.row(i - c0) + (j - s0), kStripStride}, {b.dout + i * width, width}, kPanel, depth,
+                  {b.dv + j * width, width}, int(rows), width / VL, c0 > j);
+  }
+}
+
+inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float *dout, const float *qkv,
+                          const float *out, const float *lse, float *dqkv, int64_t chunk, const Team team) {
+  const int64_t tokens = h.tokens, dim = h.dim, width = h.width(), apart = h.heads * dim, stride = 3 * apart;
+  for (int64_t panel = 0; panel < h.panels(); ++panel) {
+    if (!team.owns(panel)) continue;
+    const int64_t t = panel * kPanel, count = min64(kPanel, tokens - t), spare = t + kPanel >= tokens ? kSpareRows : 0;
+    const float *q = qkv + t * stride;
+    pack_rows(q, stride, count, spare, dim, {b.q + t * width, width});
+    pack_rows(q + apart, stride, count, spare, dim, {b.k + t * width, width});
+    pack<kTileVectors>(q + apart, stride, count, 0, dim, b.k_panels + t * dim);
+    pack<kTileVectors>(q + 2 * apart, stride, count, 0, dim, b.v_panels + t * dim);
+    pack_rows(dout + t * apart, apart, count, spare, dim, {b.dout + t * width, width});
+    for (int64_t r0 = 0; r0 < count; r0 += VL) {
+      vec sums[VL];
+      for (int i = 0; i < VL; ++i) {
+        sums[i] = vec{};
+        if (r0 + i >= count) continue;
+        const float *gradient = b.dout + (t + r0 + i) * width, *result = out + (t + r0 + i) * apart;
+        int64_t f = 0;
+        for (; f + VL <= dim; f += VL) sums[i] += load(gradient + f) * load_any(result + f);
+        float rest = 0.0f;
+        for (; f < dim; ++f) rest += gradient[f] * result[f];
+        sums[i][0] += rest;
+      }
+      store(b.shift + t + r0, reduce(sums));
+    }
+    for (int64_t r = 0; r < count; ++r) b.lse[t + r] = lse[t + r] * kLog2E;
+  }
+  team.wait();
+  for (int64_t s0 = 0; s0 < tokens; s0 += kBackwardStrip) {
+    const int64_t s1 = min64(s0 + kBackwardStrip, tokens);
+    for (int64_t c0 = s0; c0 < tokens; c0 += chunk) {
+      const int64_t c1 = min64(c0 + chunk, tokens), blocks = ceil_div(c1 - c0, kQueries);
+      for (int64_t block = 0; block < blocks; ++block) {
+        if (!team.owns(block)) continue;
+        const int64_t q0 = c0 + block * kQueries, q1 = min64(q0 + kQueries, c1);
+        backward_queries(h, b, q0, q1, s0, s1, {b.p + (q0 - c0) * kStripStride, kStripStride},
+                         {b.ds + (q0 - c0) * kStripStride, kStripStride});
+      }
+      team.wait();
+      for (int64_t j = s0; j < min64(s1, c1); j += kQueries) {
+        if (!team.owns((j - s0) / kQueries)) continue;
+        backward_keys(h, b, j, min64(min64(j + kQueries, s1), c1), c0, c1, s0, {b.p, kStripStride}, {b.ds, kStripStride});
+      }
+      team.wait();
+    }
+  }
+  for (int64_t panel = 0; panel < h.panels(); ++panel) {
+    if (!team.owns(panel)) continue;
+    const int64_t t = panel * kPanel, count = min64(kPanel, tokens - t);
+    float *to = dqkv + t * stride;
+    unpack_rows({b.dq + t * width, width}, h.scale(), count, dim, to, stride);
+    unpack_rows({b.dk + t * width, width}, h.scale(), count, dim, to + apart, stride);
+    unpack_rows({b.dv + t * width, width}, 1.0f, count, dim, to + 2 * apart, stride);
+  }
+}
+
+int attention_backward(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
+                       int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
+  const Heads h = {batch, tokens, heads, dim};
+  threads = int(max64(1, min64(threads, h.pairs() * ceil_div(tokens, kQueries))));
+  const int64_t chunk = shares(h.pairs(), threads) ? 4 * threads * kQueries : kQueries;
+  Carver counter = {nullptr, 0};
+  carve_backward(counter, h, kQueries);
+  const size_t own = counter.used;
+  counter = {nullptr, 0};
+  carve_backward(counter, h, chunk);
+  const size_t common = max64(int64_t(own), int64_t(counter.used));
+  const Lease lease = lease_acquire(common + own * (threads - 1));
+  if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+  int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    const int rank = omp_get_thread_num(), team_size = omp_get_num_threads();
+    Carver mine = {rank == 0 ? lease.data : lease.data + common + own * (rank - 1), 0}, first = {lease.data, 0};
+    const BackwardBuffers alone = carve_backward(mine, h, kQueries), together = carve_backward(first, h, chunk);
+    share_pairs(h.pairs(), team_size, &next, [&](int64_t pair, const Team team) {
+      backward_pair(h, team.size > 1 ? together : alone, dout + h.at(pair), qkv + h.qkv_at(pair), out + h.at(pair),
+                    lse + pair * tokens, dqkv + h.qkv_at(pair), team.size > 1 ? chunk : kQueries, team);
+    });
+  }
+  lease_release(lease);
+  return RAREFY_OK;
+}
+
+}  // namespace
+}  // namespace rarefy

@@ -1,0 +1,350 @@
+"""Causal attention against float64, in every implementation: values, gradients, bits, compiler and refusals.
+
+B sequences, T tokens, H heads, c features a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy.models import GPT, GPTConfig
+from rarefy.ops import available, causal_attention, library, using
+from rarefy.ops.attention import reference
+
+OPS = torch.ops.rarefy
+EPS = torch.finfo(torch.float32).eps
+KERNELS = [name for name in available() if name not in ("reference", "tiled")]
+
+# (B, T, H, c): one of everything; tails of tiles, vectors, panels, blocks of queries and strips; several heads.
+SHAPES = [
+    *((1, 1, 1, 1), (1, 2, 1, 3), (2, 7, 3, 5), (1, 17, 1, 16), (2, 48, 2, 64), (1, 49, 3, 33), (1, 64, 1, 64)),
+    *((3, 100, 1, 20), (1, 256, 2, 64), (2, 257, 1, 96), (1, 300, 1, 128), (1, 530, 1, 8), (1, 1100, 1, 17)),
+]
+on_every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+on_every_backend = pytest.mark.parametrize("name", ["reference", *KERNELS])
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """qkv and dout."""
+    B, T, H, c = shape
+    generator = torch.Generator().manual_seed(T * c + H)
+    qkv = torch.randn(B, T, 3, H, c, generator=generator, dtype=torch.float64) * 1.5
+    return qkv.to(dtype), torch.randn(B, T, H, c, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class Exact(NamedTuple):
+    """In float64: the results, and for each the error that fp32 arithmetic in any order may leave, to first order."""
+
+    out: Tensor
+    lse: Tensor
+    dqkv: Tensor
+    out_bound: Tensor
+    lse_bound: Tensor
+    dqkv_bound: Tensor
+
+
+def exact(qkv: Tensor, dout: Tensor) -> Exact:
+    """A sum of n products in any order is off by n eps times the sum of magnitudes, and what follows from it:
+
+    a score by `ds`, each probability by that and by the largest `ds` of its row, relatively, and so on.
+    """
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    do = dout.double().transpose(1, 2)
+    T, c, scale = q.shape[2], q.shape[3], 1 / math.sqrt(q.shape[3])
+    above = torch.ones(T, T, dtype=torch.bool).triu(1)
+    s = (q @ k.mT * scale).masked_fill(above, -math.inf)
+    lse = s.logsumexp(dim=-1)
+    p = (s - lse[..., None]).exp()
+    out = p @ v
+    dp, shift = do @ v.mT, (do * out).sum(dim=-1, keepdim=True)
+    ds = p * (dp - shift)
+    gradients = torch.stack([ds @ k, ds.mT @ q]) * scale, (p.mT @ do)[None]
+
+    # Scores, their shift by the largest and the exponential: each rounds once, relatively to what it holds.
+    magnitude = q.abs() @ k.abs().mT * scale
+    s_bound = ((c + 4) * EPS * magnitude).masked_fill(above, 0.0)
+    most = s_bound.amax(dim=-1, keepdim=True) + 4 * EPS * magnitude.masked_fill(above, 0.0).amax(dim=-1, keepdim=True)
+    relative = s_bound + most + 4 * EPS
+    lse_bound = most[..., 0] + (T + 4) * EPS + 4 * EPS * lse.abs()
+    out_bound = ((relative + (T + 4) * EPS) * p) @ v.abs() + (most + (T + 4) * EPS) * (p @ v.abs())
+    again = relative + lse_bound[..., None]  # probabilities in the backward pass come from lse
+    shift_bound = (do.abs() * out_bound).sum(dim=-1, keepdim=True)
+    shift_bound = shift_bound + (c + 2) * EPS * (do.abs() * out.abs()).sum(dim=-1, keepdim=True)
+    ds_bound = again * ds.abs() + p * ((c + 4) * EPS * (do.abs() @ v.abs().mT) + shift_bound + 2 * EPS * shift.abs())
+    sums = ds_bound + (T + 4) * EPS * ds.abs()
+    dv_bound = ((again + (T + 4) * EPS) * p).mT @ do.abs()
+    bounds = torch.stack([sums @ k.abs(), sums.mT @ q.abs()]) * scale, dv_bound[None]
+    return Exact(
+        *(out.transpose(1, 2), lse, torch.cat(gradients).permute(1, 3, 0, 2, 4)),
+        *(out_bound.transpose(1, 2), lse_bound, torch.cat(bounds).permute(1, 3, 0, 2, 4)),
+    )
+
+
+def close(found: Tensor, wanted: Tensor, bound: Tensor) -> None:
+    assert found.shape == wanted.shape
+    excess = (found.double() - wanted).abs() / (1.01 * bound + 1e-30)
+    assert (excess <= 1).all(), f"{excess.max():.3g} times the bound"
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the former comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def both(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = OPS.causal_attention(qkv)
+    return out, lse, OPS.causal_attention_backward(dout, qkv, out, lse)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@on_every_shape
+@on_every_backend
+def test_it_matches_float64(shape, name):
+    qkv, dout = inputs(shape)
+    with using(name):
+        out, lse, dqkv = both(qkv, dout)
+    wanted = exact(qkv, dout)
+    close(out, wanted.out, wanted.out_bound)
+    close(lse, wanted.lse, wanted.lse_bound)
+    close(dqkv, wanted.dqkv, wanted.dqkv_bound)
+
+
+@on_every_backend
+def test_large_scores_neither_overflow_nor_blur(name):
+    """Scores of hundreds, above and below zero: every softmax all but picks one value."""
+    qkv, dout = inputs((1, 70, 2, 24))
+    qkv[:, :, :2] *= 8
+    with using(name):
+        out, lse, dqkv = both(qkv, dout)
+    wanted = exact(qkv, dout)
+    assert wanted.lse.abs().max() > 200
+    close(out, wanted.out, wanted.out_bound)
+    close(lse, wanted.lse, wanted.lse_bound)
+    close(dqkv, wanted.dqkv, wanted.dqkv_bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_scores_that_fall_from_strip_to_strip_and_rise_again(name):
+    """Past a strip the softmax goes on online: its largest score so far stays, grows, or was long ago."""
+    qkv, dout = inputs((1, 1100, 3, 4))
+    drift = torch.linspace(0, 40, 1100)
+    qkv[0, :, 0, :, 0] = 4.0
+    qkv[0, :, 1, :, 0] = torch.stack([drift, -drift, 20 * torch.cos(drift)], dim=1)
+    with using(name):
+        out, lse, dqkv = both(qkv, dout)
+    wanted = exact(qkv, dout)
+    close(out, wanted.out, wanted.out_bound)
+    close(lse, wanted.lse, wanted.lse_bound)
+    close(dqkv, wanted.dqkv, wanted.dqkv_bound)
+
+
+@on_every_backend
+def test_autograd_gives_the_gradient(name):
+    qkv, dout = inputs((2, 33, 2, 12))
+    with using(name):
+        out = causal_attention(qkv.requires_grad_())
+        (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    wanted = exact(qkv.detach(), dout)
+    close(out.detach(), wanted.out, wanted.out_bound)
+    close(dqkv, wanted.dqkv, wanted.dqkv_bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_layouts_of_the_inputs_do_not_matter(name):
+    """A strided qkv and the expanded dout of a plain sum give what contiguous copies give."""
+    qkv, _ = inputs((2, 20, 3, 8))
+    strided, ones = torch.stack([qkv, -qkv], dim=-1)[..., 0], torch.ones(()).expand(2, 20, 3, 8)
+    with using(name):
+        for a, b in zip(both(strided, ones), both(qkv, ones.contiguous()), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_later_tokens_change_no_bit_of_earlier_ones(name):
+    qkv, _ = inputs((2, 150, 2, 16))
+    changed = qkv.clone()
+    changed[:, 70:] *= -3
+    with using(name):
+        before, after = causal_attention(qkv), causal_attention(changed)
+    assert torch.equal(before[:, :70], after[:, :70])
+    assert not torch.equal(before[:, 70:], after[:, 70:])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_not_finite_shows_and_stays_where_it_belongs(name, bad, which):
+    qkv, _ = inputs((1, 90, 2, 8))
+    qkv[:, :, 0].abs_()  # so that an infinite key makes scores of plus infinity
+    qkv[0, 50, which, 1, 3] = bad
+    with using(name):
+        out = causal_attention(qkv)
+    hit = ~out.isfinite().all(dim=-1)
+    earlier = 50 if which < 2 else 50 - 5  # rows of one tile meet each other's values, times zero
+    assert not hit[0, :, 0].any() and not hit[0, :earlier, 1].any() and hit[0, 50, 1]
+    assert not hit[0, 51:, 1].any() if which == 0 else hit[0, 51:, 1].all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_gives_nothing(name):
+    with using(name):
+        for shape in ((0, 5, 2, 4), (2, 0, 2, 4), (2, 5, 0, 4)):
+            out, lse, dqkv = both(*inputs(shape))
+            assert (out.numel(), lse.numel(), dqkv.numel()) == (0, 0, 0)
+
+
+# -- bits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 1, 40), (3, 130, 1, 16), (1, 1100, 3, 8), (4, 50, 5, 8)], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_same_bits_from_any_number_of_threads(name, shape, threads):
+    qkv, dout = inputs(shape)
+    with using(name):
+        threads(1)
+        first = both(qkv, dout)
+        for count in (1, 2, 3, 5):
+            threads(count)
+            for a, b in zip(first, both(qkv, dout), strict=True):
+                assert torch.equal(a, b)
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+
+def test_gradcheck():
+    qkv, _ = inputs((2, 5, 2, 3), torch.float64)
+    qkv.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: OPS.causal_attention(x)[0], qkv)
+    assert torch.autograd.gradcheck(causal_attention, qkv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    qkv, dout = inputs((2, 9, 2, 5), dtype)
+    out, lse = OPS.causal_attention(qkv)
+    torch.library.opcheck(OPS.causal_attention_backward, (dout, qkv, out, lse))
+    torch.library.opcheck(OPS.causal_attention, (qkv.requires_grad_(),))
+
+
+def test_one_graph():
+    qkv, dout = inputs((2, 9, 2, 5))
+    qkv.requires_grad_()
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
+    runs = [[out, *torch.autograd.grad(out, qkv, dout)] for out in (compiled(qkv), causal_attention(qkv))]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_second_derivative_is_an_error_and_not_zero():
+    qkv = inputs((1, 6, 1, 4))[0].requires_grad_()
+    (dqkv,) = torch.autograd.grad(OPS.causal_attention(qkv)[0].sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="causal attention has no second derivative"):
+        (dqkv.pow(2).sum() + qkv.sum()).backward()
+
+
+def test_the_denominators_have_no_gradient():
+    _, lse = OPS.causal_attention(inputs((1, 6, 1, 4))[0].requires_grad_())
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_run_in_torch(dtype):
+    qkv, dout = inputs((2, 20, 2, 8), dtype)
+    assert torch.equal(causal_attention(qkv), reference(qkv))
+    out, lse, dqkv = both(qkv, dout)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (out.dtype, lse.dtype, dqkv.dtype) == (dtype, wide, dtype)
+    wanted = exact(qkv, dout)
+    rounding = torch.finfo(dtype).eps
+    close(out, wanted.out, wanted.out_bound / EPS * rounding)
+    close(dqkv, wanted.dqkv, wanted.dqkv_bound / EPS * rounding)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_named_backend_runs_or_raises(name):
+    with using(name), pytest.raises(ValueError, match="asked for, but the attention kernel computes in float32"):
+        causal_attention(inputs((1, 3, 1, 2), torch.float64)[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 5, 12), torch.zeros(2, 5, 2, 1, 4), torch.zeros(2, 5, 3, 1, 0)])
+def test_a_wrong_shape_is_named(wrong):
+    with pytest.raises(ValueError, match=r"must be \(batch, tokens, 3, heads, head_dim\), got \(2, 5, "):
+        causal_attention(wrong)
+    with pytest.raises(ValueError, match=r"must be \(batch, tokens, 3, heads, head_dim\), got \(2, 5, "):
+        OPS.causal_attention(wrong)
+
+
+def test_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="floating-point numbers, got torch"):
+        causal_attention(torch.zeros(1, 2, 3, 1, 4, dtype=torch.int64))
+
+
+def test_a_gpt_computes_what_it_computes_with_torchs_attention():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(width=96, layers=2, heads=3, context=80))
+    tokens = torch.randint(256, (2, 81))
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours = run()
+    with using("reference"):
+        theirs = run()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# -- the C interface ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not KERNELS, reason="no compiled kernels here")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("shape", [(2, 50, 2, 7), (1, 97, 3, 32)], ids=str)
+def test_only_the_outputs_are_written_and_wholly(name, shape):
+    """At addresses that are no more than 4-byte aligned, between guards."""
+    qkv, dout = (torch.cat([torch.zeros(1), t.flatten()])[1:].view_as(t) for t in inputs(shape))
+    B, T, H, c = shape
+    rooms = [torch.full((count + 66,), math.nan) for count in (B * T * H * c, B * H * T, 3 * B * T * H * c)]
+    out, lse, dqkv = (room[33:-33] for room in rooms)
+    with using(name):
+        pointers = [t.data_ptr() for t in (qkv, out, lse)]
+        library.call("rarefy_attention_f32", *pointers, B, T, H, c, 2)
+        pointers = [t.data_ptr() for t in (dout, qkv, out, lse, dqkv)]
+        library.call("rarefy_attention_backward_f32", *pointers, B, T, H, c, 2)
+    for room in rooms:
+        assert room[:33].isnan().all() and room[-33:].isnan().all()
+    wanted = exact(qkv, dout)
+    close(out.view(B, T, H, c), wanted.out, wanted.out_bound)
+    close(lse.view(B, H, T), wanted.lse, wanted.lse_bound)
+    close(dqkv.view_as(qkv), wanted.dqkv, wanted.dqkv_bound)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no compiled kernels here")
+def test_bad_arguments_are_refused():
+    loaded = library.load()
+    assert isinstance(loaded, ctypes.CDLL)
+    qkv, out, lse = torch.zeros(1, 2, 3, 1, 4), torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2)
+    good = (qkv.data_ptr(), out.data_ptr(), lse.data_ptr())
+    assert loaded.rarefy_attention_f32(*good, 1, 2, 1, 4, 1) == 0
+    for sizes in ((-1, 2, 1, 4), (1, -2, 1, 4), (1, 2, 1, -4), (1, 2, 1, 0)):
+        assert loaded.rarefy_attention_f32(*good, *sizes, 1) == -1
+    for missing in range(3):
+        pointers = [None if at == missing else p for at, p in enumerate(good)]
+        assert loaded.rarefy_attention_f32(*pointers, 1, 2, 1, 4, 1) == -1
+    assert loaded.rarefy_attention_backward_f32(None, *good, None, 1, 2, 1, 4, 1) == -1
