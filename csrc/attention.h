@@ -70,7 +70,7 @@ struct Heads {
   int64_t batch, tokens, heads, dim;
   int64_t pairs() const { return batch * heads; }
   int64_t width() const { return ceil_div(dim, VL) * VL; }                     // of a packed row
-  int64_t panels() const { return ceil_div(tokens, kPanel); }                  // of packed, transposed keys
+  int64_t panels() const { return ceil_div(tokens, kKeyPanel); }                  // of packed, transposed keys
   int64_t rows() const { return ceil_div(tokens, VL) * VL + kSpareRows; }      // of packed rows, with room for whole tiles
   int64_t at(int64_t pair) const { return (pair / heads * tokens * heads + pair % heads) * dim; }  // in out
   int64_t qkv_at(int64_t pair) const { return (pair / heads * tokens * 3 * heads + pair % heads) * dim; }
@@ -146,7 +146,7 @@ struct ForwardBuffers {
 
 inline ForwardBuffers carve_forward(Carver &carver, const Heads &h) {
   ForwardBuffers b;
-  b.keys = carver.take<float>(h.panels() * kPanel * h.dim);
+  b.keys = carver.take<float>(h.panels() * kKeyPanel * h.dim);
   b.values = carver.take<float>(h.rows() * h.width());
   b.queries = carver.take<float>((kQueries + kSpareRows) * h.width());
   b.scores = carver.take<float>((kQueries + kSpareRows) * (kForwardStrip + 16));
@@ -176,7 +176,7 @@ inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *
         rows = tile_rows(count - r);
         const int64_t live = seen(r, int(rows), j, min64(j + kKeys, s1));
         if (live <= 0) continue;
-        product<false>({q.row(r), width}, {const_cast<float *>(panel), kPanel}, kPanel * h.dim, h.dim,
+        product<false>({q.row(r), width}, {const_cast<float *>(panel), kKeyPanel}, kKeyPanel * h.dim, h.dim,
                        {scores.row(r) + (j - s0), kStride}, int(rows), ceil_div(live, VL), false);
       }
     }
@@ -239,7 +239,7 @@ inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *
         rows = tile_rows(count - r);
         const int64_t live = seen(r, int(rows), j, min64(j + kKeys, s1));
         if (live <= 0) continue;
-        product<false>({scores.row(r) + (j - s0), kStride}, {v.row(j), width}, kPanel, live, {o.row(r), width},
+        product<false>({scores.row(r) + (j - s0), kStride}, {v.row(j), width}, kKeyPanel, live, {o.row(r), width},
                        int(rows), vectors, j > 0);
       }
     }
@@ -276,7 +276,7 @@ int attention_forward(const float *qkv, float *out, float *lse, int64_t batch, i
       const float *q = qkv + h.qkv_at(pair), *k = q + heads * dim, *v = k + heads * dim;
       for (int64_t p = 0; p < h.panels(); ++p) {
         if (!team.owns(p)) continue;
-        const int64_t t = p * kPanel, count = min64(kPanel, tokens - t);
+        const int64_t t = p * kKeyPanel, count = min64(kKeyPanel, tokens - t);
         pack<kTileVectors>(k + t * stride, stride, count, 0, dim, b.keys + t * dim);
         pack_rows(v + t * stride, stride, count, 0, dim, {b.values + t * h.width(), h.width()});
       }
@@ -305,7 +305,7 @@ constexpr int64_t kStripStride = kBackwardStrip + 16;  // an odd number of cache
 
 inline BackwardBuffers carve_backward(Carver &carver, const Heads &h, int64_t strip_rows) {
   BackwardBuffers b;
-  const int64_t rows = h.rows() * h.width(), panels = h.panels() * kPanel * h.dim;
+  const int64_t rows = h.rows() * h.width(), panels = h.panels() * kKeyPanel * h.dim;
   b.q = carver.take<float>(rows);
   b.k = carver.take<float>(rows);
   b.dout = carver.take<float>(rows);
@@ -333,14 +333,14 @@ inline void backward_queries(const Heads &h, const BackwardBuffers &b, int64_t q
       rows = tile_rows(count - r);
       const int64_t seen = min64(j1, q0 + r + rows) - j;
       if (seen <= 0) continue;
-      product<false>({b.q + (q0 + r) * width, width}, {b.k_panels + j * dim, kPanel}, kPanel * dim, dim,
+      product<false>({b.q + (q0 + r) * width, width}, {b.k_panels + j * dim, kKeyPanel}, kKeyPanel * dim, dim,
                      {p.row(r) + at, kStripStride}, int(rows), ceil_div(seen, VL), false);
     }
     for (int64_t r = 0, rows; r < count; r += rows) {
       rows = tile_rows(count - r);
       const int64_t seen = min64(j1, q0 + r + rows) - j;
       if (seen <= 0) continue;
-      product<false>({b.dout + (q0 + r) * width, width}, {b.v_panels + j * dim, kPanel}, kPanel * dim, dim,
+      product<false>({b.dout + (q0 + r) * width, width}, {b.v_panels + j * dim, kKeyPanel}, kKeyPanel * dim, dim,
                      {ds.row(r) + at, kStripStride}, int(rows), ceil_div(seen, VL), false);
       // In backward_keys a tile of keys that begins at a row's own key reads some more of the row.
       const int64_t reach = q0 + r + rows <= j1 ? seen + kTileRows - 1 : seen;
@@ -365,7 +365,7 @@ inline void backward_queries(const Heads &h, const BackwardBuffers &b, int64_t q
           store(gradient + c, vec{});
         }
       }
-      product<false>({ds.row(r) + at, kStripStride}, {b.k + j * width, width}, kPanel, seen,
+      product<false>({ds.row(r) + at, kStripStride}, {b.k + j * width, width}, kKeyPanel, seen,
                      {b.dq + (q0 + r) * width, width}, int(rows), width / VL, j > 0);
     }
   }
@@ -380,9 +380,9 @@ inline void backward_keys(const Heads &h, const BackwardBuffers &b, int64_t j0, 
     rows = tile_rows(j1 - j);
     const int64_t i = max64(c0, j), depth = c1 - i;
     if (depth <= 0) break;
-    product<true>({ds.row(i - c0) + (j - s0), kStripStride}, {b.q + i * width, width}, kPanel, depth,
+    product<true>({ds.row(i - c0) + (j - s0), kStripStride}, {b.q + i * width, width}, kKeyPanel, depth,
                   {b.dk + j * width, width}, int(rows), width / VL, c0 > j);
-    product<true>({p.row(i - c0) + (j - s0), kStripStride}, {b.dout + i * width, width}, kPanel, depth,
+    product<true>({p.row(i - c0) + (j - s0), kStripStride}, {b.dout + i * width, width}, kKeyPanel, depth,
                   {b.dv + j * width, width}, int(rows), width / VL, c0 > j);
   }
 }
@@ -392,7 +392,7 @@ inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float 
   const int64_t tokens = h.tokens, dim = h.dim, width = h.width(), apart = h.heads * dim, stride = 3 * apart;
   for (int64_t panel = 0; panel < h.panels(); ++panel) {
     if (!team.owns(panel)) continue;
-    const int64_t t = panel * kPanel, count = min64(kPanel, tokens - t), spare = t + kPanel >= tokens ? kSpareRows : 0;
+    const int64_t t = panel * kKeyPanel, count = min64(kKeyPanel, tokens - t), spare = t + kKeyPanel >= tokens ? kSpareRows : 0;
     const float *q = qkv + t * stride;
     pack_rows(q, stride, count, spare, dim, {b.q + t * width, width});
     pack_rows(q + apart, stride, count, spare, dim, {b.k + t * width, width});
@@ -436,7 +436,7 @@ inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float 
   }
   for (int64_t panel = 0; panel < h.panels(); ++panel) {
     if (!team.owns(panel)) continue;
-    const int64_t t = panel * kPanel, count = min64(kPanel, tokens - t);
+    const int64_t t = panel * kKeyPanel, count = min64(kKeyPanel, tokens - t);
     float *to = dqkv + t * stride;
     unpack_rows({b.dq + t * width, width}, h.scale(), count, dim, to, stride);
     unpack_rows({b.dk + t * width, width}, h.scale(), count, dim, to + apart, stride);

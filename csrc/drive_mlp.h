@@ -39,7 +39,7 @@ struct Mlp {
 };
 
 inline int mlp_forward(const Mlp &mlp, const float *up_values, const float *up_bias, const float *down_values,
-                       const float *down_bias, const Rows &x, const Rows &y, const Saved &z, int64_t batch, int threads) {
+                       const float *down_bias, const RowMajor &x, const RowMajor &y, const Saved &z, int64_t batch, int threads) {
   const int64_t panels = ceil_div(batch, kPanel);
   Matrix up = plan_multiply(mlp.up, mlp.up_kernels, false, 1), down = plan_multiply(mlp.down, mlp.down_kernels, false, 1);
   const int64_t sums_floats = max64(up.chunk_floats(), down.chunk_floats());
@@ -104,8 +104,8 @@ inline int mlp_forward(const Mlp &mlp, const float *up_values, const float *up_b
 }
 
 // dx may be null. A group of panels goes through the second matrix, then through the first.
-inline int mlp_backward(const Mlp &mlp, const float *up_values, const float *down_values, const Rows &dy, const Rows &x,
-                        const Saved &z, const Rows &dx, float *d_up_values, float *d_up_bias, float *d_down_values,
+inline int mlp_backward(const Mlp &mlp, const float *up_values, const float *down_values, const RowMajor &dy, const RowMajor &x,
+                        const Saved &z, const RowMajor &dx, float *d_up_values, float *d_up_bias, float *d_down_values,
                         float *d_down_bias, int64_t batch, int threads) {
   const int64_t panels = ceil_div(batch, kPanel), hidden = z.hidden, out = dy.features;
   Gradients up = plan_gradients(mlp.up, mlp.up_kernels, threads), down = plan_gradients(mlp.down, mlp.down_kernels, threads);

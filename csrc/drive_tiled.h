@@ -97,7 +97,7 @@ void multiply_panel(const Matrix &m, int64_t begin, int64_t end, const float *bi
 }
 
 // What is needed around tile t of a chunk: its share of the rows that `emit` will write, and the inputs of the next tile.
-inline void expect_outputs(const Matrix &m, int64_t chunk, int64_t t, const Rows &y, int64_t token, int64_t tokens,
+inline void expect_outputs(const Matrix &m, int64_t chunk, int64_t t, const RowMajor &y, int64_t token, int64_t tokens,
                            Prefetch &prefetch) {
   const int64_t first = m.first_output(chunk), count = m.first_output(chunk + 1) - first;
   const int64_t begin = token + tokens * t / m.s.num_tiles, end = token + tokens * (t + 1) / m.s.num_tiles;
@@ -106,7 +106,7 @@ inline void expect_outputs(const Matrix &m, int64_t chunk, int64_t t, const Rows
 
 // y = x times the view's matrix, transposed, + bias.
 inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, bool transposed, const float *values,
-                          const Rows &x, const float *bias, const Rows &y, int64_t batch, int threads) {
+                          const RowMajor &x, const float *bias, const RowMajor &y, int64_t batch, int threads) {
   const int64_t panels = ceil_div(batch, kPanel);
   const int64_t wanted = row_parts(panels, y.features / (transposed ? p->block_cols : p->block_rows), threads);
   Matrix m = plan_multiply(p, kernels, transposed, wanted);
@@ -216,14 +216,14 @@ void gradients_chunk(const Gradients &g, int64_t chunk, const float *dy_panels, 
 }
 
 // Memory of a chunk's rows that tile t of `tiles` announces: those of the next panel's inputs, or of this panel's outputs.
-inline void expect_rows(const Rows &rows, int64_t token, int64_t tokens, int64_t c0, int64_t c1, int64_t t, int64_t tiles,
+inline void expect_rows(const RowMajor &rows, int64_t token, int64_t tokens, int64_t c0, int64_t c1, int64_t t, int64_t tiles,
                         Prefetch &prefetch) {
   const int64_t begin = token + tokens * t / tiles, end = token + tokens * (t + 1) / tiles;
   prefetch.add(rows.at(begin, c0), rows.features * rows.element_bytes(), end - begin, (c1 - c0) * rows.element_bytes());
 }
 
 // To be called by all threads: dy's panels [first, first + count) from rows, and the sums for the bias.
-inline void pack_dy(const Rows &dy, int64_t first, int64_t count, int64_t batch, float *dy_panels, float *bias_parts) {
+inline void pack_dy(const RowMajor &dy, int64_t first, int64_t count, int64_t batch, float *dy_panels, float *bias_parts) {
   const int64_t out = dy.features, pieces = ceil_div(out, kPieceFeatures);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < count * pieces; ++task) {
@@ -257,8 +257,8 @@ inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues,
 }
 
 // dvalues, and dx and dbias unless null, in one pass over dy.
-inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, const float *values, const Rows &dy,
-                          const Rows &x, const Rows &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
+inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, const float *values, const RowMajor &dy,
+                          const RowMajor &x, const RowMajor &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
   const int64_t out = p->out_features, panels = ceil_div(batch, kPanel);
   Gradients g = plan_gradients(p, kernels, threads);
   const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * kPanel * int64_t(sizeof(float)))));

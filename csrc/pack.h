@@ -91,7 +91,7 @@ void column_sums(const T *source, int64_t stride, int64_t tokens, int64_t begin,
 }
 
 // Row-major activations of a caller, of either element type.
-struct Rows {
+struct RowMajor {
   const void *data;
   int64_t features;
   bool half;  // bfloat16
@@ -102,7 +102,7 @@ struct Rows {
 };
 
 template <int NV>
-void pack_rows(const Rows &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *panel) {
+void pack_rows(const RowMajor &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *panel) {
   if (rows.half) {
     pack<NV>(reinterpret_cast<const bf16 *>(rows.at(token, 0)), rows.features, tokens, begin, end, panel);
   } else {
@@ -111,7 +111,7 @@ void pack_rows(const Rows &rows, int64_t token, int64_t tokens, int64_t begin, i
 }
 
 template <int NV>
-void unpack_rows(const float *panel, int64_t token, int64_t tokens, int64_t begin, int64_t end, const Rows &rows) {
+void unpack_rows(const float *panel, int64_t token, int64_t tokens, int64_t begin, int64_t end, const RowMajor &rows) {
   char *target = const_cast<char *>(rows.at(token, 0));
   if (rows.half) {
     unpack<NV>(panel, rows.features, tokens, begin, end, reinterpret_cast<bf16 *>(target));
@@ -120,7 +120,7 @@ void unpack_rows(const float *panel, int64_t token, int64_t tokens, int64_t begi
   }
 }
 
-inline void sum_columns(const Rows &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *sums) {
+inline void sum_columns(const RowMajor &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *sums) {
   if (rows.half) {
     column_sums(reinterpret_cast<const bf16 *>(rows.at(token, 0)), rows.features, tokens, begin, end, sums);
   } else {

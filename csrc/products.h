@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kTileRows = 6;                       // most rows of c at a time
 constexpr int kTileVectors = VL == 16 ? 4 : 2;     // most vectors of c's columns at a time
-constexpr int kPanel = kTileVectors * VL;          // the same in columns
+constexpr int kKeyPanel = kTileVectors * VL;          // the same in columns
 
 // A row-major matrix of rows that are `stride` floats apart.
 struct Rows {
