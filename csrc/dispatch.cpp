@@ -130,3 +130,10 @@ int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float
   if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
   return rarefy_backward_f32(pattern, nullptr, dy, x, nullptr, dvalues, dbias, batch, threads);
 }
+
+int64_t rarefy_probe(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bytes < 0 || repeats < 0 || missing(data, bytes)) return RAREFY_BAD_ARGUMENT;
+  return kernels->probe(work, data, bytes, repeats, thread_count(threads));
+}

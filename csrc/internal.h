@@ -18,6 +18,7 @@ struct Kernels {
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
   int (*backward)(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
                   float *dvalues, float *dbias, int64_t batch, int threads);
+  int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 
 const Kernels *kernels_portable();

@@ -5,6 +5,7 @@
 
 #include "drive_direct.h"
 #include "drive_tiled.h"
+#include "probe.h"
 
 namespace rarefy {
 namespace {
@@ -80,7 +81,7 @@ int backward(const rarefy_pattern *p, const float *values, const float *dy, cons
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
 #define RAREFY_JOIN_(a, b) a##b
 
-constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward};
+constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward, probe};
 
 }  // namespace
 
