@@ -132,10 +132,10 @@ def rate(
         return done, clock() - begun
 
     while True:
-        done, took = reading()
-        if done <= 0:
+        tries = [reading() for _ in range(3)]
+        if tries[0][0] <= 0:
             return None
-        if took >= LAP_S:
+        if min(took for _, took in tries) >= LAP_S:  # one long one may only have waited for a core
             break
         repeats *= 2
     figures: list[float] = []
