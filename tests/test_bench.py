@@ -91,7 +91,7 @@ def test_check_notices_a_machine_that_got_slower_or_faster(last, disturbed):
     for check in (
         Check(1.0, last),
         Check(1.0, 1.0, Ceilings(fp32={"avx2": 1.0}), Ceilings(fp32={"avx2": last})),
-        Check(1.0, 1.0, Ceilings(memory_read=1.0), Ceilings(memory_read=last)),
+        Check(1.0, 1.0, Ceilings(l2_read=1.0), Ceilings(l2_read=last)),
     ):
         assert check.moved == pytest.approx(max(last, 1 / last) - 1)
         assert check.disturbed is disturbed
@@ -101,6 +101,11 @@ def test_a_check_names_what_moved_most():
     check = Check(1.0, 1.01, Ceilings(l2_read=80.0, bf16_dot=100.0), Ceilings(l2_read=60.0, bf16_dot=101.0))
     assert check.worst == "l2 read"
     assert check.to_dict()["readings"]["l2 read"] == {"first": 80.0, "last": 60.0}
+
+
+def test_main_memory_is_shown_and_not_judged():
+    check = Check(1.0, 1.0, Ceilings(memory_read=1.0), Ceilings(memory_read=2.0))
+    assert check.readings()["memory read"] == (1.0, 2.0) and not check.disturbed
 
 
 def our_row(*, density: float, speedup: float | None, **change) -> Row:
@@ -638,6 +643,9 @@ def test_results_are_saved_under_date_processor_and_instruction_set(capsys, tmp_
     (saved,) = (tmp_path / "benchmarks" / "results").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-intel-xeon-cpu-2-60ghz-avx512-2t\.json", saved.name)
     assert saved.read_text() == capsys.readouterr().out
+
+    assert main(["bench", *FLAGS, "--no-peers", "--json", "--save"]) == 0  # beside it, not over it
+    assert {path.name for path in saved.parent.iterdir()} == {saved.name, f"{saved.stem}-2.json"}
 
 
 def test_a_page_is_written_whole_and_offline(capsys, tmp_path, monkeypatch):

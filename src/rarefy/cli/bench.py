@@ -96,7 +96,7 @@ def run(settings: Bench) -> None:
     saved = [settings.out] if settings.out is not None else []
     if settings.save:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        saved.append(RESULTS / name_of(results))
+        saved.append(unused(RESULTS / name_of(results)))
     for path in saved:
         atomic_write(path, text.encode())
     if settings.html is not None:
@@ -169,6 +169,15 @@ def name_of(results: Results) -> str:
     cpu = "".join(c if c.isalnum() else " " for c in about["cpu"].replace("(R)", "").replace("(TM)", ""))
     slug = "-".join(cpu.lower().split())
     return f"{about['date'][:10]}-{slug}-{about['isa'].replace(' ', '-')}-{about['threads']}t.json"
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first of NAME-2, NAME-3, ... that does not exist."""
+    tried, count = path, 1
+    while tried.exists():
+        count += 1
+        tried = path.with_name(f"{path.stem}-{count}{path.suffix}")
+    return tried
 
 
 def _disturbed(results: Results) -> str:
