@@ -44,7 +44,7 @@ class Ceilings:
     """bf16 matrix products into fp32 (AMX); None: the CPU has none."""
 
     l2_read: float | None = None
-    """Bytes read from a working set of half the second cache of every core."""
+    """Bytes read from a working set of a quarter of the second cache of every core."""
 
     l2_copy: float | None = None
     """The same, copied from one half to the other: bytes read plus bytes written."""
@@ -96,7 +96,7 @@ def measure(isas: list[str] | None = None, *, seconds: float = 1.0) -> Ceilings:
     with backend.using(max(isas, key=lambda isa: fp32[isa])):
         dot, tiles = rate(DOT_BF16, seconds=each_s), rate(TILES_BF16, seconds=each_s)
         memory = torch.ones(MEMORY_BYTES // 4)
-        near = memory[: l2_bytes() * torch.get_num_threads() // 8]
+        near = memory[: l2_bytes() * torch.get_num_threads() // 16]  # pages lie anyhow: half of it would overflow sets
         bandwidths = [rate(work, part, seconds=each_s) for part in (near, memory) for work in (READ, COPY)]
     return Ceilings(fp32=fp32, bf16_dot=dot, bf16_tiles=tiles, **dict(zip(FIELDS[2:], bandwidths, strict=True)))
 
