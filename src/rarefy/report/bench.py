@@ -29,7 +29,7 @@ def bench_page(data: Mapping[str, Any]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> list[str]:
-    """One sentence on the thinnest layers, and one on training steps, each against the fastest dense."""
+    """One sentence on the thinnest layers, and one on training steps, against the fastest dense and dense fp32."""
     said = []
     for kind, what in (("layer", "sparse layers run"), ("gpt", "a sparse GPT trains")):
         ours = [row for row in rows if row["kind"] == kind and row["contender"] == "rarefy" and row["speedup"]]
@@ -37,10 +37,16 @@ def _headline(rows: Sequence[Row]) -> list[str]:
             continue
         thinnest = min(row["density"] for row in ours)
         asked = [row for row in ours if row["density"] <= 1.05 * thinnest]
-        speeds = sorted(row["speedup"]["median"] for row in asked)
-        span = say.times(speeds[0]) if len(speeds) == 1 else f"{say.times(speeds[0])} to {say.times(speeds[-1])}"
-        said.append(f"At {say.percent(thinnest)} density, {what} {span} as fast as the fastest dense torch here.")
+        best, fp32 = (_span([row[key]["median"] for row in asked]) for key in ("speedup", "speedup_fp32"))
+        against = "dense fp32" if best == fp32 else f"the fastest dense torch here, and {fp32} as fast as dense fp32"
+        said.append(f"At {say.percent(thinnest, 2)} density, {what} {best} as fast as {against}.")
     return said or ["Dense torch alone was timed."]
+
+
+def _span(speeds: Sequence[float]) -> str:
+    """The lowest and the highest, in words."""
+    low, high = say.times(min(speeds)), say.times(max(speeds))
+    return low if low == high else f"{low} to {high}"
 
 
 def _disturbed(check: Mapping[str, Any]) -> list[str]:

@@ -117,7 +117,9 @@ def _speed_view(label: str, rows: Sequence[Row], axis: str, title: str, *, ideal
             }
         )  # fmt: skip
     layout = plot_layout(380, x=title, y="times as fast as dense", legend=True)
-    layout["xaxis"].update(type="log", tickvals=where, ticktext=[say.count(x) if x >= 1 else f"{x:.3g}" for x in where])
+    layout["xaxis"].update(
+        type="log", tickangle=0, tickvals=where, ticktext=[say.count(x) if x >= 1 else f"{x:.3g}" for x in where]
+    )
     layout["yaxis"].update(type="log", tickvals=[0.25, 0.5, 1, 2, 4, 8, 16], tickformat="~g")
     level = {"color": "@ink-3", "width": 1.25, "dash": "dot"}
     layout["shapes"] = [
@@ -167,7 +169,8 @@ def _time_view(label: str, rows: Sequence[Row]) -> View:
     for row, total in zip(rows, sums, strict=True):
         speed = row["speedup"]
         mark = "" if speed is None else f"  {say.times(speed['median'])}" + ("*" if row["forward_only"] else "")
-        ends.append(f"<b>{say.milliseconds(total)}</b>{mark}")
+        whole = row["total_ms"]["median"] if row["total_ms"] else total  # medians of parts need not add up to it
+        ends.append(f"<b>{say.milliseconds(whole)}</b>{mark}")
     layout = _bars(rows, sums, ends, legend=True)
     layout["xaxis"]["ticksuffix"] = " ms"
     layout["barmode"] = "stack"
