@@ -60,11 +60,9 @@ def _disturbed(check: Mapping[str, Any]) -> list[str]:
 
 def _card(name: str, both: Mapping[str, float]) -> dict[str, str]:
     """A reading of the machine, first and last."""
-    if name == "dense reference":
-        unit, form = "ms", say.milliseconds
-    else:
-        unit, form = ("GB/s" if name.endswith(("read", "copy")) else "GFLOP/s"), say.milliseconds
-    return {"what": name, "big": form(both["first"]), "unit": unit, "after": f"{form(both['last'])} afterwards"}
+    unit = "ms" if name == "dense reference" else "GB/s" if name.endswith(("read", "copy")) else "GFLOP/s"
+    first, last = (say.milliseconds(both[when]) for when in ("first", "last"))
+    return {"what": name, "big": first, "unit": unit, "after": f"{last} afterwards"}
 
 
 COLUMNS = (

@@ -12,8 +12,6 @@ Row = Mapping[str, Any]
 
 PARTS = (("forward", "forward_ms"), ("backward", "backward_ms"), ("optimizer", "optimizer_ms"))
 
-SHORT_TAB = 22
-
 
 def bench_figures(data: Mapping[str, Any]) -> list[Figure]:
     """Every figure that the rows have something for, in reading order."""
