@@ -100,14 +100,14 @@ class Machine:
         return repeats * 1000
 
 
-@pytest.mark.parametrize("hiccups", [{}, {0: 1.0, 4: 1.0}])  # a wait while the work is doubled must not end it
+@pytest.mark.parametrize("hiccups", [{}, {0: 0.01, 1: 0.01, 2: 0.01}])  # waits that make short work look long
 def test_a_rate_is_the_median_of_readings_long_enough(hiccups):
     machine = Machine(5e9, hiccups)
     assert probe.rate(probe.FMA_F32, seconds=0.1, clock=machine.clock, call=machine.call) == pytest.approx(5.0)
     assert machine.calls > 10
     slow = Machine(1000 / probe.LAP_S / 10)  # one repeat fills ten readings: three of them are enough
     probe.rate(probe.FMA_F32, seconds=0.01, clock=slow.clock, call=slow.call)
-    assert slow.calls == 3 + 3
+    assert slow.calls == 3
 
 
 def test_what_a_cpu_lacks_has_no_rate():

@@ -114,7 +114,7 @@ def rate(
     Args:
         work: one of the kinds above.
         data: the working set of reads and copies, contiguous fp32; its contents are overwritten.
-        seconds: for how long to read, three readings at least. Doubling the work until it fills a reading comes first.
+        seconds: for how long to read, three readings at least. The work is doubled until it fills a reading.
         clock, call: stand-ins for tests.
     """
     if call is None:
@@ -131,18 +131,17 @@ def rate(
         done = call(work, *where, repeats, threads)
         return done, clock() - begun
 
-    while True:
-        tries = [reading() for _ in range(3)]
-        if tries[0][0] <= 0:
-            return None
-        if min(took for _, took in tries) >= LAP_S:  # one long one may only have waited for a core
-            break
-        repeats *= 2
     figures: list[float] = []
     begun = clock()
     while len(figures) < 3 or clock() - begun < seconds:
         done, took = reading()
-        figures.append(done / took / 1e9)
+        if done <= 0:
+            return None
+        if took >= LAP_S:
+            figures.append(done / took / 1e9)
+        else:  # those before were as long only because they waited for a core
+            repeats *= 2
+            figures.clear()
     return statistics.median(figures)
 
 
