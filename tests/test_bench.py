@@ -285,6 +285,15 @@ def test_ceilings_are_those_of_the_arithmetic_at_hand(monkeypatch, isa):
     assert any("dense torch may use avx512" in note for note in results.notes) == (isa == "avx2")
 
 
+def test_more_than_the_ceiling_is_noted(monkeypatch):
+    only_fp32(monkeypatch)
+    low = Ceilings(fp32=dict.fromkeys(backend.available(), 1e-9))
+    monkeypatch.setattr(probe, "measure", lambda isas, seconds: low)
+    assert sum("the probe was disturbed" in note for note in run(SMALL).notes) == 1
+    monkeypatch.setattr(probe, "measure", lambda isas, seconds: CEILINGS)
+    assert not any("the probe was disturbed" in note for note in run(SMALL).notes)
+
+
 def test_bf16_products_that_are_slower_than_fp32_are_no_ceiling():
     slow = dataclasses.replace(CEILINGS, bf16_dot=30.0)
     assert slow.peak("bf16", "avx512") == 100

@@ -86,28 +86,56 @@ def test_nonsense_is_refused():
 
 
 class Machine:
-    """Does `work` at a rate per second, and keeps the time itself; `hiccups` are seconds lost in single calls."""
+    """Does `work` at a rate per second and thread, and keeps the time itself.
 
-    def __init__(self, per_s: float, hiccups: dict[int, float] | None = None) -> None:
-        self.now, self.per_s, self.calls, self.hiccups = 0.0, per_s, 0, hiccups or {}
+    Args:
+        hiccups: seconds lost, by number of the call.
+        meeting_s: what every call of several threads loses.
+    """
+
+    def __init__(self, per_s: float, hiccups: dict[int, float] | None = None, meeting_s: float = 0.0) -> None:
+        self.now, self.per_s, self.hiccups, self.meeting_s = 0.0, per_s, hiccups or {}, meeting_s
+        self.calls: list[tuple[int, int, int]] = []
 
     def clock(self) -> float:
         return self.now
 
     def call(self, work: int, data: int | None, size: int, repeats: int, threads: int) -> int:
-        self.now += repeats * 1000 / self.per_s + self.hiccups.get(self.calls, 0.0)
-        self.calls += 1
-        return repeats * 1000
+        self.now += repeats * 1000 / self.per_s + self.hiccups.get(len(self.calls), 0.0)
+        self.now += self.meeting_s if threads > 1 else 0.0
+        self.calls.append((size, repeats, threads))
+        return repeats * 1000 * threads
 
 
-@pytest.mark.parametrize("hiccups", [{}, {0: 0.01, 1: 0.01, 2: 0.01}])  # waits that make short work look long
-def test_a_rate_is_the_median_of_readings_long_enough(hiccups):
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.parametrize("hiccups", [{}, {0: 1.0, 2: 1.0}])  # waits that make short work look long
+def test_a_rate_is_the_median_of_readings_long_enough(two_threads, hiccups):
     machine = Machine(5e9, hiccups)
-    assert probe.rate(probe.FMA_F32, seconds=0.1, clock=machine.clock, call=machine.call) == pytest.approx(5.0)
-    assert machine.calls > 10
+    assert probe.rate(probe.FMA_F32, seconds=0.1, clock=machine.clock, call=machine.call) == pytest.approx(10.0)
+    readings = [call for call in machine.calls if call[2] == 2]
+    assert len(readings) > 10 and all(
+        probe.LAP_S <= repeats * 1000 / 5e9 < 2 * probe.LAP_S for _, repeats, _ in readings
+    )
     slow = Machine(1000 / probe.LAP_S / 10)  # one repeat fills ten readings: three of them are enough
     probe.rate(probe.FMA_F32, seconds=0.01, clock=slow.clock, call=slow.call)
-    assert slow.calls == 3
+    assert len(slow.calls) == 3 + 3
+
+
+def test_threads_that_wait_for_each_other_do_not_pass_for_work(two_threads):
+    # Cores are taken: whenever threads meet they lose as long as a reading should take.
+    machine = Machine(5e9, meeting_s=probe.LAP_S)
+    found = probe.rate(probe.FMA_F32, seconds=0.1, clock=machine.clock, call=machine.call)
+    assert found is not None and 5.0 <= found < 10.0
+
+
+def test_one_thread_alone_gets_its_part_of_the_working_set(two_threads):
+    machine, data = Machine(5e9), torch.zeros(256)
+    probe.rate(probe.READ, data, seconds=0.0, clock=machine.clock, call=machine.call)
+    assert {(size, threads) for size, _, threads in machine.calls} == {(512, 1), (1024, 2)}
 
 
 def test_what_a_cpu_lacks_has_no_rate():

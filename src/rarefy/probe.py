@@ -22,7 +22,7 @@ FMA_F32, DOT_BF16, TILES_BF16, READ, COPY = range(5)
 """As in csrc/rarefy.h."""
 
 LAP_S = 0.004
-"""One reading is at least this long: starting the threads must not count."""
+"""The work of a reading takes a thread at least this long: starting the threads must not count."""
 
 MEMORY_BYTES = 512 << 20
 """The working set that stands for main memory. A processor whose last cache is larger answers from there."""
@@ -114,7 +114,7 @@ def rate(
     Args:
         work: one of the kinds above.
         data: the working set of reads and copies, contiguous fp32; its contents are overwritten.
-        seconds: for how long to read, three readings at least. The work is doubled until it fills a reading.
+        seconds: for how long to read, three readings at least. Finding the work that fills one comes first.
         clock, call: stand-ins for tests.
     """
     if call is None:
@@ -123,25 +123,28 @@ def rate(
             return None
         call = loaded.rarefy_probe
     assert call is not None
-    where = (None, 0) if data is None else (data.data_ptr(), data.numel() * data.element_size())
+    pointer, size = (None, 0) if data is None else (data.data_ptr(), data.numel() * data.element_size())
     threads, repeats = torch.get_num_threads(), 1
 
-    def reading() -> tuple[float, float]:
+    def reading(threads: int, size: int) -> tuple[int, float]:
         begun = clock()
-        done = call(work, *where, repeats, threads)
+        done = call(work, pointer, size, repeats, threads)
         return done, clock() - begun
 
+    # One thread alone, which waits for no other: where cores are taken, threads that meet can wait for milliseconds
+    # over next to no work.
+    while True:
+        tries = [reading(1, size // threads) for _ in range(3)]
+        if tries[0][0] <= 0:
+            return None
+        if min(took for _, took in tries) >= LAP_S:
+            break
+        repeats *= 2
     figures: list[float] = []
     begun = clock()
     while len(figures) < 3 or clock() - begun < seconds:
-        done, took = reading()
-        if done <= 0:
-            return None
-        if took >= LAP_S:
-            figures.append(done / took / 1e9)
-        else:  # those before were as long only because they waited for a core
-            repeats *= 2
-            figures.clear()
+        done, took = reading(threads, size)
+        figures.append(done / took / 1e9)
     return statistics.median(figures)
 
 

@@ -26,6 +26,9 @@ from rarefy.training.machine import machine
 PROBE_S, REFERENCE_S = 0.8, 0.5
 """For each of the two looks at the machine."""
 
+ABOVE = 1.05
+"""A share of the ceiling that no noise explains."""
+
 
 def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: None) -> Results:
     """Time sparse against dense, in this process.
@@ -64,6 +67,11 @@ def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: No
         last_ms, last = _look(settings)
     check = Check(first_ms, last_ms, first, last)
     rows = [dataclasses.replace(row, ceiling_gflops=_ceiling(row, check)) for row in rows]
+    notes += [
+        f"{row.contender} {row.dtype} reached {row.share:.0%} of its ceiling: the probe was disturbed"
+        for row in rows
+        if row.share and row.share > ABOVE
+    ][:1]
     took = time.perf_counter() - started
     return Results(machine=about, settings=to_plain(settings), rows=rows, check=check, seconds=took, notes=notes)
 
