@@ -223,3 +223,10 @@ int rarefy_attention_backward_f32(const float *dout, const float *qkv, const flo
   }
   return kernels->attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, thread_count(threads));
 }
+
+int64_t rarefy_probe(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bytes < 0 || repeats < 0 || missing(data, bytes)) return RAREFY_BAD_ARGUMENT;
+  return kernels->probe(work, data, bytes, repeats, thread_count(threads));
+}

@@ -28,6 +28,7 @@ struct Kernels {
                    int64_t head_dim, int threads);
   int (*attention_backward)(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
                             int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads);
+  int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 
 const Kernels *kernels_portable();

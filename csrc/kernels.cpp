@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "drive_direct.h"
 #include "drive_mlp.h"
+#include "probe.h"
 
 namespace rarefy {
 namespace {
@@ -152,8 +153,8 @@ int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *dow
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
 #define RAREFY_JOIN_(a, b) a##b
 
-constexpr Kernels kTable = {
-    RAREFY_TEXT(RAREFY_TARGET), supports, spmm, backward, mlp_forward, mlp_backward, attention_forward, attention_backward};
+constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
+                            attention_forward,          attention_backward, probe};
 
 }  // namespace
 

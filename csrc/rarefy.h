@@ -128,6 +128,19 @@ RAREFY_API void rarefy_grow_free(void *selection);
  * DLManagedTensor of DLPack, whose deleter may be called from any thread. Its contents are undefined. NULL: no memory. */
 RAREFY_API void *rarefy_tensor_new(int64_t rows, int64_t cols, int32_t element_bytes);
 
+/* What the machine can do at most, with the instruction set in use: each thread does some work `repeats` times, and the
+ * return value is how much all of them did, in FLOPs or in bytes read plus bytes written, for the caller to divide by the
+ * time it took. READ and COPY work on `data`, split among the threads, and overwrite it; the others take NULL and 0.
+ * RAREFY_NO_ISA: this CPU or this build lacks it. */
+enum {
+  RAREFY_PROBE_FMA_F32 = 0,
+  RAREFY_PROBE_DOT_BF16 = 1,   /* AVX512_BF16 */
+  RAREFY_PROBE_TILES_BF16 = 2, /* AMX */
+  RAREFY_PROBE_READ = 3,
+  RAREFY_PROBE_COPY = 4
+};
+RAREFY_API int64_t rarefy_probe(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
+
 /* Bytes of memory kept for later calls, and its release (what is in use stays). */
 RAREFY_API int64_t rarefy_workspace_bytes(void);
 RAREFY_API void rarefy_workspace_release(void);

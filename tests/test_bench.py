@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import re
 import sys
 import types
 
@@ -12,14 +16,42 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rarefy.bench import Check, Results, Row, Spread, break_even, installed, run
+from rarefy import probe
+from rarefy.bench import Check, Crossing, Peer, Results, Row, Settings, Spread, break_even, installed, run
+from rarefy.bench import timing as timing_module
+from rarefy.bench.contender import Contender, rows, time_in_turn
+from rarefy.bench.gpt import TrainingStep
+from rarefy.bench.layers import dense_contenders, sparse_contender
+from rarefy.bench.precision import arithmetic, dense_dtypes, precision
+from rarefy.bench.settings import gpt_config
 from rarefy.cli import bench as command
+from rarefy.cli import bench_tables
 from rarefy.cli.main import main
+from rarefy.cost import random_batch
+from rarefy.models import GPT
+from rarefy.nn import SparseLinear
 from rarefy.ops import backend
 from rarefy.pattern import Pattern
+from rarefy.probe import Ceilings
 
-SMALL = {"shapes": [(16, 24)], "densities": [0.25, 0.5], "blocks": [(1, 1), (4, 4)], "tokens": 8, "seconds": 0.1}
-FLAGS = ["--shapes", "16x24", "--densities", "0.25", "--blocks", "1", "--tokens", "8", "--seconds", "0.1"]
+SMALL = Settings(
+    shapes=((16, 24),), densities=(0.25, 0.5), blocks=((1, 1), (4, 4)), tokens=(8,), seconds=0.1, peers=False
+)
+FLAGS = ["--shapes", "16x24", "--densities", "0.25", "--blocks", "1", "--dtypes", "fp32"]
+FLAGS += ["--tokens", "8", "--seconds", "0.1"]
+
+CEILINGS = Ceilings(fp32={"avx512": 100.0, "avx2": 50.0}, bf16_dot=150.0, bf16_tiles=900.0, l2_read=80.0)
+
+
+@pytest.fixture(autouse=True)
+def quick_look(monkeypatch):
+    """The two looks at the machine take no time; what the probe does is tested in test_probe.py."""
+    monkeypatch.setattr(timing_module, "REFERENCE_S", 0.0)
+    monkeypatch.setattr(probe, "measure", lambda isas, seconds: CEILINGS)
+
+
+def changed(**change) -> Settings:
+    return dataclasses.replace(SMALL, **change)
 
 
 # -- what follows from figures ----------------------------------------------------------------------------------------
@@ -49,101 +81,284 @@ def test_ratios_are_taken_round_by_round():
     ],
 )
 def test_break_even_is_interpolated_and_never_extrapolated(points, density, faster_at, slower_at):
-    found = break_even((8, 8), (1, 1), points)
+    found = break_even(points)
     assert found.density == (None if density is None else pytest.approx(density))
     assert (found.faster_at, found.slower_at) == (faster_at, slower_at)
 
 
 @pytest.mark.parametrize("last, disturbed", [(1.09, False), (1.11, True), (1 / 1.09, False), (1 / 1.11, True)])
 def test_check_notices_a_machine_that_got_slower_or_faster(last, disturbed):
-    check = Check(1.0, last)
-    assert check.moved == pytest.approx(max(last, 1 / last) - 1)
-    assert check.disturbed is disturbed
+    for check in (
+        Check(1.0, last),
+        Check(1.0, 1.0, Ceilings(fp32={"avx2": 1.0}), Ceilings(fp32={"avx2": last})),
+        Check(1.0, 1.0, Ceilings(l2_read=1.0), Ceilings(l2_read=last)),
+    ):
+        assert check.moved == pytest.approx(max(last, 1 / last) - 1)
+        assert check.disturbed is disturbed
+
+
+def test_a_check_names_what_moved_most():
+    check = Check(1.0, 1.01, Ceilings(l2_read=80.0, bf16_dot=100.0), Ceilings(l2_read=60.0, bf16_dot=101.0))
+    assert check.worst == "l2 read"
+    assert check.to_dict()["readings"]["l2 read"] == {"first": 80.0, "last": 60.0}
+
+
+def test_main_memory_is_shown_and_not_judged():
+    check = Check(1.0, 1.0, Ceilings(memory_read=1.0), Ceilings(memory_read=2.0))
+    assert check.readings()["memory read"] == (1.0, 2.0) and not check.disturbed
+
+
+def our_row(*, density: float, speedup: float | None, **change) -> Row:
+    spread = None if speedup is None else Spread(speedup, speedup, speedup)
+    known = {"shape": (8, 8), "tokens": 4, "contender": "rarefy", "kernels": "avx2", "block": (1, 1), "rounds": 3}
+    return Row(**{**known, "density": density, "speedup": spread, "speedup_fp32": spread, **change})
 
 
 def test_efficiency_is_dense_time_times_density_over_sparse_time():
-    row = our_row(density=0.1, speedup=5.0)
-    assert row.efficiency == pytest.approx(0.5)
+    assert our_row(density=0.1, speedup=5.0).efficiency == pytest.approx(0.5)
     assert our_row(density=0.1, speedup=None).efficiency is None
+    assert our_row(density=1.0, speedup=0.5, contender="dense").efficiency is None
+    assert our_row(density=0.1, speedup=3.0, kind="gpt").efficiency is None  # its attention is dense
 
 
-def our_row(*, density: float, speedup: float | None) -> Row:
-    spread = None if speedup is None else Spread(speedup, speedup, speedup)
-    return Row(
-        shape=(8, 8), contender="rarefy", kernels="avx2", density=density, block=(1, 1), rounds=3, speedup=spread
-    )
+def test_the_share_of_the_ceiling_is_of_what_was_compared():
+    two = Spread(2.0, 2.0, 2.0)
+    row = our_row(density=0.1, speedup=1.0, flops=40_000_000, ceiling_gflops=100.0, total_ms=two)
+    assert (row.gflops, row.share) == (pytest.approx(20.0), pytest.approx(0.2))
+    alone = dataclasses.replace(row, forward_only=True, forward_ms=Spread(1.0, 1.0, 1.0), total_ms=None)
+    assert alone.share == pytest.approx(0.4)
+    assert dataclasses.replace(row, ceiling_gflops=None).share is None
 
 
-def test_break_evens_are_of_our_rows_only():
-    peer = Row(
-        shape=(8, 8), contender="other", kernels="x", density=0.9, block=(1, 1), rounds=3, speedup=Spread(9, 9, 9)
-    )
-    rows = [our_row(density=0.1, speedup=2.0), our_row(density=0.5, speedup=2 / 3), peer]
-    results = Results(machine={}, settings={}, rows=rows, check=Check(1, 1), seconds=1)
-    (found,) = results.break_evens
-    assert found.density == pytest.approx(0.3)
+def test_break_evens_are_of_our_layers_only_each_dtype_by_itself():
+    others = [
+        our_row(density=0.9, speedup=9.0, contender="other"),
+        our_row(density=0.9, speedup=9.0, kind="gpt"),
+        our_row(density=0.2, speedup=2.0, dtype="bf16"),
+    ]
+    fp32 = [our_row(density=0.1, speedup=2.0), our_row(density=0.5, speedup=2 / 3, speedup_fp32=Spread(3, 3, 3))]
+    results = Results(machine={}, settings={}, rows=fp32 + others, check=Check(1, 1), seconds=1)
+    first, second = results.break_evens
+    assert first.against_fastest.density == pytest.approx(0.3)
+    assert first.against_fp32 == Crossing(None, 0.5, None)
+    assert (second.dtype, second.against_fastest.faster_at) == ("bf16", 0.2)
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def contender(name: str, *laps: str, **more) -> Contender:
+    return Contender(name=name, laps=dict.fromkeys(laps, lambda: None), flops=1, kernels="x", **more)
+
+
+def test_rows_compare_with_dense_fp32_and_with_the_fastest_dense_of_the_same_rounds():
+    both = ("forward", "backward")
+    field = [
+        contender("dense", *both),
+        contender("dense", *both, dtype="bf16", compiled=True),
+        contender("rarefy", *both, density=0.1),
+        contender("peer", "forward"),
+    ]
+    times = [
+        {"forward": [4.0, 8.0, 4.0], "backward": [8.0, 16.0, 8.0]},
+        {"forward": [3.0, 6.0, 3.0], "backward": [3.0, 6.0, 3.0]},
+        {"forward": [1.0, 2.0, 1.0], "backward": [2.0, 4.0, 2.0]},
+        {"forward": [6.0, 12.0, 6.0]},
+    ]
+    fp32, bf16, ours, peer = rows("layer", (8, 8), 4, field, times)
+    assert fp32.speedup_fp32 is None and fp32.speedup == Spread(0.5, 0.5, 0.5)
+    assert bf16.speedup is None and bf16.speedup_fp32 == Spread(2.0, 2.0, 2.0)
+    assert ours.speedup_fp32 == Spread(4.0, 4.0, 4.0) and ours.speedup == Spread(2.0, 2.0, 2.0)
+    assert ours.fastest == "bf16 compiled" and ours.dense_ms == bf16.total_ms
+    assert ours.efficiency == pytest.approx(0.2)
+    assert peer.forward_only and peer.total_ms is None
+    assert peer.speedup == Spread(0.5, 0.5, 0.5)  # forward against forward
+    assert peer.speedup_fp32 is not None and peer.speedup_fp32.median == pytest.approx(4 / 6)
+
+
+def test_laps_keep_their_names_and_what_is_not_counted_stays_out():
+    ran: list[str] = []
+    laps = {name: lambda name=name: ran.append(name) for name in ("forward", "backward", "rest", "growth")}
+    one = Contender(name="dense", laps=laps, flops=1, kernels="x")
+    (times,) = time_in_turn([one], budget_s=0.0, rounds=3)
+    assert ran[:4] == ["forward", "backward", "rest", "growth"] and len(ran) == 16
+    assert times.keys() == laps.keys() and all(len(taken) == 3 for taken in times.values())
+
+    times = {"forward": [1.0], "backward": [2.0], "rest": [50.0], "dw": [2.0], "growth": [5.0]}
+    (row,) = rows("layer", (8, 8), 4, [one], [times])
+    assert row.total_ms == Spread(3.0, 3.0, 3.0)
+    assert row.growth_ratio == Spread(2.5, 2.5, 2.5)
+
+
+# -- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize(
+    "dtype, inside, cast", [("fp32", "highest", False), ("medium", "medium", False), ("bf16", "highest", True)]
+)
+def test_a_dtype_is_set_for_a_lap_and_set_back(before, dtype, inside, cast):
+    usual = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(before)
+        with contextlib.suppress(KeyError), arithmetic(dtype):
+            assert torch.get_float32_matmul_precision() == inside
+            assert torch.is_autocast_enabled("cpu") is cast
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
+        with precision(dtype):
+            assert torch.get_float32_matmul_precision() == inside and not torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.parametrize(
+    "flags, held, has, tiles",
+    [
+        (set(), None, False, False),
+        ({"avx2"}, None, False, False),
+        ({"avx512_bf16"}, None, True, False),
+        ({"amx_bf16", "avx512_bf16"}, None, True, True),
+        ({"amx_bf16", "avx512_bf16"}, "ALL", True, True),
+        ({"amx_bf16", "avx512_bf16"}, "AVX512_CORE_BF16", True, False),
+        ({"amx_bf16", "avx512_bf16"}, "AVX512_CORE_AMX", True, True),
+        ({"amx_bf16", "avx512_bf16"}, "avx2", False, False),
+    ],
+)
+def test_dense_bf16_is_timed_only_on_hardware_for_it(monkeypatch, flags, held, has, tiles):
+    monkeypatch.setattr(probe, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if held is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    assert (probe.dense_has_bf16(), probe.dense_has_tiles()) == (has, tiles)
+    assert dense_dtypes() == (("fp32", "medium", "bf16") if has else ("fp32",))
 
 
 # -- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def test_run_has_a_row_for_every_shape_density_and_block():
-    results = run(**SMALL, with_peers=False)
+def only_fp32(monkeypatch):
+    monkeypatch.setattr(probe, "dense_has_bf16", lambda: False)
 
-    assert [(row.contender, row.density, row.block) for row in results.rows] == [
-        ("dense", 1.0, (1, 1)),
-        *(("rarefy", d, b) for b in [(1, 1), (4, 4)] for d in [0.25, 0.5]),
-    ]
-    dense, *ours = results.rows
+
+def test_run_has_a_row_for_every_shape_token_count_block_dtype_and_density(monkeypatch):
+    only_fp32(monkeypatch)
+    results = run(changed(tokens=(8, 4), dtypes=("fp32", "medium")))
+
+    ours = [("rarefy", t, d, b) for b in [(1, 1), (4, 4)] for t in ["fp32", "medium"] for d in [0.25, 0.5]]
+    expected = [("dense", "fp32", 1.0, (1, 1)), *ours]
+    assert [(r.contender, r.dtype, r.density, r.block) for r in results.rows] == expected * 2
+    assert [row.tokens for row in results.rows] == [8] * 9 + [4] * 9
+    dense, *ours = results.rows[:9]
     for row in ours:
         assert row.rounds == dense.rounds >= 3
-        for spread in (
-            row.forward_ms,
-            row.dx_ms,
-            row.dw_ms,
-            row.total_ms,
-            row.speedup,
-        ):
+        for spread in (row.forward_ms, row.backward_ms, row.dx_ms, row.dw_ms, row.total_ms, row.speedup):
             assert spread is not None and 0 < spread.q1 <= spread.median <= spread.q3
+        assert row.speedup == row.speedup_fp32 and row.fastest == "fp32"
         assert row.dense_ms == dense.total_ms  # the same rounds
-        for spread in (row.growth_ms, row.growth_ratio):
-            assert (spread is not None) == (row.density == 0.5)  # the middle one of the densities
-    assert {"cpu", "isa", "threads", "torch", "rarefy", "date"} <= results.machine.keys()
-    assert len(results.break_evens) == 2
+        assert row.flops == 6 * round(row.density * 16 * 24) * 8
+        for spread in (row.growth_ms, row.growth_ratio):  # the middle one of the densities, in the first dtype
+            assert (spread is not None) == (row.density == 0.5 and row.dtype == "fp32")
+    assert {"cpu", "isa", "dense_isa", "dense_bf16", "threads", "torch", "rarefy", "date"} <= results.machine.keys()
+    assert len(results.break_evens) == 8
 
 
-def test_the_laps_compute_what_they_are_named_after():
-    from rarefy.bench.timing import _dense, _sparse
-    from rarefy.cost import dense_layer, random_batch
+def test_dense_stands_beside_in_every_dtype_that_the_machine_has(monkeypatch):
+    monkeypatch.setattr(probe, "dense_has_bf16", lambda: True)
+    dense = [row for row in run(changed(dtypes=("bf16",))).rows if row.contender == "dense"]
+    assert [row.dtype for row in dense] == ["fp32", "medium", "bf16"]
+    assert all(row.dx_ms and row.dw_ms for row in dense)
 
+
+@pytest.mark.parametrize("isa", [isa for isa in backend.available() if isa in ("avx2", "avx512")])
+def test_ceilings_are_those_of_the_arithmetic_at_hand(monkeypatch, isa):
+    monkeypatch.setattr(probe, "dense_has_bf16", lambda: True)
+    monkeypatch.setattr(probe, "dense_has_tiles", lambda: True)
+    monkeypatch.setattr(probe, "dense_isa", lambda: "avx512")
+    results = run(changed(isa=isa, dtypes=("fp32", "bf16")))
+    ceilings = {(row.contender, row.dtype): row.ceiling_gflops for row in results.rows}
+    assert ceilings["dense", "fp32"] == 100 and ceilings["dense", "bf16"] == 900
+    assert ceilings["rarefy", "fp32"] == {"avx2": 50, "avx512": 100}[isa]
+    assert ceilings["rarefy", "bf16"] == {"avx2": 50, "avx512": 150}[isa]
+    assert any("dense torch may use avx512" in note for note in results.notes) == (isa == "avx2")
+
+
+def test_more_than_the_ceiling_is_noted(monkeypatch):
+    only_fp32(monkeypatch)
+    low = Ceilings(fp32=dict.fromkeys(backend.available(), 1e-9))
+    monkeypatch.setattr(probe, "measure", lambda isas, seconds: low)
+    assert sum("the probe was disturbed" in note for note in run(SMALL).notes) == 1
+    monkeypatch.setattr(probe, "measure", lambda isas, seconds: CEILINGS)
+    assert not any("the probe was disturbed" in note for note in run(SMALL).notes)
+
+
+def test_bf16_products_that_are_slower_than_fp32_are_no_ceiling():
+    slow = dataclasses.replace(CEILINGS, bf16_dot=30.0)
+    assert slow.peak("bf16", "avx512") == 100
+    assert slow.peak("bf16", "portable") is None
+
+
+def test_the_laps_compute_what_they_are_named_after(monkeypatch):
+    only_fp32(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     x, dy = random_batch((16, 24), 8, generator)
-    pattern = Pattern.random((16, 24), 0.25, 4, generator)
     exact = dy.T @ x.detach()
 
-    layer = dense_layer((16, 24))
-    _, _, dx, dw = _dense(layer, x, dy)
-    torch.testing.assert_close(dx(), dy @ layer.weight.detach())
-    torch.testing.assert_close(dw(), exact)
+    (dense,) = dense_contenders((16, 24), x, dy, SMALL, [])
+    torch.testing.assert_close(dense.laps["dw"](), exact)
+    assert dense.flops == 6 * 16 * 24 * 8
 
-    forward, back, dx, dw, growth = _sparse(pattern, x, dy, generator, with_growth=True).laps
-    forward()
-    back()
-    assert x.grad is not None
-    torch.testing.assert_close(dx(), x.grad)
+    layer = SparseLinear.from_pattern(Pattern.random((16, 24), 0.25, 4, generator), generator=generator)
+    ours = sparse_contender(layer, x, dy, "fp32", "avx2", with_growth=True)
+    ours.laps["forward"]()
+    ours.laps["backward"]()
+    torch.testing.assert_close(ours.laps["dx"](), dy @ layer.dense_weight())
     blocks = exact.view(4, 4, 6, 4).transpose(1, 2).reshape(24, 4, 4)
-    torch.testing.assert_close(dw(), blocks[pattern.unit_indices()])
-    found = growth()
+    units = layer.pattern.unit_indices()
+    torch.testing.assert_close(ours.laps["dw"](), blocks[units])
+    assert layer.values.grad is not None
+    torch.testing.assert_close(layer.values.grad, blocks[units])
+    found = ours.laps["growth"]()
     assert isinstance(found, tuple)
-    units, scores = found
-    assert len(units) == 2  # 30% of the 6 that exist
-    assert not set(units.tolist()) & set(pattern.unit_indices().tolist())
-    torch.testing.assert_close(scores, blocks.abs().mean(dim=(1, 2))[units])
+    grown, scores = found
+    assert len(grown) == 2  # 30% of the 6 that exist
+    assert not set(grown.tolist()) & set(units.tolist())
+    torch.testing.assert_close(scores, blocks.abs().mean(dim=(1, 2))[grown])
 
 
-def test_threads_and_backend_are_set_while_timing_and_set_back():
+def test_bf16_laps_hand_bf16_activations_and_keep_fp32_values():
+    x, dy = random_batch((16, 24), 8, torch.Generator().manual_seed(0))
+    layer = SparseLinear.from_pattern(Pattern.random((16, 24), 0.5, 1, torch.Generator().manual_seed(1)))
+    ours = sparse_contender(layer, x, dy, "bf16", "avx2", with_growth=False)
+    ours.laps["forward"]()
+    ours.laps["backward"]()
+    dx = ours.laps["dx"]()
+    assert isinstance(dx, torch.Tensor) and dx.dtype == torch.bfloat16
+    assert layer.values.grad is not None and layer.values.grad.dtype == torch.float32
+
+
+def test_dense_is_compiled_when_asked_and_a_failure_is_noted(monkeypatch):
+    only_fp32(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda module, **how: module)
+    compiled = [row for row in run(changed(compiled=True)).rows if row.compiled]
+    assert [(row.contender, row.dtype) for row in compiled] == [("dense", "fp32")]
+    assert compiled[0].total_ms and compiled[0].dx_ms is None
+
+    def broken(module, **how):
+        raise RuntimeError("no working compiler\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    results = run(changed(compiled=True, tokens=(8, 4), gpt=((16, 1),), context=4, step_tokens=8))
+    assert not any(row.compiled for row in results.rows)
+    assert results.notes.count("torch.compile does not work here: no working compiler") == 1
+
+
+def test_threads_and_backend_are_set_while_timing_and_set_back(monkeypatch):
+    only_fp32(monkeypatch)
     threads = torch.get_num_threads()
-    results = run(**{**SMALL, "blocks": [(1, 1)]}, threads=threads + 1, isa="tiled", with_peers=False)
+    results = run(changed(blocks=((1, 1),), threads=threads + 1, isa="tiled"))
 
     assert results.machine["threads"] == threads + 1
     assert {row.kernels for row in results.rows if row.contender == "rarefy"} == {"tiled"}
@@ -154,20 +369,78 @@ def test_threads_and_backend_are_set_while_timing_and_set_back():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"shapes": []}, "shapes is empty"),
-        ({"densities": []}, "densities is empty"),
-        ({"densities": [0.0]}, "density must lie in"),
-        ({"blocks": [(5, 5)]}, "5x5 does not divide a 16x24"),
-        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"shapes": ()}, "neither shapes nor GPTs"),
+        ({"densities": ()}, "densities is empty"),
+        ({"densities": (0.0,)}, "density must lie in"),
+        ({"blocks": ((5, 5),)}, "5x5 does not divide a 16x24"),
+        ({"tokens": (8, 0)}, "tokens must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"seconds": 0.0}, "seconds must be positive"),
-        ({"isa": "sse"}, "'sse' is not available here; there are: reference, tiled"),
+        ({"dtypes": ("bf61",)}, "did you mean 'bf16'"),
+        ({"gpt": ((64, 0),)}, "layers must be at least 1"),
+        ({"step_tokens": 100}, "100 tokens of a step must be a multiple of the context, 256"),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_refused_before_timing(monkeypatch, change, message):
-    monkeypatch.setattr("rarefy.bench.timing.interleaved", lambda *_, **__: pytest.fail("timed"))
+def test_settings_that_cannot_be_honoured_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        run(**{**SMALL, **change})
+        changed(**change)
+
+
+def test_a_backend_that_is_not_there_is_refused_before_timing(monkeypatch):
+    monkeypatch.setattr(timing_module, "interleaved", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="'sse' is not available here; there are: reference, tiled"):
+        run(changed(isa="sse"))
+
+
+def test_the_time_is_shared_by_flops_with_a_least_for_small_layers():
+    settings = changed(shapes=((1024, 1024), (16, 16)), tokens=(2048,), gpt=((256, 4),), seconds=60.0)
+    jobs = timing_module._jobs(settings, with_apart=True)
+    assert [job.kind for job in jobs] == ["layer", "layer", "apart", "apart", "gpt"]
+    large, small, apart, _, gpt = jobs
+    assert small.budget_s == timing_module.LEAST_S
+    assert large.budget_s == pytest.approx(3 * apart.budget_s)
+    assert gpt.budget_s == pytest.approx(3 * (large.budget_s + apart.budget_s), rel=1e-3)  # 12 w^2 l = 3 x 1024^2
+    assert sum(job.budget_s for job in jobs) == pytest.approx(60, abs=4)
+
+
+# -- whole steps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpt_is_timed_in_three_parts_beside_its_dense_twin(monkeypatch):
+    only_fp32(monkeypatch)
+    results = run(changed(shapes=(), gpt=((16, 1),), densities=(0.25,), context=4, step_tokens=8, blocks=((4, 4),)))
+    dense, ours = results.rows
+    assert (dense.kind, dense.shape, dense.tokens, dense.contender) == ("gpt", (16, 1), 8, "dense")
+    assert ours.density == pytest.approx(0.25) and ours.block == (4, 4)
+    for row in (dense, ours):
+        assert row.forward_ms and row.backward_ms and row.optimizer_ms and row.total_ms
+        assert row.dx_ms is row.dw_ms is row.efficiency is None
+    weights = 12 * 16 * 16
+    assert dense.flops - ours.flops == 6 * 8 * weights * 3 // 4
+    assert results.break_evens == []
+
+
+def test_a_training_step_clips_and_learns_in_every_dtype():
+    model = GPT(gpt_config(16, 1, 4), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    inputs = torch.randint(0, 256, (2, 4), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for dtype in ("fp32", "medium", "bf16") * 4:
+        step = TrainingStep(model, optimizer, inputs, inputs, dtype)
+        assert list(step.laps()) == ["forward", "backward", "optimizer"]
+        before = [p.detach().clone() for p in model.parameters()]
+        step()
+        moved = sum((p.detach() - b).square().sum() for p, b in zip(model.parameters(), before, strict=True))
+        assert 0 < float(moved) ** 0.5 <= 0.5 * 1.0 + 1e-4  # rate times the largest norm
+        losses.append(step.loss)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def test_layers_that_a_block_does_not_fit_are_named(monkeypatch):
+    only_fp32(monkeypatch)
+    results = run(changed(shapes=(), gpt=((20, 1),), densities=(0.25,), context=4, step_tokens=8, blocks=((16, 16),)))
+    assert any(note.startswith("GPT 20x1, 16x16: left dense: blocks.0.attention.qkv") for note in results.notes)
+    assert [row.contender for row in results.rows] == ["dense"]  # nothing sparse is left to be shown
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
@@ -180,28 +453,53 @@ class FakeSparseLinear(nn.Module):
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias)
         self.density = 1 - sparsity - 0.01
-        self.calls = 0
 
     def forward(self, x):
-        self.calls += 1
         return self.linear(x)
 
 
+class FakeSparsePropLinear(nn.Module):
+    """As SparseProp's: made from a dense weight, of which it keeps what is not zero, and a bias that is a parameter."""
+
+    def __init__(self, dense_weight, bias=None):
+        super().__init__()
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.kept = dense_weight != 0
+        self.W_val, self.bias = nn.Parameter(dense_weight[self.kept]), bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, torch.zeros(self.kept.shape).masked_scatter(self.kept, self.W_val), self.bias)
+
+
+@pytest.fixture(autouse=True)
+def no_peers(monkeypatch):
+    """As if nothing but torch were installed."""
+    for name in ("sparselab", "sparseprop"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("rarefy.bench.peers.find_spec", lambda name: None)
+
+
 @pytest.fixture
-def fake_sparselab(monkeypatch):
+def fake_sparselab(no_peers, monkeypatch):
     module = types.ModuleType("sparselab")
     module.__dict__.update(SparseLinear=FakeSparseLinear, __version__="0.0.1")
     monkeypatch.setitem(sys.modules, "sparselab", module)
 
 
 @pytest.fixture
-def no_sparselab(monkeypatch):
-    monkeypatch.delitem(sys.modules, "sparselab", raising=False)
-    monkeypatch.setattr("rarefy.bench.peers.find_spec", lambda name: None)
+def fake_sparseprop(no_peers, monkeypatch):
+    module, modules = types.ModuleType("sparseprop"), types.ModuleType("sparseprop.modules")
+    modules.__dict__.update(SparseLinear=FakeSparsePropLinear)
+    monkeypatch.setitem(sys.modules, "sparseprop", module)
+    monkeypatch.setitem(sys.modules, "sparseprop.modules", modules)
+
+
+def peer_named(name: str) -> Peer:
+    return next(peer for peer in installed(1, []) if peer.name.startswith(name))
 
 
 def test_sparselab_is_timed_forward_and_backward_after_everything_else(fake_sparselab):
-    results = run(**SMALL)
+    results = run(changed(peers=True))
 
     *others, first, second = results.rows
     assert all("SparseLab" not in row.contender for row in others)
@@ -215,28 +513,55 @@ def test_sparselab_is_timed_forward_and_backward_after_everything_else(fake_spar
 
 def test_the_rest_after_a_peer_is_not_counted(fake_sparselab, monkeypatch):
     monkeypatch.setattr("rarefy.bench.peers.REST_S", 0.1)
-    row = run(**{**SMALL, "densities": [0.5]}).rows[-1]
+    row = run(changed(peers=True, densities=(0.5,))).rows[-1]
     assert row.total_ms is not None
     assert row.contender.startswith("SparseLab") and row.total_ms.q1 < 100
 
 
-def test_without_sparselab_only_torch_is_beside_us(no_sparselab):
+def test_sparseprop_computes_our_pattern_in_our_rounds(fake_sparseprop):
+    pattern = Pattern.random((6, 9), 0.3, generator=torch.Generator().manual_seed(0))
+    x, dy = torch.randn(4, 9, requires_grad=True), torch.randn(4, 6)
+    peer = peer_named("SparseProp of unknown version")
+    entry = peer.enter(pattern, x, dy)
+    entry.laps["forward"]()
+    entry.laps["backward"]()
+    weight = torch.zeros(6, 9)
+    weight[pattern.to_mask()] = torch.randn(pattern.nnz, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x.grad, dy @ weight)
+    assert entry.density == pattern.density and not peer.own_threads
+
+
+def test_a_peer_that_fails_is_noted_and_left_out(fake_sparseprop, monkeypatch):
+    monkeypatch.setattr("rarefy.bench.peers.LARGEST_EXACT", 10)
+    results = run(changed(peers=True))
+    assert not any("SparseProp" in row.contender for row in results.rows)
+    assert any(re.match(r"SparseProp .* cannot run 16x24: its row pointers are wrong", n) for n in results.notes)
+
+
+def test_without_others_only_torch_is_beside_us():
     notes: list[str] = []
-    assert [peer.name for peer in installed(2, notes)] == ["torch CSR"]
+    assert [peer.name for peer in installed(2, notes)] == ["torch CSR", "torch BSR"]
     assert notes == []
 
 
 def test_a_peer_that_cannot_be_imported_is_noted(monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "sparselab", raising=False)
+    monkeypatch.undo()
+    for name in ("sparselab", "sparseprop"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "sparselab.py").write_text("raise ImportError('built for another torch')")
+    (tmp_path / "sparseprop.py").write_text("raise OSError('no such file')")
     monkeypatch.syspath_prepend(tmp_path)
     notes: list[str] = []
-    assert [peer.name for peer in installed(2, notes)] == ["torch CSR"]
-    assert notes == ["SparseLab is installed, but cannot be imported: built for another torch"]
+    assert [peer.name for peer in installed(2, notes)] == ["torch CSR", "torch BSR"]
+    assert notes == [
+        "SparseLab is installed, but cannot be imported: built for another torch",
+        "SparseProp is installed, but cannot be imported: no such file",
+    ]
 
 
 @pytest.mark.parametrize("before", [None, "7"])
 def test_a_peer_is_told_the_threads_while_it_loads(monkeypatch, tmp_path, before):
+    monkeypatch.undo()
     monkeypatch.delitem(sys.modules, "sparselab", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if before is not None:
@@ -244,66 +569,130 @@ def test_a_peer_is_told_the_threads_while_it_loads(monkeypatch, tmp_path, before
     (tmp_path / "sparselab.py").write_text("import os\n__version__ = os.environ['OMP_NUM_THREADS']")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert installed(3, [])[-1].name == "SparseLab 3"
+        assert "SparseLab 3" in [peer.name for peer in installed(3, [])]
         assert os.environ.get("OMP_NUM_THREADS") == before
     finally:
         sys.modules.pop("sparselab", None)
 
 
-def test_torch_csr_is_a_forward_and_right(no_sparselab):
-    (peer,) = installed(1, [])
-    pattern = Pattern.random((6, 9), 0.3, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(4, 9)
-    entry = peer.enter(pattern, x, torch.randn(4, 6))
-    (forward,) = entry.laps
+@pytest.mark.parametrize("name, block", [("torch CSR", (1, 1)), ("torch BSR", (4, 4))])
+def test_torch_layouts_are_a_forward_and_right(name, block):
+    peer = peer_named(name)
+    assert peer.block == block
+    pattern = Pattern.random((8, 12), 0.5, block, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 12)
+    entry = peer.enter(pattern, x, torch.randn(4, 8))
+    assert list(entry.laps) == ["forward"] and entry.density == pattern.density
 
     values = torch.randn(pattern.nnz, generator=torch.Generator().manual_seed(0))
-    weight = torch.zeros(6, 9)
-    weight[pattern.to_mask()] = values
-    torch.testing.assert_close(forward(), x @ weight.T)
-    assert entry.density == pattern.density and not entry.has_backward
+    units = values.view(-1, *block)
+    weight = torch.zeros(8 // block[0], 12 // block[1], *block)
+    weight.view(-1, *block)[pattern.unit_indices()] = units
+    torch.testing.assert_close(entry.laps["forward"](), x @ weight.transpose(1, 2).reshape(8, 12).T)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_json_on_stdout_is_json_and_nothing_else(capsys, tmp_path, no_sparselab):
+def test_json_on_stdout_is_json_and_nothing_else(capsys, tmp_path, monkeypatch):
+    only_fp32(monkeypatch)
     assert main(["bench", *FLAGS, "--json", "--out", str(tmp_path / "bench.json")]) == 0
 
     out = capsys.readouterr().out
     data = json.loads(out)
     assert (tmp_path / "bench.json").read_text() == out
-    assert [row["contender"] for row in data["rows"]] == ["dense", "rarefy", "torch CSR"]
+    assert [row["contender"] for row in data["rows"]] == ["dense", "rarefy", "torch CSR", "torch BSR"]
     ours = data["rows"][1]
     assert ours["efficiency"] == pytest.approx(ours["speedup"]["median"] * ours["density"])
+    assert ours["share"] == pytest.approx(ours["gflops"] / ours["ceiling_gflops"])
     assert data["settings"]["shapes"] == [[16, 24]]
-    assert data["check"].keys() == {"first_ms", "last_ms", "moved", "disturbed"}
+    assert data["check"].keys() == {"readings", "worst", "moved", "disturbed"}
     assert [found["block"] for found in data["break_even"]] == [[1, 1]]
 
 
-def test_a_table_says_machine_shapes_and_how_to_read_it(capsys, no_sparselab):
-    assert main(["bench", *FLAGS]) == 0
+def test_a_table_says_machine_shapes_and_how_to_read_it(capsys):
+    assert main(["bench", *FLAGS, "--gpt", "16x1", "--context", "4", "--step-tokens", "8"]) == 0
     out = capsys.readouterr().out
-    for said in (
-        torch.__version__,
-        "threads",
-        "16x24",
-        "rarefy 1x1",
-        "torch CSR",
-        "efficiency",
-        "break-even",
-        "8 tokens",
-    ):
-        assert said in out
+    said = [torch.__version__, "threads", "16x24, 8 tok.", "rarefy 1x1 fp32", "torch CSR", "torch BSR", "efficiency"]
+    for text in [*said, "break-even", "fp32 avx512 100 GFLOP/s", "l2 read 80 GB/s", "GPT 16x1", "bwd"]:
+        assert text in out
+    assert max(len(line.rstrip()) for line in out.split("Milliseconds")[0].splitlines()[2:]) <= 100
 
 
-def test_a_disturbed_machine_is_told(capsys, monkeypatch, no_sparselab):
-    readings = iter([10.0, 13.0])
-    monkeypatch.setattr("rarefy.bench.timing._reference_ms", lambda tokens: next(readings))
+@pytest.mark.parametrize("wide, limit", [(True, 100), (False, 80)])
+def test_a_full_table_fits(wide, limit):
+    ms, speed = Spread(123.45, 120.0, 130.0), Spread(12.34, 11.22, 13.44)
+    row = our_row(density=0.125, speedup=None, block=(16, 16), dtype="medium", shape=(16384, 4096), tokens=16384)
+    row = dataclasses.replace(
+        row, forward_ms=ms, dx_ms=ms, dw_ms=ms, backward_ms=ms, total_ms=ms, speedup=speed, speedup_fp32=speed,
+        flops=10**9, ceiling_gflops=100.0, growth_ratio=speed,
+    )  # fmt: skip
+    dense = dataclasses.replace(row, contender="dense", dtype="medium", compiled=True)
+    console = Console(width=limit, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(bench_tables.table([dense, row], "avx2", wide=wide))
+    text = console.export_text()
+    assert "…" not in text and "rarefy 16x16 medium" in text and " dense medium compiled" in text
+    assert ("11.22-13.44" in text) is wide and "12.34x" in text
+
+
+def test_a_disturbed_machine_is_told(capsys, monkeypatch):
+    readings = iter([(10.0, CEILINGS), (13.0, CEILINGS)])
+    monkeypatch.setattr(timing_module, "_look", lambda settings: next(readings))
     assert main(["bench", *FLAGS, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["check"]["disturbed"] is True
     assert "30% apart" in printed.err
+
+
+def test_results_are_saved_under_date_processor_and_instruction_set(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = {"cpu": "Intel(R) Xeon(R) CPU @ 2.60GHz", "isa": "avx512", "threads": 2, "torch": "2", "rarefy": "0"}
+    monkeypatch.setattr(timing_module, "machine", lambda: dict(about))
+    assert main(["bench", *FLAGS, "--no-peers", "--json", "--save"]) == 0
+    (saved,) = (tmp_path / "benchmarks" / "results").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-intel-xeon-cpu-2-60ghz-avx512-2t\.json", saved.name)
+    assert saved.read_text() == capsys.readouterr().out
+
+    assert main(["bench", *FLAGS, "--no-peers", "--json", "--save"]) == 0  # beside it, not over it
+    assert {path.name for path in saved.parent.iterdir()} == {saved.name, f"{saved.stem}-2.json"}
+
+
+def test_a_page_is_written_whole_and_offline(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "dense_has_bf16", lambda: True)
+    page = tmp_path / "bench.html"
+    more = ["--densities", "0.25", "0.5", "--tokens", "8", "4", "--gpt", "16x1", "--context", "4", "--step-tokens", "8"]
+    assert main(["bench", *FLAGS, *more, "--html", str(page)]) == 0
+    text = page.read_text()
+    (drawn,) = re.findall(r'<script id="figure-data" type="application/json">(.*?)</script>', text)
+    figures = json.loads(drawn)
+    assert list(figures) == ["speed", "time", "step", "tokens", "share"]
+    assert [view["label"] for view in figures["speed"]] == ["16×24, 8 tokens", "16×24, 4 tokens"]
+    assert [trace["meta"] for trace in figures["step"][0]["data"]] == ["forward", "backward", "optimizer"]
+    for said in ("dense bf16", "1×1 fp32, 25%", "torch BSR", "Break-even density", "GPT 16×1", "default-src 'none'"):
+        assert said in text
+    own = text[: text.index('<script id="figure-data"')]
+    assert not re.findall(r"https?:|src=|@import|url\(", own)
+
+
+def test_a_page_says_that_the_machine_was_disturbed_and_escapes_what_it_was_told():
+    from rarefy.report.bench import bench_page
+
+    row = our_row(density=0.1, speedup=2.0, contender="<b>peer</b>", total_ms=Spread(1, 1, 1))
+    results = Results(
+        machine={"cpu": "<script>", "threads": 1, "isa": "x", "date": "2026-01-31"}, settings={}, rows=[row],
+        check=Check(1.0, 2.0), seconds=1.0, notes=["<i>note</i>"],
+    )  # fmt: skip
+    page = bench_page(results.to_json())
+    assert "dense reference moved by 100%" in page
+    for raw in ("<b>peer", "<i>note", "<script>\xb7"):
+        assert raw not in page
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+def test_a_file_in_no_folder_is_refused_before_timing(capsys, monkeypatch, tmp_path, flag):
+    monkeypatch.setattr(command, "run_bench", lambda *_, **__: pytest.fail("timed"))
+    assert main(["bench", *FLAGS, flag, str(tmp_path / "none" / "x")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -311,43 +700,46 @@ def test_a_disturbed_machine_is_told(capsys, monkeypatch, no_sparselab):
     [
         (["--shapes", "512"], "shapes: '512' is none; write them like 4096x1024"),
         (["--shapes", "512xtall"], "shapes: '512xtall'"),
+        (["--gpt", "512"], "gpt: '512' is none; write them like 512x6"),
         (["--blocks", "0"], "blocks: 0 is none; write them like 4 or 4x1"),
         (["--densities", "20"], "density must lie in (0, 1], got 20.0"),
+        (["--dtypes", "fp16"], "dtypes: there is no 'fp16'"),
         (["--isa", "mmx"], "'mmx' is not available here"),
         (["--blocks", "3"], "3x3 does not divide"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, flags, message):
-    assert main(["bench", *flags]) == 2
+    assert main(["bench", *FLAGS, *flags]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
     assert printed.out == ""
 
 
-def test_a_yaml_file_says_the_same_and_flags_override_it(capsys, tmp_path, no_sparselab):
+def test_a_yaml_file_says_the_same_and_flags_override_it(capsys, tmp_path):
     file = tmp_path / "bench.yaml"
-    file.write_text("shapes: [16x24]\nblocks: [1, 4x1]\ndensities: [0.5]\ntokens: 8\nseconds: 0.1\npeers: false\n")
-    assert main(["bench", "--config", str(file), "--tokens", "4", "--json"]) == 0
+    file.write_text(
+        "shapes: [16x24]\nblocks: [1, 4x1]\ndensities: [0.5]\ndtypes: [fp32]\ntokens: [8]\nseconds: 0.1\npeers: false\n"
+    )
+    assert main(["bench", "--config", str(file), "--tokens", "4", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["settings"]["blocks"] == [[1, 1], [4, 1]]
-    assert data["settings"]["tokens"] == 4
+    assert data["settings"]["tokens"] == [4, 2]
 
 
 @pytest.mark.parametrize(
     "speedups, said",
     [
-        ({0.1: 2.0, 0.5: 2 / 3}, ["~0.3", "interpolated: 0.1 faster, 0.5 slower"]),
-        ({0.1: 2.0}, ["-", "faster at all, up to 0.1"]),
-        ({0.1: 0.5}, ["-", "slower at all, from 0.1"]),
+        ({0.1: 2.0, 0.5: 2 / 3}, "~0.3 (0.1 to 0.5)"),
+        ({0.1: 2.0}, "faster up to 0.1"),
+        ({0.1: 0.5}, "slower from 0.1"),
     ],
 )
 def test_break_even_table_says_how_it_knows(speedups, said):
     rows = [our_row(density=density, speedup=speedup) for density, speedup in speedups.items()]
     results = Results(machine={}, settings={}, rows=rows, check=Check(1, 1), seconds=1)
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(command._break_evens(results))
-    line = console.export_text().splitlines()[1]
-    assert all(part in line for part in said)
+    console.print(bench_tables.break_evens(results))
+    assert console.export_text().splitlines()[1].count(said) == 2  # against fp32 and against the fastest
 
 
 # -- rarefy plan ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from rarefy.probe import Ceilings
 from rarefy.settings import to_plain
+
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,29 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contender on one layer. Times in milliseconds; None where a contender has no such part."""
+    """One contender on one layer or one GPT. Times in milliseconds; None where a contender has no such part."""
 
+    kind: Literal["layer", "gpt"] = "layer"
     shape: tuple[int, int]
-    """(out_features, in_features)."""
+    """(out_features, in_features) of a layer, (width, layers) of a GPT."""
+
+    tokens: int
+    """Rows of input; of a GPT, bytes of a step."""
 
     contender: str
     """dense, rarefy, or a peer's name and version."""
+
+    dtype: str = "fp32"
+    """fp32, medium or bf16: see `rarefy.bench.precision`."""
+
+    compiled: bool = False
+    """Whether by torch.compile."""
 
     kernels: str
     """What computed: an instruction set, "tiled" (plain torch), or the name of the library."""
 
     density: float
-    """Share of the weights that exist, as realised."""
+    """Share of the weights that exist, as realised; of a GPT, in its sparse layers."""
 
     block: tuple[int, int]
     rounds: int
@@ -57,40 +70,71 @@ class Row:
     dw_ms: Spread | None = None
     """Gradient of the weights, called alone."""
 
-    total_ms: Spread | None = None
-    """Forward and backward through autograd, as in a training step: both gradients, the bias, packing, allocation."""
+    backward_ms: Spread | None = None
+    """Through autograd, after `forward_ms`: both gradients, the bias, packing, allocation."""
 
-    dense_ms: Spread | None = None
-    """What it is compared with, timed in the same rounds: dense total_ms, or dense forward_ms for a forward alone."""
+    optimizer_ms: Spread | None = None
+    """Clipping of the gradient and the optimizer's step, of a GPT."""
+
+    total_ms: Spread | None = None
+    """Forward, backward and, of a GPT, optimizer together, round by round."""
+
+    speedup_fp32: Spread | None = None
+    """Time of dense fp32, eager, over this one's, round by round; None for that one itself."""
 
     speedup: Spread | None = None
-    """Dense over sparse time, round by round."""
+    """The same against the fastest dense contender of the same rounds, by median; None for that one itself."""
+
+    fastest: str = ""
+    """Which one that was: "bf16", "fp32 compiled", ..."""
+
+    dense_ms: Spread | None = None
+    """Its time: all of it, or its forward where that alone is compared."""
 
     forward_only: bool = False
-    """Whether `speedup` is of the forward alone, because the contender has no backward of its own."""
+    """Whether speeds are of the forward alone, because the contender has no backward of its own."""
+
+    flops: int = 0
+    """Useful ones: 2 x nnz x tokens for each product that is compared, and a GPT's attention."""
+
+    ceiling_gflops: float | None = None
+    """The most that the probe reached with the arithmetic that was at this contender's disposal."""
 
     growth_ms: Spread | None = None
     """The best absent units by gradient, 30% as many as exist; timed at the middle one of the densities."""
 
     growth_ratio: Spread | None = None
-    """growth_ms over the dense weight gradient, round by round."""
+    """growth_ms over the dense fp32 weight gradient, round by round."""
 
     @property
     def efficiency(self) -> float | None:
-        """Dense time x density / sparse time: 1 where the sparse kernel spends on a weight what the dense one does."""
-        return None if self.speedup is None else self.speedup.median * self.density
+        """Dense time x density / sparse time, against the fastest dense: 1 where the sparse kernel spends on a weight
+        what the dense one does. None for dense layers, and for GPTs, whose attention is dense.
+        """
+        if self.speedup is None or self.contender == DENSE or self.kind == "gpt":
+            return None
+        return self.speedup.median * self.density
+
+    @property
+    def gflops(self) -> float | None:
+        """Useful GFLOP/s."""
+        compared = self.forward_ms if self.forward_only else self.total_ms
+        return self.flops / compared.median / 1e6 if compared is not None and self.flops else None
+
+    @property
+    def share(self) -> float | None:
+        """`gflops` as a part of the machine's ceiling."""
+        return self.gflops / self.ceiling_gflops if self.gflops and self.ceiling_gflops else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, `efficiency` included."""
-        return {**to_plain(self), "efficiency": self.efficiency}
+        """Plain data, with what follows from it."""
+        return {**to_plain(self), "efficiency": self.efficiency, "gflops": self.gflops, "share": self.share}
 
 
 @dataclass(frozen=True)
-class BreakEven:
-    """Where sparse stops winning on a layer, as far as the densities that were measured can tell."""
+class Crossing:
+    """Where sparse stops winning, as far as the densities that were measured can tell."""
 
-    shape: tuple[int, int]
-    block: tuple[int, int]
     density: float | None
     """Estimate: where the sparse time, interpolated between two measured densities, equals the dense time."""
 
@@ -101,7 +145,7 @@ class BreakEven:
     """Lowest measured density at which sparse was slower."""
 
 
-def break_even(shape: tuple[int, int], block: tuple[int, int], points: Iterable[tuple[float, float]]) -> BreakEven:
+def break_even(points: Iterable[tuple[float, float]]) -> Crossing:
     """The estimate from measured (density, speed-up) pairs.
 
     A sparse layer's time is close to a constant plus a slope times the density, so the time in units of the dense time,
@@ -111,33 +155,75 @@ def break_even(shape: tuple[int, int], block: tuple[int, int], points: Iterable[
     for density, speedup in sorted(points):
         if speedup < 1:
             if faster is None:
-                return BreakEven(shape, block, None, None, density)
+                return Crossing(None, None, density)
             low, high = 1 / faster[1], 1 / speedup
             estimate = faster[0] + (density - faster[0]) * (1 - low) / (high - low)
-            return BreakEven(shape, block, estimate, faster[0], density)
+            return Crossing(estimate, faster[0], density)
         faster = (density, speedup)
-    return BreakEven(shape, block, None, None if faster is None else faster[0], None)
+    return Crossing(None, None if faster is None else faster[0], None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """The crossing of one layer, block and dtype, against dense fp32 and against the fastest dense."""
+
+    shape: tuple[int, int]
+    tokens: int
+    block: tuple[int, int]
+    dtype: str
+    against_fp32: Crossing
+    against_fastest: Crossing
 
 
 DISTURBED = 0.10
-"""A dense reference that moved more than this between start and end makes the figures in between doubtful."""
+"""A figure that moved more than this between start and end makes those in between doubtful."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The same dense product timed before everything and after everything: did the machine hold still?"""
+    """The same dense product and the same probe before everything and after everything: did the machine hold still?"""
 
     first_ms: float
     last_ms: float
+    first: Ceilings = field(default_factory=Ceilings)
+    last: Ceilings = field(default_factory=Ceilings)
+
+    def readings(self) -> dict[str, tuple[float, float]]:
+        """Name -> what was read first and last: milliseconds of the dense reference, GFLOP/s and GB/s of the probe."""
+        last = self.last.readings()
+        both = {name: (rate, last[name]) for name, rate in self.first.readings().items() if name in last}
+        return {"dense reference": (self.first_ms, self.last_ms), **both}
+
+    @property
+    def worst(self) -> str:
+        """The name of what moved most. Main memory is shown and not judged: its bandwidth depends on which pages the
+        system handed out, and on the neighbours of a virtual machine, while layers work out of the caches.
+        """
+        judged = [name for name in self.readings() if not name.startswith("memory")]
+        return max(judged, key=lambda name: _moved(*self.readings()[name]))
 
     @property
     def moved(self) -> float:
-        """How much slower the slower of the two was; 0.1 is 10%."""
-        return max(self.last_ms / self.first_ms, self.first_ms / self.last_ms) - 1
+        """How much: 0.1 is 10%."""
+        return _moved(*self.readings()[self.worst])
 
     @property
     def disturbed(self) -> bool:
         return self.moved > DISTURBED
+
+    def peak(self, dtype: str, isa: str, *, tiles: bool = False) -> float | None:
+        """The higher of the two ceilings: see `rarefy.probe.Ceilings.peak`."""
+        both = [reading.peak(dtype, isa, tiles=tiles) for reading in (self.first, self.last)]
+        return max((peak for peak in both if peak is not None), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with what follows from it."""
+        readings = {name: {"first": first, "last": last} for name, (first, last) in self.readings().items()}
+        return {"readings": readings, "worst": self.worst, "moved": self.moved, "disturbed": self.disturbed}
+
+
+def _moved(first: float, last: float) -> float:
+    return max(last / first, first / last) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,20 +242,29 @@ class Results:
 
     @property
     def break_evens(self) -> list[BreakEven]:
-        """One for each shape and block, of our own rows."""
-        points: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[float, float]]] = {}
+        """One for each layer, token count, block and dtype, of our own rows."""
+        found: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
-            if row.contender == "rarefy" and row.speedup is not None:
-                points.setdefault((row.shape, row.block), []).append((row.density, row.speedup.median))
-        return [break_even(shape, block, found) for (shape, block), found in points.items()]
+            if row.kind == "layer" and row.contender == "rarefy":
+                found.setdefault((row.shape, row.tokens, row.block, row.dtype), []).append(row)
+        return [
+            BreakEven(
+                shape=shape,
+                tokens=tokens,
+                block=block,
+                dtype=dtype,
+                against_fp32=break_even((r.density, r.speedup_fp32.median) for r in rows if r.speedup_fp32),
+                against_fastest=break_even((r.density, r.speedup.median) for r in rows if r.speedup),
+            )
+            for (shape, tokens, block, dtype), rows in found.items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file or a pipe."""
-        check = {**to_plain(self.check), "moved": self.check.moved, "disturbed": self.check.disturbed}
         return {
             "machine": self.machine,
             "settings": self.settings,
-            "check": check,
+            "check": self.check.to_dict(),
             "seconds": self.seconds,
             "rows": [row.to_dict() for row in self.rows],
             "break_even": [to_plain(found) for found in self.break_evens],

@@ -1,120 +1,140 @@
-"""The bench itself: which laps are timed in which rounds."""
+"""The bench itself: what is timed in which order, with how much of the time, between two looks at the machine."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from rarefy import ops
-from rarefy.bench.peers import Entry, Peer, installed
-from rarefy.bench.results import Check, Results, Row, Spread
-from rarefy.cost import Lap, LayerStep, dense_layer, interleaved, kernels_for, random_batch
-from rarefy.nn import SparseLinear
-from rarefy.pattern import Pattern, check_density, unit_grid
+from rarefy import ops, probe
+from rarefy.bench.gpt import bench_gpt
+from rarefy.bench.layers import bench_apart, bench_layer
+from rarefy.bench.peers import installed
+from rarefy.bench.results import DENSE, Check, Results, Row
+from rarefy.bench.settings import Pair, Settings
+from rarefy.cost import interleaved, kernels_for, random_batch
+from rarefy.ops import library
+from rarefy.settings import to_plain
 from rarefy.training.machine import machine
 
-GROWTH_FRACTION = 0.3
-"""Part of the active units that growth looks for: RigL's fraction at its start."""
+PROBE_S, REFERENCE_S = 0.8, 0.5
+"""For each of the two looks at the machine."""
 
-Shape = tuple[int, int]
+ABOVE = 1.05
+"""A share of the ceiling that no noise explains."""
 
 
-def run(
-    *,
-    shapes: Sequence[Shape],
-    densities: Sequence[float],
-    blocks: Sequence[tuple[int, int]],
-    tokens: int = 2048,
-    threads: int | None = None,
-    rounds: int = 25,
-    isa: str = "auto",
-    seconds: float = 30.0,
-    with_peers: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
-) -> Results:
-    """Time sparse against dense for every shape, density and block, in this process, fp32.
+def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: None) -> Results:
+    """Time sparse against dense, in this process.
 
     Args:
-        shapes: (out_features, in_features) of layers with bias.
-        densities: shares of units that exist, in (0, 1].
-        blocks: unit shapes; each must divide every shape.
-        tokens: rows of input.
-        threads: for torch and all kernels; None: what torch uses now. Set back at the end.
-        rounds: the most rounds; there are at least three.
-        isa: "auto", or a name of `rarefy.ops.available()`.
-        seconds: about how long it may take. At least three rounds are timed, so a slow machine takes longer.
-        with_peers: also time peers that are installed, on unstructured patterns.
         progress: told what is being timed.
     Raises:
-        ValueError: nothing to time, or a setting that cannot be honoured; before anything is timed.
+        ValueError: a backend or a block that the machine does not offer; before anything is timed.
     """
-    _check(shapes, densities, blocks, tokens, threads, rounds, seconds)
     started = time.perf_counter()
     notes: list[str] = []
     rows: list[Row] = []
-    with _threads(threads), ops.using(isa):
-        kernels = {block: kernels_for(block) for block in blocks}  # raises for a block that a named backend lacks
+    with _threads(settings.threads), ops.using(settings.isa):
+        kernels = {block: kernels_for(block) for block in settings.blocks}  # raises where a named backend lacks one
         about = {**machine(), "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-        about |= {"matmul_precision": torch.get_float32_matmul_precision()}
-        peers = installed(torch.get_num_threads(), notes) if with_peers else []
-        apart = [peer for peer in peers if peer.own_threads]
-        budget = _Budget(seconds, shapes, 1.0 - PEERS_SHARE if apart else 1.0)
-        progress("dense reference")
-        first_ms = _reference_ms(tokens)
-        for shape in shapes:
-            progress("x".join(map(str, shape)))
-            beside = [peer for peer in peers if not peer.own_threads]
-            rows += _bench_shape(shape, densities, kernels, beside, tokens, rounds, budget.of(shape))
-        budget = _Budget(seconds, shapes, PEERS_SHARE)
-        for shape in shapes if apart else ():
-            progress("x".join(map(str, shape)) + ", peers")
-            rows += _bench_apart(shape, densities, apart, tokens, rounds, budget.of(shape))
-        check = Check(first_ms, _reference_ms(tokens))
-    settings = {
-        "shapes": [list(shape) for shape in shapes],
-        "densities": list(densities),
-        "blocks": [list(block) for block in blocks],
-        "tokens": tokens,
-        "rounds": rounds,
-        "isa": isa,
-        "seconds": seconds,
-        "dtype": "float32",
-    }
+        about |= {"dense_isa": probe.dense_isa(), "dense_bf16": probe.dense_has_bf16()}
+        if library.isa() and about["dense_isa"] not in ("", library.isa()):
+            notes.append(
+                f"dense torch may use {about['dense_isa']}, the kernels {library.isa()}: see docs/measuring.md"
+            )
+        peers = installed(torch.get_num_threads(), notes) if settings.peers and settings.shapes else []
+        beside, apart = ([peer for peer in peers if peer.own_threads is own] for own in (False, True))
+        jobs = _jobs(settings, with_apart=bool(apart))
+        progress("the machine")
+        first_ms, first = _look(settings)
+        for job in jobs:
+            progress(job.name)
+            if job.kind == "gpt":
+                rows += bench_gpt(job.shape, settings, kernels, notes, budget_s=job.budget_s)
+            elif job.kind == "layer":
+                given = (job.shape, job.tokens, settings, kernels, beside, notes)
+                rows += bench_layer(*given, budget_s=job.budget_s)
+            else:
+                rows += bench_apart(job.shape, job.tokens, settings, apart, notes, budget_s=job.budget_s)
+        progress("the machine")
+        last_ms, last = _look(settings)
+    check = Check(first_ms, last_ms, first, last)
+    rows = [dataclasses.replace(row, ceiling_gflops=_ceiling(row, check)) for row in rows]
+    notes += [
+        f"{row.contender} {row.dtype} reached {row.share:.0%} of its ceiling: the probe was disturbed"
+        for row in rows
+        if row.share and row.share > ABOVE
+    ][:1]
     took = time.perf_counter() - started
-    return Results(machine=about, settings=settings, rows=rows, check=check, seconds=took, notes=notes)
+    return Results(machine=about, settings=to_plain(settings), rows=rows, check=check, seconds=took, notes=notes)
 
 
-def _check(
-    shapes: Sequence[Shape],
-    densities: Sequence[float],
-    blocks: Sequence[tuple[int, int]],
-    tokens: int,
-    threads: int | None,
-    rounds: int,
-    seconds: float,
-) -> None:
-    for name, given in (("shapes", shapes), ("densities", densities), ("blocks", blocks)):
-        if not given:
-            raise ValueError(f"{name} is empty: there is nothing to time")
-    for shape in shapes:
-        if min(shape) < 1:
-            raise ValueError(f"a layer needs at least one row and one column, got {shape[0]}x{shape[1]}")
-        for block in blocks:
-            unit_grid(shape, block)
-    for density in densities:
-        check_density(density)
-    for name, count in (("tokens", tokens), ("rounds", rounds), ("threads", 1 if threads is None else threads)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if seconds <= 0:
-        raise ValueError(f"seconds must be positive, got {seconds:g}")
+def _look(settings: Settings) -> tuple[float, probe.Ceilings]:
+    """Median milliseconds of a dense product of fixed size, and the probe: to tell whether the machine holds still."""
+    tokens = settings.tokens[0]
+    x, _ = random_batch((1024, 1024), tokens, torch.Generator().manual_seed(0))
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    laps = interleaved([[lambda: x.detach() @ weight.T]], budget_s=REFERENCE_S, rounds=1000)
+    isas = [isa for isa in dict.fromkeys((library.isa(), probe.dense_isa())) if isa]
+    return statistics.median(laps[0][0]), probe.measure(isas, seconds=PROBE_S)
+
+
+def _ceiling(row: Row, check: Check) -> float | None:
+    """What the probe reached with the arithmetic that a row's kernels may use; of plain torch, that of dense torch."""
+    own = row.contender == "rarefy" and row.kernels in library.isas()
+    if own:
+        return check.peak(row.dtype, row.kernels)
+    return check.peak(row.dtype, probe.dense_isa(), tiles=row.contender == DENSE and probe.dense_has_tiles())
+
+
+# -- how the time is shared -------------------------------------------------------------------------------------------
+
+APART_SHARE = 0.25
+"""Part of a layer's time that goes to peers that need rounds of their own."""
+
+LEAST_S = 0.3
+"""A small layer's share would be a few rounds; it gets this long."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be timed in rounds of its own."""
+
+    kind: str
+    """layer, apart (peers with threads of their own) or gpt."""
+    shape: Pair
+    tokens: int
+    budget_s: float
+
+    @property
+    def name(self) -> str:
+        """For people who wait."""
+        size = "x".join(map(str, self.shape))
+        return (
+            f"GPT {size}"
+            if self.kind == "gpt"
+            else f"{size}, {self.tokens} tokens" + (", peers" if self.kind == "apart" else "")
+        )
+
+
+def _jobs(settings: Settings, *, with_apart: bool) -> list[Job]:
+    """Layers, peers, GPTs, each with a share of the time by the FLOPs of its dense side."""
+    work: list[tuple[str, Pair, int, float]] = []
+    for kind, share in (("layer", 1 - APART_SHARE if with_apart else 1.0), ("apart", APART_SHARE)):
+        for rows, cols in settings.shapes if kind == "layer" or with_apart else ():
+            work += [(kind, (rows, cols), tokens, share * rows * cols * tokens) for tokens in settings.tokens]
+    for width, layers in settings.gpt:
+        work.append(("gpt", (width, layers), settings.step_tokens, 12 * width * width * layers * settings.step_tokens))
+    whole = sum(size for *_, size in work)
+    spare_s = max(0.0, settings.seconds - 2 * (PROBE_S + REFERENCE_S))
+    return [Job(kind, shape, tokens, max(LEAST_S, spare_s * size / whole)) for kind, shape, tokens, size in work]
 
 
 @contextlib.contextmanager
@@ -125,168 +145,3 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-PEERS_SHARE = 0.3
-"""Part of the time that goes to peers that need rounds of their own."""
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """Seconds shared over shapes by their size, less what the references take."""
-
-    seconds: float
-    shapes: Sequence[Shape]
-    share: float
-
-    def of(self, shape: Shape) -> float:
-        whole = sum(rows * cols for rows, cols in self.shapes)
-        return max(0.0, self.seconds - 2 * REFERENCE_S) * self.share * shape[0] * shape[1] / whole
-
-
-REFERENCE_S = 0.5
-
-
-def _reference_ms(tokens: int) -> float:
-    """Median milliseconds of a dense product of fixed size, to tell whether the machine holds still."""
-    x, _ = random_batch((1024, 1024), tokens, torch.Generator().manual_seed(0))
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
-    laps = interleaved([[lambda: x.detach() @ weight.T]], budget_s=REFERENCE_S, rounds=1000)
-    return statistics.median(laps[0][0])
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """One of our layers: its laps in the order forward, backward, dx, dw and, if it is timed, growth."""
-
-    density: float
-    block: tuple[int, int]
-    laps: list[Lap]
-
-
-def _dense(layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Lap]:
-    step, weight, data = LayerStep(layer, x, dy), layer.weight.detach(), x.detach()
-    return [step.forward, step.backward, lambda: dy @ weight, lambda: dy.T @ data]
-
-
-def _sparse(pattern: Pattern, x: Tensor, dy: Tensor, generator: torch.Generator, *, with_growth: bool) -> _Timed:
-    layer = SparseLinear.from_pattern(pattern, generator=generator)
-    step, values, data, index = LayerStep(layer, x, dy), layer.values.detach(), x.detach(), layer.index
-    rarefy, wanted = torch.ops.rarefy, max(1, round(GROWTH_FRACTION * pattern.num_units))
-    laps: list[Lap] = [
-        step.forward,
-        step.backward,
-        lambda: rarefy.spmm_t(values, *index, dy),
-        lambda: rarefy.sddmm(*index, dy, data),
-    ]
-    if with_growth:
-        laps.append(lambda: rarefy.grow_candidates(*index, dy, data, wanted))
-    return _Timed(pattern.density, pattern.block, laps)
-
-
-def _bench_shape(
-    shape: Shape,
-    densities: Sequence[float],
-    kernels: dict[tuple[int, int], str],
-    peers: Sequence[Peer],
-    tokens: int,
-    rounds: int,
-    budget_s: float,
-) -> list[Row]:
-    """Dense, every density and block, and at one density the peers on torch's threads, all in the same rounds."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = random_batch(shape, tokens, generator)
-    dense = _dense(dense_layer(shape), x, dy)
-    patterns = {(b, d): Pattern.random(shape, d, b, generator) for b in kernels for d in densities}
-    middle = sorted(densities)[len(densities) // 2]  # growth and such peers are long: at one density they are enough
-    ours = [_sparse(p, x, dy, generator, with_growth=density == middle) for (_, density), p in patterns.items()]
-    entries = [(peer, peer.enter(Pattern.random(shape, middle, 1, generator), x, dy)) for peer in peers]
-    groups = [dense, *(timed.laps for timed in ours), *(entry.laps for _, entry in entries)]
-    times = interleaved(groups, budget_s=budget_s, rounds=rounds)
-    dense_times, our_times, peer_times = times[0], times[1 : 1 + len(ours)], times[1 + len(ours) :]
-    rows = [_dense_row(shape, dense_times)]
-    rows += [
-        _our_row(shape, timed, kernels[timed.block], laps, dense_times)
-        for timed, laps in zip(ours, our_times, strict=True)
-    ]
-    rows += [
-        _peer_row(shape, peer, entry, laps, dense_times)
-        for (peer, entry), laps in zip(entries, peer_times, strict=True)
-    ]
-    return rows
-
-
-def _bench_apart(
-    shape: Shape, densities: Sequence[float], peers: Sequence[Peer], tokens: int, rounds: int, budget_s: float
-) -> list[Row]:
-    """Peers that bring their own threads, against a dense layer in their rounds."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = random_batch(shape, tokens, generator)
-    step = LayerStep(dense_layer(shape), x, dy)
-    entries = [(p, p.enter(Pattern.random(shape, d, 1, generator), x, dy)) for p in peers for d in densities]
-    groups: list[list[Lap]] = [[step.forward, step.backward], *(entry.laps for _, entry in entries)]
-    dense_times, *peer_times = interleaved(groups, budget_s=budget_s, rounds=rounds)
-    return [
-        _peer_row(shape, peer, entry, laps, dense_times)
-        for (peer, entry), laps in zip(entries, peer_times, strict=True)
-    ]
-
-
-def _sum(*laps: Sequence[float]) -> list[float]:
-    return [sum(parts) for parts in zip(*laps, strict=True)]
-
-
-def _dense_row(shape: Shape, times: list[list[float]]) -> Row:
-    forward, backward, dx, dw = times
-    return Row(
-        shape=shape,
-        contender="dense",
-        kernels="torch",
-        density=1.0,
-        block=(1, 1),
-        rounds=len(forward),
-        forward_ms=Spread.of(forward),
-        dx_ms=Spread.of(dx),
-        dw_ms=Spread.of(dw),
-        total_ms=Spread.of(_sum(forward, backward)),
-    )
-
-
-def _our_row(shape: Shape, timed: _Timed, kernels: str, times: list[list[float]], dense: list[list[float]]) -> Row:
-    forward, backward, dx, dw, *growth = times
-    total, dense_total = _sum(forward, backward), _sum(dense[0], dense[1])
-    return Row(
-        shape=shape,
-        contender="rarefy",
-        kernels=kernels,
-        density=timed.density,
-        block=timed.block,
-        rounds=len(forward),
-        forward_ms=Spread.of(forward),
-        dx_ms=Spread.of(dx),
-        dw_ms=Spread.of(dw),
-        total_ms=Spread.of(total),
-        dense_ms=Spread.of(dense_total),
-        speedup=Spread.of_ratio(dense_total, total),
-        growth_ms=Spread.of(growth[0]) if growth else None,
-        growth_ratio=Spread.of_ratio(growth[0], dense[3]) if growth else None,
-    )
-
-
-def _peer_row(shape: Shape, peer: Peer, entry: Entry, times: list[list[float]], dense: list[list[float]]) -> Row:
-    forward = times[0]
-    total = _sum(forward, times[1]) if entry.has_backward else forward
-    dense_same = _sum(dense[0], dense[1]) if entry.has_backward else dense[0]
-    return Row(
-        shape=shape,
-        contender=peer.name,
-        kernels=peer.kernels,
-        density=entry.density,
-        block=(1, 1),
-        rounds=len(forward),
-        forward_ms=Spread.of(forward),
-        total_ms=Spread.of(total) if entry.has_backward else None,
-        dense_ms=Spread.of(dense_same),
-        speedup=Spread.of_ratio(dense_same, total),
-        forward_only=not entry.has_backward,
-    )

@@ -8,30 +8,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from rarefy.bench import Results, Row, Spread
+from rarefy.bench import Results, Settings
 from rarefy.bench import run as run_bench
 from rarefy.bench.results import DISTURBED
+from rarefy.cli.bench_tables import show
 from rarefy.files import atomic_write
+
+RESULTS = Path("benchmarks/results")
+"""Where --save collects results of machines and dates, from the folder in which the command runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time layers sparse and dense on this machine: forward and both gradients, fp32, interleaved in one process."""
+    """Time sparse against dense on this machine, interleaved in one process: layers forward and backward, and whole
+    training steps of GPTs; against dense fp32, against the fastest dense that the machine has, and against what it can
+    do at most.
+    """
 
     shapes: tuple[str, ...] = ("512x512", "1024x1024", "4096x1024", "1024x4096")
-    """Layers, as OUTxIN."""
+    """Layers, as OUTxIN. Nothing after it: none."""
 
-    densities: tuple[float, ...] = (0.05, 0.1, 0.2)
+    densities: tuple[float, ...] = (0.1, 0.2, 0.5)
     """Shares of the weights that exist, in (0, 1]."""
 
     blocks: tuple[int | str, ...] = (1, 4)
     """Unit shapes: 1 is unstructured, 4 is 4x4, 4x1 is four outputs of one input."""
 
-    tokens: int = 2048
-    """Rows of input."""
+    dtypes: tuple[str, ...] = ("fp32", "medium")
+    """In what the sparse side computes: fp32; medium, where products may use bf16 inside; bf16, under autocast."""
+
+    tokens: tuple[int, ...] = (2048,)
+    """Rows of a layer's input."""
+
+    gpt: tuple[str, ...] = ()
+    """GPTs whose training steps are timed, as WIDTHxLAYERS: 512x6."""
+
+    context: int = 256
+    """Bytes that a GPT sees at once."""
+
+    step_tokens: int = 2048
+    """Bytes of a GPT's training step."""
+
+    compile: bool = False
+    """Also time dense torch under torch.compile; compiling is not counted."""
 
     threads: int | None = None
     """CPU threads. Default: what torch takes."""
@@ -42,11 +63,11 @@ class Bench:
     isa: str = "auto"
     """Instruction set of the kernels (avx512, avx2, neon, portable), or tiled or reference: plain torch."""
 
-    seconds: float = 30.0
+    seconds: float = 40.0
     """About how long it may take; longer where three rounds do not fit."""
 
     peers: bool = True
-    """Also time torch's CSR layout and, if installed, SparseLab."""
+    """Also time torch's CSR and BSR layouts and, if installed, SparseLab and SparseProp."""
 
     json: bool = False
     """Print JSON, and nothing else, to stdout."""
@@ -54,34 +75,78 @@ class Bench:
     out: Path | None = None
     """Also write the JSON to this file."""
 
+    save: bool = False
+    """Also write the JSON to benchmarks/results/, named by date, processor and instruction set."""
+
+    html: Path | None = None
+    """Also write a page with plots to this file; it opens without a network."""
+
 
 def run(settings: Bench) -> None:
     """Measure, then print a table or JSON."""
-    shapes = [sides(text, "shapes") for text in settings.shapes]
-    blocks = [sides(text, "blocks") for text in settings.blocks]
+    wanted = wish(settings)
+    for path in (settings.out, settings.html):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first")
     console = Console(stderr=True)
     with console.status("") as status:
-        results = run_bench(
-            shapes=list(dict.fromkeys(shapes)),
-            densities=list(dict.fromkeys(settings.densities)),
-            blocks=list(dict.fromkeys(blocks)),
-            tokens=settings.tokens,
-            threads=settings.threads,
-            rounds=settings.rounds,
-            isa=settings.isa,
-            seconds=settings.seconds,
-            with_peers=settings.peers,
-            progress=lambda text: status.update(f"timing {text}"),
-        )
-    text = json.dumps(results.to_json(), indent=1, allow_nan=False) + "\n"
-    if settings.out is not None:
-        atomic_write(settings.out, text.encode())
+        results = run_bench(wanted, progress=lambda text: status.update(f"timing {text}"))
+    data = results.to_json()
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    saved = [settings.out] if settings.out is not None else []
+    if settings.save:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        saved.append(unused(RESULTS / name_of(results)))
+    for path in saved:
+        atomic_write(path, text.encode())
+    if settings.html is not None:
+        from rarefy.report.bench import bench_page
+
+        atomic_write(settings.html, bench_page(data).encode())
+        saved.append(settings.html)
     if settings.json:
         sys.stdout.write(text)
     else:
         show(results, Console())
+    for path in saved:
+        console.print(Text(f"written: {path}", style="dim"), soft_wrap=True)
     if results.check.disturbed:
         console.print(Text(_disturbed(results), style="yellow"), soft_wrap=True)
+
+
+def wish(settings: Bench) -> Settings:
+    """What the options ask for.
+
+    Raises:
+        ValueError: they ask for what cannot be.
+    """
+
+    def pairs(given: tuple[int | str, ...], option: str) -> tuple[tuple[int, int], ...]:
+        return tuple(dict.fromkeys(sides(text, option) for text in given))
+
+    return Settings(
+        shapes=pairs(settings.shapes, "shapes"),
+        gpt=pairs(settings.gpt, "gpt"),
+        blocks=pairs(settings.blocks, "blocks"),
+        densities=tuple(dict.fromkeys(settings.densities)),
+        dtypes=tuple(dict.fromkeys(settings.dtypes)),
+        tokens=tuple(dict.fromkeys(settings.tokens)),
+        context=settings.context,
+        step_tokens=settings.step_tokens,
+        compiled=settings.compile,
+        peers=settings.peers,
+        threads=settings.threads,
+        rounds=settings.rounds,
+        isa=settings.isa,
+        seconds=settings.seconds,
+    )
+
+
+EXAMPLES = {
+    "shapes": "4096x1024 (out_features x in_features)",
+    "blocks": "4 or 4x1 (outputs x inputs)",
+    "gpt": "512x6 (width x layers)",
+}
 
 
 def sides(text: int | str, option: str) -> tuple[int, int]:
@@ -94,100 +159,32 @@ def sides(text: int | str, option: str) -> tuple[int, int]:
     square = option == "blocks" and len(parts) == 1
     parts = parts * 2 if square else parts
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        wanted = "4 or 4x1 (outputs x inputs)" if option == "blocks" else "4096x1024 (out_features x in_features)"
-        raise ValueError(f"{option}: {text!r} is none; write them like {wanted}")
+        raise ValueError(f"{option}: {text!r} is none; write them like {EXAMPLES[option]}")
     return int(parts[0]), int(parts[1])
 
 
-def show(results: Results, console: Console) -> None:
-    """The machine, a table of all rows, break-even densities, and what to know about the figures."""
-    about, settings = results.machine, results.settings
-    console.print(
-        f"{about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}, "
-        f"rarefy {about['rarefy']}, {about['date']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(_table(results))
-    console.print(_break_evens(results))
-    lines = [
-        f"Milliseconds, medians of interleaved rounds; {settings['tokens']} tokens, fp32. total: forward and backward "
-        "through autograd, packing included; dX and dW: called alone.",
-        "speed: dense over sparse time, round by round, then its quartiles; *: of the forward alone. "
-        "eff.: efficiency = dense time x density / sparse time. growth: the best absent weights by gradient, against "
-        "the dense dW. Growth and torch CSR are timed at one density: they are long.",
-        f"Dense reference {results.check.first_ms:.2f} ms before, {results.check.last_ms:.2f} ms after; "
-        f"{results.seconds:.0f} s in all.",
-    ]
-    for line in [*lines, *results.notes]:
-        console.print(Text(line, style="dim"), soft_wrap=True)
+def name_of(results: Results) -> str:
+    """A file name made of date, processor, instruction set and threads."""
+    about = results.machine
+    cpu = "".join(c if c.isalnum() else " " for c in about["cpu"].replace("(R)", "").replace("(TM)", ""))
+    slug = "-".join(cpu.lower().split())
+    return f"{about['date'][:10]}-{slug}-{about['isa'].replace(' ', '-')}-{about['threads']}t.json"
 
 
-def _table(results: Results) -> Table:
-    """Narrow enough for 80 columns: a layer's dense row heads its sparse ones."""
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer, who", no_wrap=True)
-    for name in ("dens.", "fwd", "dX", "dW", "total", "speed", "quartiles", "eff.", "growth"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for shape in dict.fromkeys(row.shape for row in results.rows):
-        for row in (row for row in results.rows if row.shape == shape):
-            is_dense = row.contender == "dense"
-            table.add_row(*_cells(row, results.machine["isa"]), style="bold" if is_dense else None)
-    return table
-
-
-def _cells(row: Row, usual: str) -> list[Text | str]:
-    speed = row.speedup
-    style = "" if speed is None else "green" if speed.q1 > 1 else "red" if speed.q3 < 1 else "yellow"
-    return [
-        _who(row, usual),
-        f"{row.density:.3f}".rstrip("0").rstrip("."),
-        _ms(row.forward_ms),
-        _ms(row.dx_ms),
-        _ms(row.dw_ms),
-        _ms(row.total_ms),
-        "-" if speed is None else Text(f"{speed.median:.2f}x" + ("*" if row.forward_only else " "), style=style),
-        "-" if speed is None else f"{speed.q1:.2f}-{speed.q3:.2f}",
-        "-" if row.efficiency is None else f"{row.efficiency:.2f}",
-        "-" if row.growth_ratio is None else f"{row.growth_ratio.median:.2f}x",
-    ]
-
-
-def _who(row: Row, usual: str) -> str:
-    """The layer in front of its dense row; behind ours the block, and the kernels where they are not the usual ones."""
-    if row.contender == "dense":
-        return f"{row.shape[0]}x{row.shape[1]} dense"
-    if row.contender != "rarefy":
-        return row.contender
-    return f"rarefy {row.block[0]}x{row.block[1]}" + ("" if row.kernels == usual else f" {row.kernels}")
-
-
-def _ms(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.median:.2f}" if spread.median < 100 else f"{spread.median:.0f}"
-
-
-def _break_evens(results: Results) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("layer")
-    table.add_column("block", justify="right")
-    table.add_column("break-even density", justify="right")
-    table.add_column("as measured")
-    for found in results.break_evens:
-        low, high = found.faster_at, found.slower_at
-        if low is None:
-            said = f"slower at all, from {high:.3g}"
-        elif high is None:
-            said = f"faster at all, up to {low:.3g}"
-        else:
-            said = f"interpolated: {low:.3g} faster, {high:.3g} slower"
-        estimate = "-" if found.density is None else f"~{found.density:.2g}"
-        table.add_row("x".join(map(str, found.shape)), "x".join(map(str, found.block)), estimate, said)
-    return table
+def unused(path: Path) -> Path:
+    """The path, or the first of NAME-2, NAME-3, ... that does not exist."""
+    tried, count = path, 1
+    while tried.exists():
+        count += 1
+        tried = path.with_name(f"{path.stem}-{count}{path.suffix}")
+    return tried
 
 
 def _disturbed(results: Results) -> str:
     check = results.check
+    first, last = check.readings()[check.worst]
+    what, unit = ("the dense reference took", " ms") if check.worst == "dense reference" else (check.worst, "")
     return (
-        f"rarefy: warning: the dense reference took {check.first_ms:.2f} ms before and {check.last_ms:.2f} ms after, "
-        f"{check.moved:.0%} apart (more than {DISTURBED:.0%}): something else used the machine; repeat on an idle one"
+        f"rarefy: warning: {what} {first:.3g}{unit} before and {last:.3g}{unit} after, {check.moved:.0%} apart (more "
+        f"than {DISTURBED:.0%}): something else used the machine; repeat on an idle one"
     )

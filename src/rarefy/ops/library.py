@@ -40,6 +40,7 @@ _SIGNATURES = {
     "rarefy_grow_finish": (INT64, [POINTER, POINTER, POINTER, POINTER]),
     "rarefy_grow_free": (None, [POINTER]),
     "rarefy_tensor_new": (POINTER, [INT64, INT64, ctypes.c_int32]),
+    "rarefy_probe": (INT64, [ctypes.c_int32, POINTER, INT64, INT64, ctypes.c_int]),
     "rarefy_workspace_bytes": (INT64, []),
     "rarefy_workspace_release": (None, []),
 }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from rarefy.report.compare import (
     steps_sentence,
     verdict,
 )
-from rarefy.report.figures import PALETTE, all_figures
+from rarefy.report.figures import all_figures
+from rarefy.report.page import flat, render_page
 from rarefy.report.read import Record, Run, number, numbers, read_run
 
 UNEVEN = 1.15
@@ -68,47 +66,22 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text.
-
-    Scripts are inlined, and the page's own policy lists them by hash and forbids any other script and every request:
-    what a run brought along could neither run nor fetch anything even if it were not escaped.
-    """
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    room = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(room),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["unbroken"] = say.unbroken
-    plotly_js, page_js = get_plotlyjs(), (room / "page.js").read_text(encoding="utf-8")
+    """The page as text."""
     field = contenders(runs)
-    figures = all_figures(field)
-    drawn = {figure.id: [vars(view) for view in figure.views] for figure in figures}
-    return environment.get_template("template.html.j2").render(
+    return render_page(
+        "template.html.j2",
+        all_figures(field),
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         field=field,
-        palette=PALETTE,
         verdict=verdict(field),
         steps_sentence=steps_sentence(field),
         notes=_notes(runs, field),
         cards=_cards(field),
         table=_table(field),
-        figures={figure.id: figure for figure in figures},
         no_empties=_no_empties(field),
         plans=[_plan(run) for run in runs if run.plan is not None and run.plan["layers"]],
         provenance=[_provenance(run) for run in runs],
-        figures_json=Markup(_embeddable(drawn)),
-        styles=Markup((room / "page.css").read_text(encoding="utf-8")),
-        plotly_js=Markup(plotly_js),
-        page_js=Markup(page_js),
-        script_hashes=Markup(" ".join(f"'{_hash(script)}'" for script in (plotly_js, page_js))),
     )
 
 
@@ -125,7 +98,7 @@ def _notes(runs: Sequence[Run], field: Sequence[Contender]) -> list[str]:
                 f"Uneven steps: {c.label} took {form(c.step_s)} in the median and {form(c.mean_step_s)} on average; "
                 "rewires, or something else on this machine, cost the difference."
             )
-    machines = {tuple(_flat(run.machine)) for run in runs if run.machine}
+    machines = {tuple(flat(run.machine)) for run in runs if run.machine}
     if len(machines) > 1:
         notes.insert(0, "These runs come from different machines, threads or versions: their times do not compare.")
     data = dict(run.data for run in runs if run.data)
@@ -280,28 +253,4 @@ def _provenance(run: Run) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         moment = datetime.fromisoformat(created)
         created = f"{moment:%d %B %Y, %H:%M}".lstrip("0") + (f" {moment.tzname()}" if moment.tzinfo else "")
-    return {"run": run, "created": created, "machine": _flat(run.machine), "settings": _flat(run.settings)}
-
-
-def _flat(tree: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, value) pairs; what is null was not set, and is left out."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        name = f"{above}.{key}" if above else str(key)
-        if isinstance(value, Mapping) and value:
-            pairs += _flat(value, name)
-        elif isinstance(value, str | float):
-            pairs.append((name, value if isinstance(value, str) else f"{value:.6g}"))
-        elif value is not None:
-            pairs.append((name, json.dumps(value, default=str, ensure_ascii=False)))
-    return pairs
-
-
-def _embeddable(data: object) -> str:
-    """JSON for a script element: nothing in it can end the element, open a comment, or break an old parser's line."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"run": run, "created": created, "machine": flat(run.machine), "settings": flat(run.settings)}

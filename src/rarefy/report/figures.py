@@ -101,7 +101,7 @@ def loss(field: Sequence[Contender]) -> Figure | None:
             data += _loss_traces(contender, axis, scale, heights)
         if not data:
             continue
-        layout = _layout(400, x=title, y="bits per byte", legend=len(field) > 1)
+        layout = plot_layout(400, x=title, y="bits per byte", legend=len(field) > 1)
         reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
         layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
         layout["yaxis"]["tickformat"] = ".2~f"
@@ -141,8 +141,8 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
                 "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "showlegend": not evals,
-                "x": [_number(x) for x, _, _ in points],
-                "y": [_number(y) for _, y, _ in points],
+                "x": [rounded(x) for x, _, _ in points],
+                "y": [rounded(y) for _, y, _ in points],
                 "customdata": [step for _, _, step in points],
                 "line": {"color": f"{colour}/0.4" if faint else colour, "width": 1.25 if faint else 2, "dash": dash},
                 "hovertemplate": hover + ", training</extra>",
@@ -159,8 +159,8 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
                 "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "showlegend": True,
-                "x": [_number(x) for x, _, _ in points],
-                "y": [_number(y) for _, y, _ in points],
+                "x": [rounded(x) for x, _, _ in points],
+                "y": [rounded(y) for _, y, _ in points],
                 "customdata": [step for _, _, step in points],
                 "line": {"color": colour, "width": 2.25, "dash": dash},
                 "marker": {"color": colour, "size": 6, "symbol": "diamond" if contender.dense else "circle"},
@@ -177,7 +177,7 @@ def _loss_range(heights: list[float]) -> list[float] | None:
         return None
     low, high = finite[0], finite[int(0.95 * (len(finite) - 1))]
     span = max(high - low, 0.05)
-    return [_number(low - 0.08 * span) or 0.0, _number(high + 0.15 * span) or 1.0]
+    return [rounded(low - 0.08 * span) or 0.0, rounded(high + 0.15 * span) or 1.0]
 
 
 def _mark_equal(layout: dict[str, Any], field: Sequence[Contender], axis: str, scale: float) -> None:
@@ -235,7 +235,7 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
     bars = {
         "type": "bar",
         "orientation": "v" if upright else "h",
-        across: [_number(value) for value in values],
+        across: [rounded(value) for value in values],
         along: list(range(len(layers))),
         "customdata": hover,
         "hovertemplate": "%{customdata}<extra></extra>",
@@ -257,12 +257,12 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
         bars["textposition"] = "outside"
         bars["textfont"] = {"size": 11, "color": "@ink-2"}
         bars["cliponaxis"] = False
-    layout = _layout(330 if upright else 46 + 22 * len(layers), x="", y="")
+    layout = plot_layout(330 if upright else 46 + 22 * len(layers), x="", y="")
     layout["bargap"] = 0.12 if upright else 0.3
     layout[f"{across}axis"].update(
         tickformat=".0%", range=[0, 1.0 if upright else 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1]
     )
-    _name_axis(layout[f"{along}axis"], names, reverse=not upright, every=math.ceil(len(names) / 24) if upright else 1)
+    name_axis(layout[f"{along}axis"], names, reverse=not upright, every=math.ceil(len(names) / 24) if upright else 1)
     if upright:
         layout["xaxis"]["tickangle"] = -60
     return View(contender.label, [bars], layout)
@@ -320,7 +320,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
             around = [max(column) for _, column in kept] + [min(column) for _, column in reversed(kept)]
             data.append(
                 {
-                    "type": "scatter", "mode": "lines", "x": steps + steps[::-1], "y": [_number(y) for y in around],
+                    "type": "scatter", "mode": "lines", "x": steps + steps[::-1], "y": [rounded(y) for y in around],
                     "fill": "toself", "fillcolor": f"{colour}/0.13", "line": {"width": 0, "color": f"{colour}/0"},
                     "legendgroup": str(contender.colour), "showlegend": False, "hoverinfo": "skip",
                 }
@@ -333,7 +333,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
                 "meta": contender.label,
                 "legendgroup": str(contender.colour),
                 "x": steps,
-                "y": [_number(statistics.fmean(column)) for _, column in kept],
+                "y": [rounded(statistics.fmean(column)) for _, column in kept],
                 "line": {"color": colour, "width": 2.25, "dash": _dash(contender)},
                 "marker": {"color": colour, "size": 5},
                 "hovertemplate": f"%{{y:{ticks}}}<br>about step %{{x:,}}<extra>{name}, mean</extra>",
@@ -341,7 +341,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
         )
     if not data:
         return None
-    layout = _layout(290, x="step", y="", legend=len(drawn) > 1)
+    layout = plot_layout(290, x="step", y="", legend=len(drawn) > 1)
     layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
     layout["xaxis"].update(tickformat="~s")
     return View("All layers", data, layout)
@@ -361,20 +361,20 @@ def _layers_view(contender: Contender, key: str, ticks: str, label: str) -> View
                 {
                     "type": "scatter", "mode": "lines+markers" if len(own) < 30 else "lines", "name": plain(name),
                     "meta": name,
-                    "x": [step for step, _ in _thin(own)], "y": [_number(y) for _, y in _thin(own)],
+                    "x": [step for step, _ in _thin(own)], "y": [rounded(y) for _, y in _thin(own)],
                     "line": {"color": f"@c{place % PALETTE}", "width": 2},
                     "marker": {"color": f"@c{place % PALETTE}", "size": 5},
                     "hovertemplate": f"%{{y:{ticks}}}<br>step %{{x:,}}<extra>{plain(name)}</extra>",
                 }
             )  # fmt: skip
-        layout = _layout(290, x="step", y="", legend=True)
+        layout = plot_layout(290, x="step", y="", legend=True)
         layout["yaxis"].update(tickformat=ticks.replace(".1", ".2~"), rangemode="tozero")
     else:
         data = [_heatmap(contender, names, records, key, ticks)]
-        layout = _layout(min(640, 90 + max(8, 20 - len(names) // 8) * len(names)), x="step", y="")
+        layout = plot_layout(min(640, 90 + max(8, 20 - len(names) // 8) * len(names)), x="step", y="")
         layout["yaxis"].update(showgrid=False)
         layout["xaxis"].update(showgrid=False)
-        _name_axis(layout["yaxis"], names, reverse=True, every=math.ceil(len(names) / 32))
+        name_axis(layout["yaxis"], names, reverse=True, every=math.ceil(len(names) / 32))
     layout["xaxis"].update(tickformat="~s")
     return View(label, data, layout)
 
@@ -391,7 +391,7 @@ def _heatmap(
         "type": "heatmap",
         "x": edges,
         "y": list(range(len(names))),
-        "z": [[_number(statistics.fmean(cell)) if cell else None for cell in line] for line in cells],
+        "z": [[rounded(statistics.fmean(cell)) if cell else None for cell in line] for line in cells],
         "customdata": [[plain(name)] * len(edges) for name in names],
         "hovertemplate": f"<b>%{{customdata}}</b><br>%{{z:{ticks}}}<br>from step %{{x:,}}<extra></extra>",
         "hoverongaps": False,
@@ -448,7 +448,7 @@ def empties(field: Sequence[Contender]) -> Figure | None:
             )
     if not data:
         return None
-    layout = _layout(260, x="step", y="", legend=len(data) > 1)
+    layout = plot_layout(260, x="step", y="", legend=len(data) > 1)
     layout["yaxis"].update(rangemode="tozero", tickformat=",")
     layout["xaxis"].update(tickformat="~s")
     caption = (
@@ -531,7 +531,7 @@ def _stack(
                 "orientation": "h",
                 "name": plain(part),
                 "meta": part,
-                "x": [_number(value * scale) for value in values],
+                "x": [rounded(value * scale) for value in values],
                 "y": list(range(len(rows))),
                 "customdata": [
                     f"<b>{plain(contender.label)}</b><br>{plain(part)} {form(value)}"
@@ -542,25 +542,25 @@ def _stack(
                 "marker": {"color": f"@p{PART_COLOUR.get(part, 5)}", "line": {"width": 1, "color": "@surface"}},
             }
         )
-    layout = _layout(60 + 44 * len(rows), x="", y="", legend=True)
+    layout = plot_layout(60 + 44 * len(rows), x="", y="", legend=True)
     layout["barmode"] = "stack"
     layout["bargap"] = 0.38
-    layout["xaxis"].update(ticksuffix=suffix, nticks=5, range=[0, (_number(max(totals) * scale * 1.34) or 1.0)])
+    layout["xaxis"].update(ticksuffix=suffix, nticks=5, range=[0, (rounded(max(totals) * scale * 1.34) or 1.0)])
     layout["annotations"] = [
         {
-            "x": _number(total * scale), "y": place, "text": f"<b>{form(total)}</b>", "showarrow": False,
+            "x": rounded(total * scale), "y": place, "text": f"<b>{form(total)}</b>", "showarrow": False,
             "xanchor": "left", "xshift": 6, "font": {"size": 12, "color": "@ink"},
         }
         for place, total in enumerate(totals)
     ]  # fmt: skip
-    _name_axis(layout["yaxis"], [contender.label for contender in rows], reverse=True)
+    name_axis(layout["yaxis"], [contender.label for contender in rows], reverse=True)
     return View("", data, layout)
 
 
 # Parts that figures share
 
 
-def _layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, Any]:
+def plot_layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, Any]:
     axis = {
         "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "ticks": "", "automargin": True,
         "tickfont": {"size": 12, "color": "@ink-2"},
@@ -589,7 +589,7 @@ def _layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, A
     }  # fmt: skip
 
 
-def _name_axis(axis: dict[str, Any], names: Sequence[str], *, reverse: bool, every: int = 1) -> None:
+def name_axis(axis: dict[str, Any], names: Sequence[str], *, reverse: bool, every: int = 1) -> None:
     """Names on an axis of places 0, 1, 2, ...: names as data would be taken for numbers or merged when equal."""
     axis["tickvals"] = list(range(0, len(names), max(1, every)))
     axis["ticktext"] = [plain(name, 26) + "\u2002" for name in names[:: max(1, every)]]
@@ -632,7 +632,7 @@ def _dash(contender: Contender) -> str:
     return ("solid", "dash", "dot")[contender.colour // PALETTE % 3]
 
 
-def _number(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Six significant digits are more than a screen shows; JSON has no NaN, a gap is null."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
