@@ -70,6 +70,10 @@ bool bad(const rarefy_pattern *p, int64_t batch, bool transposed) {
   return p->num_units > 0 && (p->t_rows == nullptr || p->t_perm == nullptr);
 }
 
+bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
+  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
+}
+
 // A null pointer is fine where there is nothing behind it.
 bool missing(const void *data, int64_t count) { return data == nullptr && count > 0; }
 
@@ -130,12 +134,6 @@ int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float
   if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
   return rarefy_backward_f32(pattern, nullptr, dy, x, nullptr, dvalues, dbias, batch, threads);
 }
-
-namespace {
-bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
-  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
-}
-}  // namespace
 
 int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
                          int64_t head_dim, int threads) {
