@@ -103,12 +103,25 @@ inline void pack_rows(const float *source, int64_t stride, int64_t count, int64_
   }
 }
 
+inline void stream(float *p, vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
 // The reverse, times `scale`.
 inline void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, float *target, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     const float *from = source.row(r);
     float *to = target + r * stride;
     int64_t f = 0;
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0) {
+      for (; f + VL <= dim; f += VL) stream(to + f, load(from + f) * broadcast(scale));
+    }
     for (; f + VL <= dim; f += VL) store_any(to + f, load(from + f) * broadcast(scale));
     for (; f < dim; ++f) to[f] = from[f] * scale;
   }
