@@ -103,29 +103,51 @@ inline void pack_rows(const float *source, int64_t stride, int64_t count, int64_
   }
 }
 
+inline void stream(float *p, vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
 // The reverse, times `scale`.
 inline void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, float *target, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     const float *from = source.row(r);
     float *to = target + r * stride;
     int64_t f = 0;
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0) {
+      for (; f + VL <= dim; f += VL) stream(to + f, load(from + f) * broadcast(scale));
+    }
     for (; f + VL <= dim; f += VL) store_any(to + f, load(from + f) * broadcast(scale));
     for (; f < dim; ++f) to[f] = from[f] * scale;
   }
 }
 
+// How many pairs go one to a thread: what would leave threads idle at the end does not.
+inline int64_t alone_pairs(int64_t pairs, int threads) {
+  return threads == 1 || pairs >= 8 * threads ? pairs : pairs - pairs % threads;
+}
+
 // Runs work(pair, team) for all pairs: those that go round evenly one to a thread, the rest one after the other with
-// every thread at work. To be called by all threads of a parallel region.
+// every thread at work. A thread takes neighbouring heads, whose rows lie side by side. To be called by all threads of a parallel region.
 template <class Work>
-void share_pairs(int64_t pairs, int threads, int64_t *next, Work work) {
+void share_pairs(int64_t pairs, int64_t heads, int threads, int64_t *next, Work work) {
   const int rank = omp_get_thread_num();
-  const int64_t alone = threads == 1 || pairs >= 8 * threads ? pairs : pairs - pairs % threads;
+  const int64_t alone = alone_pairs(pairs, threads);
+  const int64_t group = max64(1, min64(heads, alone / (4 * threads)));
   for (;;) {
-    int64_t pair;
+    int64_t begin;
 #pragma omp atomic capture
-    pair = (*next)++;
-    if (pair >= alone) break;
-    work(pair, Team{0, 1});
+    {
+      begin = *next;
+      *next += group;
+    }
+    if (begin >= alone) break;
+    for (int64_t pair = begin; pair < min64(begin + group, alone); ++pair) work(pair, Team{0, 1});
   }
   if (alone == pairs) return;
 #pragma omp barrier
@@ -134,8 +156,6 @@ void share_pairs(int64_t pairs, int threads, int64_t *next, Work work) {
 #pragma omp barrier
   }
 }
-
-inline bool shares(int64_t pairs, int threads) { return threads > 1 && pairs < 8 * threads && pairs % threads != 0; }
 
 // ---- forward ------------------------------------------------------------------------------------------------------------
 
@@ -171,12 +191,11 @@ inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *
     // The keys that a tile of rows [r, r + rows) sees in [begin, end), counted from begin: none if not positive.
     auto seen = [&](int64_t r, int rows, int64_t begin, int64_t end) { return min64(end, q0 + r + rows) - begin; };
     for (int64_t j = s0; j < s1; j += kKeys) {
-      const float *panel = b.keys + j * h.dim;
       for (int64_t r = 0, rows; r < count; r += rows) {
         rows = tile_rows(count - r);
         const int64_t live = seen(r, int(rows), j, min64(j + kKeys, s1));
         if (live <= 0) continue;
-        product<false>({q.row(r), width}, {const_cast<float *>(panel), kKeyPanel}, kKeyPanel * h.dim, h.dim,
+        product<false>({q.row(r), width}, {b.keys + j * h.dim, kKeyPanel}, kKeyPanel * h.dim, h.dim,
                        {scores.row(r) + (j - s0), kStride}, int(rows), ceil_div(live, VL), false);
       }
     }
@@ -271,7 +290,7 @@ int attention_forward(const float *qkv, float *out, float *lse, int64_t batch, i
     const ForwardBuffers common = carve_forward(first, h);
     together.keys = common.keys;
     together.values = common.values;
-    share_pairs(h.pairs(), team_size, &next, [&](int64_t pair, const Team team) {
+    share_pairs(h.pairs(), heads, team_size, &next, [&](int64_t pair, const Team team) {
       const ForwardBuffers &b = team.size > 1 ? together : alone;
       const float *q = qkv + h.qkv_at(pair), *k = q + heads * dim, *v = k + heads * dim;
       for (int64_t p = 0; p < h.panels(); ++p) {
@@ -448,7 +467,7 @@ int attention_backward(const float *dout, const float *qkv, const float *out, co
                        int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
   const Heads h = {batch, tokens, heads, dim};
   threads = int(max64(1, min64(threads, h.pairs() * ceil_div(tokens, kQueries))));
-  const int64_t chunk = shares(h.pairs(), threads) ? 4 * threads * kQueries : kQueries;
+  const int64_t chunk = alone_pairs(h.pairs(), threads) < h.pairs() ? 4 * threads * kQueries : kQueries;
   Carver counter = {nullptr, 0};
   carve_backward(counter, h, kQueries);
   const size_t own = counter.used;
@@ -464,7 +483,7 @@ int attention_backward(const float *dout, const float *qkv, const float *out, co
     const int rank = omp_get_thread_num(), team_size = omp_get_num_threads();
     Carver mine = {rank == 0 ? lease.data : lease.data + common + own * (rank - 1), 0}, first = {lease.data, 0};
     const BackwardBuffers alone = carve_backward(mine, h, kQueries), together = carve_backward(first, h, chunk);
-    share_pairs(h.pairs(), team_size, &next, [&](int64_t pair, const Team team) {
+    share_pairs(h.pairs(), heads, team_size, &next, [&](int64_t pair, const Team team) {
       backward_pair(h, team.size > 1 ? together : alone, dout + h.at(pair), qkv + h.qkv_at(pair), out + h.at(pair),
                     lse + pair * tokens, dqkv + h.qkv_at(pair), team.size > 1 ? chunk : kQueries, team);
     });

@@ -79,6 +79,10 @@ bool bad(const rarefy_pattern *p, int64_t batch, bool transposed) {
   return p->num_units > 0 && (p->t_rows == nullptr || p->t_perm == nullptr);
 }
 
+bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
+  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
+}
+
 // A null pointer is fine where there is nothing behind it.
 bool missing(const void *data, int64_t count) { return data == nullptr && count > 0; }
 
@@ -193,12 +197,6 @@ int rarefy_mlp_backward(const rarefy_mlp *mlp, const float *up_values, const flo
   return kernels->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias, d_down_values, d_down_bias,
                                batch, thread_count(threads));
 }
-
-namespace {
-bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
-  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
-}
-}  // namespace
 
 int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
                          int64_t head_dim, int threads) {
