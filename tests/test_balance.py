@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.ops import Index, available, library
+from rarefy.ops import Index, library
 from rarefy.pattern import Pattern
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def run(pattern: Pattern, operands: tuple[torch.Tensor, ...], threads: int) -> l
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif("native" not in available(), reason="the native kernels are not built")
+@pytest.mark.skipif(not library.isas(), reason="the native kernels are not built")
 @given(
     pattern=skewed_patterns(), tokens=st.sampled_from([5, 70, 200, 330]), isa=st.sampled_from(library.isas() or ["-"])
 )
