@@ -19,11 +19,9 @@ struct Kernels {
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
   int (*backward)(const rarefy_pattern *, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
                   float *dbias, bool half, int64_t batch, int threads);
-  int (*mlp_forward)(const rarefy_mlp *, const float *up_values, const float *up_bias, const float *down_values,
-                     const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads);
-  int (*mlp_backward)(const rarefy_mlp *, const float *up_values, const float *down_values, const void *dy,
-                      const void *x, const void *z, void *dx, float *d_up_values, float *d_up_bias,
-                      float *d_down_values, float *d_down_bias, int64_t batch, int threads);
+  int (*mlp_forward)(const rarefy_mlp *, const void *x, void *y, void *z, int64_t batch, int threads);
+  int (*mlp_backward)(const rarefy_mlp *, const void *dy, const void *x, const void *z, void *dx,
+                      const rarefy_mlp_gradients *, int64_t batch, int threads);
 };
 
 const Kernels *kernels_portable();
