@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import sys
 import warnings
@@ -26,7 +27,7 @@ OPS = torch.ops.rarefy
 IN, HIDDEN, OUT = 48, 64, 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """The operands of an MLP: patterns, values and biases of gate (if any), up and down."""
 
@@ -54,6 +55,7 @@ class Problem:
         needs = needs or [True] * (1 + 2 * len(self.values))
         return getattr(OPS, f"{self.op}_backward")(*self.matrices, self.dy, self.x, z, activation, needs)
 
+    @functools.cache  # noqa: B019  (the problems of `shared` live as long anyway)
     def exact(self, activation: str, saved: torch.dtype) -> list[Near]:
         """y and every gradient, in the order of the ops. In bf16 every result of a step may be rounded."""
         weights = [Near.of(scatter(v, p)) for v, p in zip(self.values, self.patterns, strict=True)]
@@ -120,6 +122,10 @@ def problem(
     return Problem(patterns, values, biases, draw(batch, features, dtype=dtype), draw(batch, out, dtype=dtype))
 
 
+shared = functools.cache(problem)
+"""The same for tests that change nothing: every backend is held to the same truth."""
+
+
 @pytest.fixture(params=available())
 def backend(request: pytest.FixtureRequest):
     with using(request.param):
@@ -140,15 +146,15 @@ STORAGE = pytest.mark.parametrize(
 @STORAGE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_matches_dense(backend, gated, rows, saved, activation):
-    problem(65, gated=gated, dtype=rows).check(activation, saved)
+    shared(65, gated=gated, dtype=rows).check(activation, saved)
 
 
 @GATED
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("batch", [1, 63, 64, 65, 200])
 def test_every_batch_matches_dense(backend, gated, batch, bias):
-    problem(batch, gated=gated, bias=bias).check("gelu")
-    problem(batch, gated=gated, bias=bias, dtype=torch.bfloat16).check("silu")
+    shared(batch, gated=gated, bias=bias).check("gelu")
+    shared(batch, gated=gated, bias=bias, dtype=torch.bfloat16).check("silu")
 
 
 BLOCKS = [((1, 1), (4, 4)), ((8, 1), (1, 1)), ((4, 1), (8, 8)), ((16, 16), (8, 1)), ((4, 4), (16, 16))]
@@ -157,7 +163,7 @@ BLOCKS = [((1, 1), (4, 4)), ((8, 1), (1, 1)), ((4, 1), (8, 8)), ((16, 16), (8, 1
 @GATED
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 def test_mixed_blocks_match_dense(backend, gated, blocks):
-    problem(130, gated=gated, blocks=blocks).check("silu")
+    shared(130, gated=gated, blocks=blocks).check("silu")
 
 
 @GATED
@@ -166,7 +172,7 @@ def test_blocks_without_a_kernel_are_composed(gated, block):
     """A matrix alone may still have one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of plain torch being slower
-        problem(70, gated=gated, blocks=block, sizes=(24, 36, 12)).check("gelu")
+        shared(70, gated=gated, blocks=block, sizes=(24, 36, 12)).check("gelu")
 
 
 @GATED
@@ -174,7 +180,7 @@ def test_blocks_without_a_kernel_are_composed(gated, block):
     "sizes, density", [((300, 1100, 700), 0.05), ((1500, 90, 400), 0.1), ((7, 5, 3), 1.0), ((1, 1, 1), 1.0)]
 )
 def test_many_chunks_and_tiles_match_dense(gated, sizes, density):
-    problem(300, gated=gated, sizes=sizes, density=density).check("gelu")
+    shared(300, gated=gated, sizes=sizes, density=density).check("gelu")
 
 
 @GATED

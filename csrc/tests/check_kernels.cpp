@@ -473,7 +473,12 @@ void activated(int activation, const Near &z, Near &h, Near &slope) {
   }
 }
 
-// A plain MLP and a gated one, whose gate has the pattern of `up`. Small cases only: the truth is computed anew each time.
+Near stored(Near z, bool half) {
+  for (size_t i = 0; half && i < z.off.size(); ++i) z.off[i] += 0x1p-8 * z.size(i);
+  return z;
+}
+
+// A plain MLP and a gated one, with what is kept in float32 and in bfloat16. Small cases only: the truth is computed each time.
 void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Found &found) {
   if (up.c.size != Size::SMALL || up.out * up.in == 0) return;
   const Problem down({up.c.cols, up.out / up.bc, up.c.density, Size::SMALL}, up.br, up.bc, uint64_t(up.out));
@@ -484,8 +489,9 @@ void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Fo
   const Near x(up.x), dy(dy_given);
   const rarefy_pattern down_pattern = down.pattern(pattern.index_bytes), gate_pattern = gate.pattern(pattern.index_bytes);
   for (const bool gated : {false, true}) {
+    const bool half = gated == (batch % 2 == 0);
     const int activation = int((batch + up.in) % 5);
-    const Near z = forward(up, x, batch), g = gated ? forward(gate, x, batch) : z;
+    const Near z = stored(forward(up, x, batch), half), g = gated ? stored(forward(gate, x, batch), half) : z;
     Near act(z.exact.size()), slope(z.exact.size());
     activated(activation, g, act, slope);
     const Near h = gated ? product(act, z) : act, y = forward(down, h, batch), dh = backward(down, dy, batch);
@@ -501,7 +507,7 @@ void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Fo
     const rarefy_layer none = {nullptr, nullptr, nullptr};
     const rarefy_layer first = {&gate_pattern, gate.values.data(), gate.bias.data()};
     const rarefy_mlp mlp = {gated ? first : none, {&pattern, up.values.data(), up.bias.data()},
-                            {&down_pattern, down.values.data(), down.bias.data()}, activation, 0, 0};
+                            {&down_pattern, down.values.data(), down.bias.data()}, activation, 0, half};
     Floats saved(size_t(groups * RAREFY_SAVED_TOKENS * up.out * (gated ? 2 : 1)));
     Guarded out(batch * down.out), d_x(batch * up.in), d_up(up.num_values()), d_up_bias(up.out), d_down(down.num_values()),
         d_down_bias(down.out), d_gate(gate.num_values()), d_gate_bias(gate.out);
