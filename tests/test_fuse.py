@@ -139,6 +139,7 @@ APART: dict[str, Callable[[], nn.Module]] = {
     "used twice": lambda: Plain(lambda m, x: m.fc2(m.act(m.fc1(x))) + m.fc2(m.act(m.fc1(x)))),
     "functional dropout": lambda: Plain(lambda m, x: m.fc2(F.dropout(m.act(m.fc1(x)), 0.5, m.training))),
     "only in evaluation": lambda: Plain(lambda m, x: m.fc2(m.act(m.fc1(x) if m.training else m.fc1(x) * 2))),
+    "keeps its input": lambda: Plain(lambda m, x: m.fc2(m.act(m.fc1(setattr(m, "seen", x) or x)))),
     "data decides": lambda: Plain(lambda m, x: m.fc2(m.act(m.fc1(x))) if x.sum() > 0 else x),
     "gate without activation": lambda: Gated(lambda m, x: m.fc2(m.gate(x) * m.fc1(x))),
     "activation of the product": lambda: Gated(lambda m, x: m.fc2(m.act(m.gate(x) * m.fc1(x)))),
@@ -194,6 +195,7 @@ def test_what_is_not_for_sure_an_mlp_stays_as_it_is(name, calls):
     make = APART[name]
     model, apart, rewirer = sparse(make)
     assert rewirer.fused == [] and type(model) is type(apart) and not isinstance(model, FusedMLP)
+    assert not hasattr(model, "seen")  # recognition leaves no trace
     for each in (model, apart):
         each.eval()
     x = torch.randn(70, WIDTH)

@@ -364,7 +364,7 @@ void check_rounding(const Problem &p, const rarefy_pattern &, int threads, Found
 // Results of an MLP with their bounds: what is off by a bound before a step is off by a derived one after it.
 struct Near {
   Doubles exact, off;
-  explicit Near(size_t size) : exact(size, 0.0), off(size, 0.0) {}
+  explicit Near(size_t size = 0) : exact(size, 0.0), off(size, 0.0) {}
   explicit Near(const Floats &given) : exact(given.begin(), given.end()), off(given.size(), 0.0) {}
   double size(size_t i) const { return fabs(exact[i]) + off[i]; }
 };
@@ -478,56 +478,77 @@ Near stored(Near z, bool half) {
   return z;
 }
 
-// A plain MLP and a gated one, with what is kept in float32 and in bfloat16. Small cases only: the truth is computed each time.
-void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Found &found) {
-  if (up.c.size != Size::SMALL || up.out * up.in == 0) return;
-  const Problem down({up.c.cols, up.out / up.bc, up.c.density, Size::SMALL}, up.br, up.bc, uint64_t(up.out));
-  const Problem gate(up.c, up.br, up.bc, uint64_t(up.in));
-  const int64_t batch = up.batch, groups = (batch + RAREFY_SAVED_TOKENS - 1) / RAREFY_SAVED_TOKENS;
-  Random random = {uint64_t(batch)};
-  const Floats dy_given = random.floats(batch * down.out);
-  const Near x(up.x), dy(dy_given);
-  const rarefy_pattern down_pattern = down.pattern(pattern.index_bytes), gate_pattern = gate.pattern(pattern.index_bytes);
-  for (const bool gated : {false, true}) {
-    const bool half = gated == (batch % 2 == 0);
-    const int activation = int((batch + up.in) % 5);
+// The operands and truths of an MLP whose matrix `up` is that of a problem. A gate has the same block and size.
+struct Mlp {
+  Mlp(const Problem &up, bool gated)
+      : key(up.random.state), activation(int((up.batch + up.in) % 5)), half(gated == (up.batch % 2 == 0)),
+        gate(up.c, up.br, up.bc, uint64_t(up.in)),
+        down({up.c.cols, up.out / up.bc, up.c.density, Size::SMALL}, up.br, up.bc, uint64_t(up.out)) {
+    const int64_t batch = up.batch;
+    dy = Random{uint64_t(batch)}.floats(batch * down.out);
+    const Near x(up.x), gradient_of_y(dy);
     const Near z = stored(forward(up, x, batch), half), g = gated ? stored(forward(gate, x, batch), half) : z;
     Near act(z.exact.size()), slope(z.exact.size());
     activated(activation, g, act, slope);
-    const Near h = gated ? product(act, z) : act, y = forward(down, h, batch), dh = backward(down, dy, batch);
+    const Near h = gated ? product(act, z) : act, dh = backward(down, gradient_of_y, batch);
     const Near dg = product(gated ? product(dh, z) : dh, slope), dz = gated ? product(dh, act) : dg;
-    Near dx = backward(up, dz, batch);
+    y = forward(down, h, batch);
+    dx = backward(up, dz, batch);
     if (gated) {
       const Near more = backward(gate, dg, batch);
       for (size_t i = 0; i < dx.exact.size(); ++i) {
         dx.off[i] += more.off[i] + FLT_EPSILON * (dx.size(i) + more.size(i));
         dx.exact[i] += more.exact[i];
       }
+      d_gate = gradient(gate, dg, x, batch);
+      d_gate_bias = column_sums(dg, gate.out, batch);
     }
-    const rarefy_layer none = {nullptr, nullptr, nullptr};
-    const rarefy_layer first = {&gate_pattern, gate.values.data(), gate.bias.data()};
+    d_up = gradient(up, dz, x, batch);
+    d_up_bias = column_sums(dz, up.out, batch);
+    d_down = gradient(down, gradient_of_y, h, batch);
+    d_down_bias = column_sums(gradient_of_y, down.out, batch);
+  }
+
+  uint64_t key;  // of the problem and its batch
+  int activation;
+  bool half;  // what is kept for the backward pass is bfloat16
+  Problem gate, down;
+  Floats dy;
+  Near y, dx, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias;
+};
+
+void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Found &found) {
+  if (up.c.size != Size::SMALL || up.out * up.in == 0) return;
+  static std::unique_ptr<Mlp> kept[2];  // the truth is the same in every setting, and slow
+  for (const bool gated : {false, true}) {
+    if (kept[gated] == nullptr || kept[gated]->key != up.random.state) kept[gated].reset(new Mlp(up, gated));
+    const Mlp &truth = *kept[gated];
+    const Problem &gate = truth.gate, &down = truth.down;
+    const int64_t batch = up.batch, groups = (batch + RAREFY_SAVED_TOKENS - 1) / RAREFY_SAVED_TOKENS;
+    const rarefy_pattern gate_pattern = gate.pattern(pattern.index_bytes), down_pattern = down.pattern(pattern.index_bytes);
+    const rarefy_layer none = {nullptr, nullptr, nullptr}, first = {&gate_pattern, gate.values.data(), gate.bias.data()};
     const rarefy_mlp mlp = {gated ? first : none, {&pattern, up.values.data(), up.bias.data()},
-                            {&down_pattern, down.values.data(), down.bias.data()}, activation, 0, half};
+                            {&down_pattern, down.values.data(), down.bias.data()}, truth.activation, 0, truth.half};
     Floats saved(size_t(groups * RAREFY_SAVED_TOKENS * up.out * (gated ? 2 : 1)));
-    Guarded out(batch * down.out), d_x(batch * up.in), d_up(up.num_values()), d_up_bias(up.out), d_down(down.num_values()),
+    Guarded y(batch * down.out), dx(batch * up.in), d_up(up.num_values()), d_up_bias(up.out), d_down(down.num_values()),
         d_down_bias(down.out), d_gate(gate.num_values()), d_gate_bias(gate.out);
     const rarefy_mlp_gradients gradients = {{d_gate.data(), d_gate_bias.data()}, {d_up.data(), d_up_bias.data()},
                                             {d_down.data(), d_down_bias.data()}};
-    found.status(rarefy_mlp_forward(&mlp, up.x.data(), out.data(), saved.data(), batch, threads));
-    found.status(rarefy_mlp_backward(&mlp, dy_given.data(), up.x.data(), saved.data(), d_x.data(), &gradients, batch, threads));
-    const auto compare = [&found](const char *what, const Guarded &got, const Near &truth) {
+    found.status(rarefy_mlp_forward(&mlp, up.x.data(), y.data(), saved.data(), batch, threads));
+    found.status(rarefy_mlp_backward(&mlp, truth.dy.data(), up.x.data(), saved.data(), dx.data(), &gradients, batch, threads));
+    const auto compare = [&found](const char *what, const Guarded &got, const Near &near) {
       if (!got.intact()) found.fail(std::string(what) + ": written outside the output");
-      found.compare(what, got.data(), truth.exact, truth.off);
+      found.compare(what, got.data(), near.exact, near.off);
     };
-    compare("y", out, y);
-    compare("dx", d_x, dx);
-    compare("d up", d_up, gradient(up, dz, x, batch));
-    compare("d up bias", d_up_bias, column_sums(dz, up.out, batch));
-    compare("d down", d_down, gradient(down, dy, h, batch));
-    compare("d down bias", d_down_bias, column_sums(dy, down.out, batch));
+    compare("y", y, truth.y);
+    compare("dx", dx, truth.dx);
+    compare("d up", d_up, truth.d_up);
+    compare("d up bias", d_up_bias, truth.d_up_bias);
+    compare("d down", d_down, truth.d_down);
+    compare("d down bias", d_down_bias, truth.d_down_bias);
     if (!gated) continue;
-    compare("d gate", d_gate, gradient(gate, dg, x, batch));
-    compare("d gate bias", d_gate_bias, column_sums(dg, gate.out, batch));
+    compare("d gate", d_gate, truth.d_gate);
+    compare("d gate bias", d_gate_bias, truth.d_gate_bias);
   }
 }
 

@@ -14,6 +14,7 @@ between has hooks, dropout would drop, an activation has been replaced, or a lay
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from dataclasses import dataclass
@@ -98,15 +99,18 @@ def recognise(module: nn.Module) -> Recipe | None:
     children = dict(module.named_children())
     if sum(isinstance(child, SparseLinear) for child in children.values()) not in (2, 3):
         return None
-    training, found = module.training, []
+    found = []
     try:
         for mode in (True, False):
-            module.training = mode
-            found.append(_read(_Tracer().trace(module), children))
+            twin = copy.copy(module)  # what forward writes to itself must not reach the module
+            twin.training = mode
+            before = dict(twin.__dict__)
+            found.append(_read(_Tracer().trace(twin), children))
+            after = twin.__dict__
+            if before.keys() != after.keys() or any(after[name] is not kept for name, kept in before.items()):
+                return None  # it keeps something of its input, which the fused call would not
     except Exception:  # whatever other people's forward does with what is no tensor
         return None
-    finally:
-        module.training = training
     return found[0] if found[0] == found[1] else None
 
 
