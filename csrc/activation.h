@@ -41,10 +41,10 @@ template <int ACTIVATION>
 inline void activate(vec z, vec &h, vec &d) {
   const vec zero = {}, one = broadcast(1.0f);
   if constexpr (ACTIVATION == RAREFY_RELU || ACTIVATION == RAREFY_SQUARED_RELU) {
-    const ints positive = z > zero;
-    h = select(z != z, z, select(positive, z, zero));
+    const ints off = z <= zero;  // NaN passes
+    h = select(off, zero, z);
     if constexpr (ACTIVATION == RAREFY_RELU) {
-      d = select(positive, one, zero);
+      d = select(off, zero, one);
     } else {
       d = h + h;
       h = h * h;

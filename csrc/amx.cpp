@@ -445,18 +445,18 @@ inline void activate_at(const bf16 *z, vec &h, vec &slope) {
 }
 
 template <int SIDE>
-int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
-                const float *down_bias, const bf16 *x, bf16 *y, bf16 *z, int64_t batch, int threads) {
-  const Side up = side_of(mlp->up, false), down = side_of(mlp->down, false);
-  const int64_t in = mlp->up->in_features, hidden = mlp->up->out_features, out = mlp->down->out_features;
+int mlp_forward(const rarefy_mlp *mlp, const bf16 *x, bf16 *y, bf16 *z, int64_t batch, int threads) {
+  const rarefy_pattern *first = mlp->up.pattern, *second = mlp->down.pattern;
+  const Side up = side_of(first, false), down = side_of(second, false);
+  const int64_t in = first->in_features, hidden = first->out_features, out = second->out_features;
   const int64_t panels = ceil_div(batch, kTokens), own = (in + hidden) / 2 * kTokens + kOutputsAtOnce * kTokens;
   bf16 *up_blocks = nullptr, *down_blocks = nullptr;
   word *buffers = nullptr;
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    up_blocks = carver.take<bf16>(mlp->up->num_units * (SIDE * SIDE));
-    down_blocks = carver.take<bf16>(mlp->down->num_units * (SIDE * SIDE));
+    up_blocks = carver.take<bf16>(first->num_units * (SIDE * SIDE));
+    down_blocks = carver.take<bf16>(second->num_units * (SIDE * SIDE));
     buffers = carver.take<word>(threads * own);
     if (pass == 0) {
       lease = lease_acquire(carver.used);
@@ -469,8 +469,8 @@ int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_b
     const FlushDenormals flush;
     Tiles tiles;
     tiles.shape(SIDE, SIDE / 2, 16);
-    convert_side<SIDE>(up, up_values, false, up_blocks);
-    convert_side<SIDE>(down, down_values, false, down_blocks);
+    convert_side<SIDE>(up, mlp->up.values, false, up_blocks);
+    convert_side<SIDE>(down, mlp->down.values, false, down_blocks);
 #pragma omp barrier
     word *x_words = buffers + omp_get_thread_num() * own, *h_words = x_words + in / 2 * kTokens;
     float *sums = reinterpret_cast<float *>(h_words + hidden / 2 * kTokens);
@@ -486,7 +486,7 @@ int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_b
             for (int64_t group = 0; group < kTokens; group += VL) {
               vec h[2], slope;
               for (int i = 0; i < 2; ++i) {
-                const vec start = up_bias != nullptr ? broadcast(up_bias[f + i]) : vec{};
+                const vec start = mlp->up.bias != nullptr ? broadcast(mlp->up.bias[f + i]) : vec{};
                 bf16 *place = z + (at * hidden + f + i) * kTokens + group;
                 store_any(place, load(sums + (f + i - r * SIDE) * kTokens + group) + start);
                 activate_at<decltype(activation)::value>(place, h[i], slope);
@@ -496,7 +496,7 @@ int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_b
           }
         });
       }
-      multiply_panel<SIDE>(down, down_blocks, h_words, 0, down.num_rows, down_bias, out, tokens, y + token * out, sums);
+      multiply_panel<SIDE>(down, down_blocks, h_words, 0, down.num_rows, mlp->down.bias, out, tokens, y + token * out, sums);
     }
   }
   lease_release(lease);
@@ -518,12 +518,12 @@ void pair_tokens(const bf16 *rows, word *words) {
 }
 
 template <int SIDE>
-int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const bf16 *dy, const bf16 *x,
-                 const bf16 *z, bf16 *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
-                 float *d_down_bias, int64_t batch, int threads) {
-  const Side up = side_of(mlp->up, true), down = side_of(mlp->down, true);
+int mlp_backward(const rarefy_mlp *mlp, const bf16 *dy, const bf16 *x, const bf16 *z, bf16 *dx,
+                 const rarefy_layer_gradients &d_up, const rarefy_layer_gradients &d_down, int64_t batch, int threads) {
+  const rarefy_pattern *up_pattern = mlp->up.pattern, *down_pattern = mlp->down.pattern;
+  const Side up = side_of(up_pattern, true), down = side_of(down_pattern, true);
   const Chunks up_chunks = {up, threads > 1 ? 2 * threads : 1}, down_chunks = {down, threads > 1 ? 2 * threads : 1};
-  const int64_t in = mlp->up->in_features, hidden = mlp->up->out_features, out = mlp->down->out_features;
+  const int64_t in = up_pattern->in_features, hidden = up_pattern->out_features, out = down_pattern->out_features;
   const int64_t panels = ceil_div(batch, kTokens);
   const int64_t group = max64(2, min64(panels, 2 * kPanelBytes / max64(1, (out + hidden) * kTokens * 2)));
   const int64_t up_panel = up_chunks.widest() * (kTokens / 2 * SIDE), down_panel = down_chunks.widest() * (kTokens / 2 * SIDE);
@@ -534,14 +534,14 @@ int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *dow
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    up_blocks = carver.take<bf16>(mlp->up->num_units * (SIDE * SIDE));
-    down_blocks = carver.take<bf16>(mlp->down->num_units * (SIDE * SIDE));
+    up_blocks = carver.take<bf16>(up_pattern->num_units * (SIDE * SIDE));
+    down_blocks = carver.take<bf16>(down_pattern->num_units * (SIDE * SIDE));
     dy_words = carver.take<word>(group * out / 2 * kTokens);
     dz_words = carver.take<word>(group * hidden / 2 * kTokens);
     dy_rows = carver.take<bf16>(group * out * kTokens);
     dz_rows = carver.take<bf16>(group * hidden * kTokens);
     up_parts = carver.take<float>(panels * hidden);
-    down_parts = carver.take<float>(d_down_bias != nullptr ? panels * out : 0);
+    down_parts = carver.take<float>(d_down.bias != nullptr ? panels * out : 0);
     buffers = carver.take<word>(threads * own);
     if (pass == 0) {
       lease = lease_acquire(carver.used);
@@ -553,14 +553,14 @@ int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *dow
   {
     const FlushDenormals flush;
     Tiles tiles;
-    if (dx != nullptr) convert_side<SIDE>(up, up_values, true, up_blocks);
-    convert_side<SIDE>(down, down_values, true, down_blocks);
+    if (dx != nullptr) convert_side<SIDE>(up, mlp->up.values, true, up_blocks);
+    convert_side<SIDE>(down, mlp->down.values, true, down_blocks);
     word *words = buffers + omp_get_thread_num() * own;
     float *sums = reinterpret_cast<float *>(words + group * max64(up_panel, down_panel));
     bf16 *h_rows = reinterpret_cast<bf16 *>(sums + kOutputsAtOnce * kTokens);
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = min64(group, panels - first);
-      pack_dy(dy, out, first, count, batch, dy_words, dy_rows, d_down_bias != nullptr ? down_parts : nullptr);
+      pack_dy(dy, out, first, count, batch, dy_words, dy_rows, d_down.bias != nullptr ? down_parts : nullptr);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t chunk = 0; chunk < down_chunks.count; ++chunk) {
         const int64_t begin = down_chunks.begin(chunk), end = down_chunks.begin(chunk + 1);
@@ -595,13 +595,13 @@ int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *dow
           }
         }
         tiles.shape(SIDE, 16, SIDE);
-        add_columns<SIDE>(down, begin, end, dy_rows, out * kTokens, words, down_panel, count, first > 0, d_down_values);
+        add_columns<SIDE>(down, begin, end, dy_rows, out * kTokens, words, down_panel, count, first > 0, d_down.values);
       }
       gradients_of<SIDE>(up, up_chunks, up_blocks, dz_words, dz_rows, hidden, x, dx, in, first, count, batch, words,
-                         up_panel, sums, d_up_values, tiles);
+                         up_panel, sums, d_up.values, tiles);
     }
-    if (d_up_bias != nullptr) add_bias_parts(up_parts, panels, hidden, d_up_bias);
-    if (d_down_bias != nullptr) add_bias_parts(down_parts, panels, out, d_down_bias);
+    if (d_up.bias != nullptr) add_bias_parts(up_parts, panels, hidden, d_up.bias);
+    if (d_down.bias != nullptr) add_bias_parts(down_parts, panels, out, d_down.bias);
   }
   lease_release(lease);
   return RAREFY_OK;
@@ -634,31 +634,23 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
 }
 
 bool takes(const rarefy_mlp *mlp, int64_t batch) {
+  const rarefy_pattern *up = mlp->up.pattern, *down = mlp->down.pattern;
   const bool half = mlp->half_rows != 0 && mlp->half_saved != 0;
-  return takes(mlp->up, half, batch) && takes(mlp->down, half, batch) && mlp->up->block_rows == mlp->down->block_rows;
+  return mlp->gate.pattern == nullptr && up->block_rows == down->block_rows && takes(up, half, batch) && takes(down, half, batch);
 }
 
-int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
-                const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
-  if (!takes(mlp, batch)) {
-    return kernels_avx512()->mlp_forward(mlp, up_values, up_bias, down_values, down_bias, x, y, z, batch, threads);
-  }
-  return (mlp->up->block_rows == 8 ? mlp_forward<8> : mlp_forward<16>)(
-      mlp, up_values, up_bias, down_values, down_bias, static_cast<const bf16 *>(x), static_cast<bf16 *>(y),
-      static_cast<bf16 *>(z), batch, threads);
+int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) return kernels_avx512()->mlp_forward(mlp, x, y, z, batch, threads);
+  return (mlp->up.pattern->block_rows == 8 ? mlp_forward<8> : mlp_forward<16>)(
+      mlp, static_cast<const bf16 *>(x), static_cast<bf16 *>(y), static_cast<bf16 *>(z), batch, threads);
 }
 
-int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy, const void *x,
-                 const void *z, void *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
-                 float *d_down_bias, int64_t batch, int threads) {
-  if (!takes(mlp, batch)) {
-    return kernels_avx512()->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias,
-                                          d_down_values, d_down_bias, batch, threads);
-  }
-  return (mlp->up->block_rows == 8 ? mlp_backward<8> : mlp_backward<16>)(
-      mlp, up_values, down_values, static_cast<const bf16 *>(dy), static_cast<const bf16 *>(x),
-      static_cast<const bf16 *>(z), static_cast<bf16 *>(dx), d_up_values, d_up_bias, d_down_values, d_down_bias, batch,
-      threads);
+int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
+                 const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) return kernels_avx512()->mlp_backward(mlp, dy, x, z, dx, gradients, batch, threads);
+  return (mlp->up.pattern->block_rows == 8 ? mlp_backward<8> : mlp_backward<16>)(
+      mlp, static_cast<const bf16 *>(dy), static_cast<const bf16 *>(x), static_cast<const bf16 *>(z),
+      static_cast<bf16 *>(dx), gradients->up, gradients->down, batch, threads);
 }
 
 }  // namespace

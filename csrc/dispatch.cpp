@@ -164,38 +164,43 @@ int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float
   return backward(pattern, nullptr, dy, x, nullptr, dvalues, dbias, false, batch, threads);
 }
 
-static bool bad(const rarefy_mlp *mlp, int64_t batch, bool transposed) {
-  if (mlp == nullptr || bad(mlp->up, batch, transposed) || bad(mlp->down, batch, transposed)) return true;
-  if (mlp->up->out_features != mlp->down->in_features) return true;
+static bool bad(const rarefy_layer &layer, int64_t batch, bool backward) {
+  return bad(layer.pattern, batch, backward) || missing(layer.values, layer.pattern->num_units);
+}
+
+static bool bad(const rarefy_mlp *mlp, int64_t batch, bool backward) {
+  if (mlp == nullptr || bad(mlp->up, batch, backward) || bad(mlp->down, batch, backward)) return true;
+  const rarefy_pattern *up = mlp->up.pattern, *gate = mlp->gate.pattern;
+  if (up->out_features != mlp->down.pattern->in_features) return true;
+  if (gate != nullptr) {
+    if (bad(mlp->gate, batch, backward)) return true;
+    if (gate->in_features != up->in_features || gate->out_features != up->out_features) return true;
+  }
   return mlp->activation < RAREFY_GELU || mlp->activation > RAREFY_SQUARED_RELU;
 }
 
-int rarefy_mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
-                       const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
+int rarefy_mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad(mlp, batch, false) || missing(up_values, mlp->up->num_units) || missing(down_values, mlp->down->num_units) ||
-      missing(x, batch * mlp->up->in_features) || missing(y, batch * mlp->down->out_features) ||
-      missing(z, batch * mlp->up->out_features)) {
+  if (bad(mlp, batch, false) || missing(x, batch * mlp->up.pattern->in_features) ||
+      missing(y, batch * mlp->down.pattern->out_features) || missing(z, batch * mlp->up.pattern->out_features)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->mlp_forward(mlp, up_values, up_bias, down_values, down_bias, x, y, z, batch, thread_count(threads));
+  return kernels->mlp_forward(mlp, x, y, z, batch, thread_count(threads));
 }
 
-int rarefy_mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy,
-                        const void *x, const void *z, void *dx, float *d_up_values, float *d_up_bias,
-                        float *d_down_values, float *d_down_bias, int64_t batch, int threads) {
+int rarefy_mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
+                        const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad(mlp, batch, true)) return RAREFY_BAD_ARGUMENT;
-  const int64_t up_units = mlp->up->num_units, down_units = mlp->down->num_units;
-  if (missing(up_values, up_units) || missing(d_up_values, up_units) || missing(down_values, down_units) ||
-      missing(d_down_values, down_units) || missing(dy, batch * mlp->down->out_features) ||
-      missing(x, batch * mlp->up->in_features) || missing(z, batch * mlp->up->out_features)) {
+  if (bad(mlp, batch, true) || gradients == nullptr) return RAREFY_BAD_ARGUMENT;
+  const rarefy_pattern *gate = mlp->gate.pattern, *up = mlp->up.pattern, *down = mlp->down.pattern;
+  if (missing(gradients->up.values, up->num_units) || missing(gradients->down.values, down->num_units) ||
+      (gate != nullptr && missing(gradients->gate.values, gate->num_units)) || missing(dy, batch * down->out_features) ||
+      missing(x, batch * up->in_features) || missing(z, batch * up->out_features)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->mlp_backward(mlp, up_values, down_values, dy, x, z, dx, d_up_values, d_up_bias, d_down_values, d_down_bias,
-                               batch, thread_count(threads));
+  return kernels->mlp_backward(mlp, dy, x, z, dx, gradients, batch, thread_count(threads));
 }
 
 int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,

@@ -1,5 +1,6 @@
-// An MLP in one call: up, activation, down. What lies between the two matrices never becomes row-major: the forward pass
-// keeps it in a thread's own cache and stores only the inputs of the activation, in panels, for the backward pass.
+// An MLP in one call: up, activation, down; if gated, activation(gate) * up, down. What lies between the matrices never
+// becomes row-major: the forward pass keeps it in a thread's own cache and stores only the outputs of the matrices that read
+// x, in panels, for the backward pass.
 #pragma once
 
 #include "activation.h"
@@ -10,14 +11,14 @@ namespace {
 
 constexpr int64_t kMlpBytes = int64_t(16) << 20;  // panels of gradients that the threads share
 
-// The stored inputs of the activation: RAREFY_SAVED_TOKENS tokens side by side for each hidden feature, on every
-// instruction set, so that a panel of ours is a part of one.
+// What is kept of the forward pass: RAREFY_SAVED_TOKENS tokens side by side for each feature, on every instruction set, so
+// that a panel of ours is a part of one. Features are the hidden ones; if gated, those of the gate and then those of up.
 struct Saved {
   void *data;
-  int64_t hidden;
+  int64_t features;
   bool half;
   int64_t offset(int64_t token, int64_t f) const {
-    return (token / RAREFY_SAVED_TOKENS * hidden + f) * RAREFY_SAVED_TOKENS + token % RAREFY_SAVED_TOKENS;
+    return (token / RAREFY_SAVED_TOKENS * features + f) * RAREFY_SAVED_TOKENS + token % RAREFY_SAVED_TOKENS;
   }
   vec load_at(int64_t at) const {
     return half ? load_any(static_cast<const bf16 *>(data) + at) : load_any(static_cast<const float *>(data) + at);
@@ -32,25 +33,36 @@ struct Saved {
 };
 static_assert(RAREFY_SAVED_TOKENS % kPanel == 0, "a panel may not cross the border of a stored one");
 
-struct Mlp {
-  const rarefy_pattern *up, *down;
-  const TileKernels *up_kernels, *down_kernels;
-  int activation;
+struct MlpLayer {
+  rarefy_layer layer;
+  const TileKernels *kernels;
+  rarefy_layer_gradients gradients;  // of the backward pass
 };
 
-inline int mlp_forward(const Mlp &mlp, const float *up_values, const float *up_bias, const float *down_values,
-                       const float *down_bias, const RowMajor &x, const RowMajor &y, const Saved &z, int64_t batch, int threads) {
-  const int64_t panels = ceil_div(batch, kPanel);
-  Matrix up = plan_multiply(mlp.up, mlp.up_kernels, false, 1), down = plan_multiply(mlp.down, mlp.down_kernels, false, 1);
-  const int64_t sums_floats = max64(up.chunk_floats(), down.chunk_floats());
-  const int64_t own = (x.features + z.hidden) * kPanel + sums_floats;
-  const int64_t scratch_ints = max64(build_scratch(up.s), build_scratch(down.s));
+// `inner` are the layers that read x: first the one whose outputs z go through the activation, then, if gated, the one whose
+// outputs its result is multiplied by.
+struct Mlp {
+  MlpLayer inner[2], down;
+  int num_inner, activation;
+  int64_t hidden() const { return down.layer.pattern->in_features; }
+};
+
+inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, const Saved &z, int64_t batch, int threads) {
+  const int64_t panels = ceil_div(batch, kPanel), hidden = mlp.hidden();
+  Matrix inner[2], down = plan_multiply(mlp.down.layer.pattern, mlp.down.kernels, false, 1);
+  int64_t sums_floats = down.chunk_floats(), scratch_ints = build_scratch(down.s);
+  for (int i = 0; i < mlp.num_inner; ++i) {
+    inner[i] = plan_multiply(mlp.inner[i].layer.pattern, mlp.inner[i].kernels, false, 1);
+    sums_floats = max64(sums_floats, inner[i].chunk_floats());
+    scratch_ints = max64(scratch_ints, build_scratch(inner[i].s));
+  }
+  const int64_t own = (x.features + hidden) * kPanel + sums_floats;
   float *buffers = nullptr;
   int32_t *scratch = nullptr;
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    carve_matrix(up, carver);
+    for (int i = 0; i < mlp.num_inner; ++i) carve_matrix(inner[i], carver);
     carve_matrix(down, carver);
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * scratch_ints);
@@ -64,35 +76,53 @@ inline int mlp_forward(const Mlp &mlp, const float *up_values, const float *up_b
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-    build(up, up_values, scratch + thread * scratch_ints);
-    build(down, down_values, scratch + thread * scratch_ints);
+    for (int i = 0; i < mlp.num_inner; ++i) build(inner[i], mlp.inner[i].layer.values, scratch + thread * scratch_ints);
+    build(down, mlp.down.layer.values, scratch + thread * scratch_ints);
 #pragma omp barrier
-    float *panel = buffers + thread * own, *h = panel + x.features * kPanel, *sums = h + z.hidden * kPanel;
+    float *panel = buffers + thread * own, *h = panel + x.features * kPanel, *sums = h + hidden * kPanel;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t at = 0; at < panels; ++at) {
       const int64_t token = at * kPanel, tokens = min64(kPanel, batch - token);
+      // What becomes of the outputs is computed from what is stored: that is what the backward pass will see.
+      const auto activate_outputs = [&](int64_t first, int64_t count, const float *done) {
+        with_activation(mlp.activation, [&](auto activation) {
+          for (int64_t r = 0; r < count; ++r) {
+            const int64_t place = z.offset(token, first + r);
+            for (int v = 0; v < kWide; ++v) {
+              vec value, slope;
+              z.store_at(place + v * VL, load(done + r * kPanel + v * VL));
+              activate<decltype(activation)::value>(z.load_at(place + v * VL), value, slope);
+              store(h + (first + r) * kPanel + v * VL, value);
+            }
+          }
+        });
+      };
+      const auto multiply_outputs = [&](int64_t first, int64_t count, const float *done) {
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t place = z.offset(token, hidden + first + r);
+          for (int v = 0; v < kWide; ++v) {
+            float *value = h + (first + r) * kPanel + v * VL;
+            z.store_at(place + v * VL, load(done + r * kPanel + v * VL));
+            store(value, load(value) * z.load_at(place + v * VL));
+          }
+        }
+      };
       multiply_panel(
-          up, 0, up.s.num_chunks, up_bias, panel, sums,
+          inner[0], 0, inner[0].s.num_chunks, mlp.inner[0].layer.bias, panel, sums,
           [&](int64_t f0, int64_t f1) { pack_rows<kWide>(x, token, tokens, f0, f1, panel + f0 * kPanel); },
           [&](int64_t chunk, int64_t t, Prefetch &prefetch) {
-            const int64_t f0 = up.first_input(t + 1), f1 = up.first_input(t + 2);
+            const int64_t f0 = inner[0].first_input(t + 1), f1 = inner[0].first_input(t + 2);
             if (chunk == 0) prefetch.add(x.at(token, f0), x.features * x.element_bytes(), tokens, (f1 - f0) * x.element_bytes());
           },
-          [&](int64_t first, int64_t count, const float *done) {
-            with_activation(mlp.activation, [&](auto activation) {
-              for (int64_t r = 0; r < count; ++r) {
-                const int64_t place = z.offset(token, first + r);
-                for (int v = 0; v < kWide; ++v) {
-                  vec value, slope;
-                  z.store_at(place + v * VL, load(done + r * kPanel + v * VL));
-                  activate<decltype(activation)::value>(z.load_at(place + v * VL), value, slope);  // what backward will see
-                  store(h + (first + r) * kPanel + v * VL, value);
-                }
-              }
-            });
-          });
+          activate_outputs);
+      if (mlp.num_inner == 2) {
+        // The first matrix packed x in whole, unless it has no outputs; then there are no hidden features at all.
+        multiply_panel(
+            inner[1], 0, inner[1].s.num_chunks, mlp.inner[1].layer.bias, panel, sums, [](int64_t, int64_t) {},
+            [](int64_t, int64_t, Prefetch &) {}, multiply_outputs);
+      }
       multiply_panel(
-          down, 0, down.s.num_chunks, down_bias, h, sums, [](int64_t, int64_t) {},
+          down, 0, down.s.num_chunks, mlp.down.layer.bias, h, sums, [](int64_t, int64_t) {},
           [&](int64_t chunk, int64_t t, Prefetch &prefetch) { expect_outputs(down, chunk, t, y, token, tokens, prefetch); },
           [&](int64_t first, int64_t count, const float *done) {
             unpack_rows<kWide>(done, token, tokens, first, first + count, y);
@@ -103,27 +133,35 @@ inline int mlp_forward(const Mlp &mlp, const float *up_values, const float *up_b
   return RAREFY_OK;
 }
 
-// dx may be null. A group of panels goes through the second matrix, then through the first.
-inline int mlp_backward(const Mlp &mlp, const float *up_values, const float *down_values, const RowMajor &dy, const RowMajor &x,
-                        const Saved &z, const RowMajor &dx, float *d_up_values, float *d_up_bias, float *d_down_values,
-                        float *d_down_bias, int64_t batch, int threads) {
-  const int64_t panels = ceil_div(batch, kPanel), hidden = z.hidden, out = dy.features;
-  Gradients up = plan_gradients(mlp.up, mlp.up_kernels, threads), down = plan_gradients(mlp.down, mlp.down_kernels, threads);
-  const int64_t panel_bytes = max64(1, (hidden + out) * kPanel * int64_t(sizeof(float)));
-  const int64_t group = max64(2, min64(panels, kMlpBytes / panel_bytes));
-  const int64_t own = max64(up.own_floats(), down.own_floats()), slopes = down.m.chunk_floats();
-  const int64_t scratch_ints = max64(build_scratch(up.m.s), build_scratch(down.m.s));
-  const bool has_dx = dx.data != nullptr;
-  float *dy_panels = nullptr, *dz_panels = nullptr, *buffers = nullptr;
+// dx may be null. A group of panels goes through the last matrix, then through those that read x.
+inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, const Saved &z, const RowMajor &dx, int64_t batch,
+                        int threads) {
+  const int64_t panels = ceil_div(batch, kPanel), hidden = mlp.hidden(), out = dy.features, in = x.features;
+  const int num_inner = mlp.num_inner;
+  const bool has_dx = dx.data != nullptr, sums_dx = has_dx && num_inner == 2;
+  Gradients inner[2], down = plan_gradients(mlp.down.layer.pattern, mlp.down.kernels, threads);
+  const int64_t slopes = down.m.chunk_floats();
+  int64_t own = down.own_floats(), scratch_ints = build_scratch(down.m.s);
+  for (int i = 0; i < num_inner; ++i) {
+    inner[i] = plan_gradients(mlp.inner[i].layer.pattern, mlp.inner[i].kernels, threads);
+    own = max64(own, inner[i].own_floats());
+    scratch_ints = max64(scratch_ints, build_scratch(inner[i].m.s));
+  }
+  const int64_t panel_floats = (num_inner * hidden + out + (sums_dx ? in : 0)) * kPanel;
+  const int64_t group = max64(2, min64(panels, kMlpBytes / max64(1, panel_floats * int64_t(sizeof(float)))));
+  float *dy_panels = nullptr, *dz_panels[2] = {}, *dx_panels = nullptr, *buffers = nullptr;
   int32_t *scratch = nullptr;
   Carver carver = {nullptr, 0};
   Lease lease = {nullptr, 0};
   for (int pass = 0; pass < 2; ++pass) {
-    carve_gradients(up, carver, panels, d_up_bias != nullptr);
-    carve_gradients(down, carver, panels, d_down_bias != nullptr);
+    for (int i = 0; i < num_inner; ++i) {
+      carve_gradients(inner[i], carver, panels, mlp.inner[i].gradients.bias != nullptr);
+      dz_panels[i] = carver.take<float>(group * hidden * kPanel);
+    }
+    carve_gradients(down, carver, panels, mlp.down.gradients.bias != nullptr);
     dy_panels = carver.take<float>(group * out * kPanel);
-    dz_panels = carver.take<float>(group * hidden * kPanel);
-    buffers = carver.take<float>(threads * (own + slopes));
+    dx_panels = carver.take<float>(sums_dx ? group * in * kPanel : 0);
+    buffers = carver.take<float>(threads * (own + num_inner * slopes));
     scratch = carver.take<int32_t>(threads * scratch_ints);
     if (pass == 0) {
       lease = lease_acquire(carver.used);
@@ -135,70 +173,95 @@ inline int mlp_backward(const Mlp &mlp, const float *up_values, const float *dow
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-    float *mine = buffers + thread * (own + slopes), *slope = mine + own;
-    build(up.m, has_dx ? up_values : nullptr, scratch + thread * scratch_ints);
-    build(down.m, down_values, scratch + thread * scratch_ints);
+    float *mine = buffers + thread * (own + num_inner * slopes), *slope[2] = {mine + own, mine + own + slopes};
+    for (int i = 0; i < num_inner; ++i) {
+      build(inner[i].m, has_dx ? mlp.inner[i].layer.values : nullptr, scratch + thread * scratch_ints);
+    }
+    build(down.m, mlp.down.layer.values, scratch + thread * scratch_ints);
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = min64(group, panels - first);
       const auto tokens_of = [&](int64_t panel) { return max64(0, min64(kPanel, batch - panel * kPanel)); };
-      pack_dy(dy, first, count, batch, dy_panels, d_down_bias != nullptr ? down.bias_parts : nullptr);
+      pack_dy(dy, first, count, batch, dy_panels, mlp.down.gradients.bias != nullptr ? down.bias_parts : nullptr);
       clear_dots(down, mine);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t chunk = 0; chunk < down.m.s.num_chunks; ++chunk) {
         gradients_chunk<true>(
             down, chunk, dy_panels, first, count, mine,
-            [&](int64_t panel, int64_t c0, int64_t c1, float *h) {
+            [&](int64_t panel, int64_t c0, int64_t c1, float *h) {  // and its derivatives, which `emit` needs
               with_activation(mlp.activation, [&](auto activation) {
                 for (int64_t r = 0; r < c1 - c0; ++r) {
-                  const int64_t place = z.offset(panel * kPanel, c0 + r);
+                  const int64_t place = z.offset(panel * kPanel, c0 + r), factor = z.offset(panel * kPanel, hidden + c0 + r);
                   for (int v = 0; v < kWide; ++v) {
+                    const int64_t lane = r * kPanel + v * VL;
                     vec value, derivative;
                     activate<decltype(activation)::value>(z.load_at(place + v * VL), value, derivative);
-                    store(h + r * kPanel + v * VL, value);
-                    store(slope + r * kPanel + v * VL, derivative);
+                    if (num_inner == 2) {
+                      const vec up = z.load_at(factor + v * VL);
+                      store(slope[1] + lane, value);
+                      value *= up;
+                      derivative *= up;
+                    }
+                    store(h + lane, value);
+                    store(slope[0] + lane, derivative);
                   }
                 }
               });
             },
             [](int64_t, int64_t, int64_t, int64_t, Prefetch &) {},
             [&](int64_t panel, int64_t c0, int64_t c1, const float *dh) {
-              float *dz = dz_panels + ((panel - first) * hidden + c0) * kPanel;
-              for (int64_t r = 0; r < c1 - c0; ++r) {
-                vec total = {};
-                for (int v = 0; v < kWide; ++v) {
-                  const vec d = load(dh + r * kPanel + v * VL) * load(slope + r * kPanel + v * VL);
-                  store(dz + r * kPanel + v * VL, d);
-                  total += d;
+              for (int i = 0; i < num_inner; ++i) {
+                float *dz = dz_panels[i] + ((panel - first) * hidden + c0) * kPanel;
+                for (int64_t r = 0; r < c1 - c0; ++r) {
+                  vec total = {};
+                  for (int v = 0; v < kWide; ++v) {
+                    const vec d = load(dh + r * kPanel + v * VL) * load(slope[i] + r * kPanel + v * VL);
+                    store(dz + r * kPanel + v * VL, d);
+                    total += d;
+                  }
+                  if (mlp.inner[i].gradients.bias == nullptr) continue;
+                  float sum = 0.0f;
+                  for (int lane = 0; lane < VL; ++lane) sum += total[lane];
+                  inner[i].bias_parts[panel * hidden + c0 + r] = sum;
                 }
-                if (d_up_bias == nullptr) continue;
-                float sum = 0.0f;
-                for (int lane = 0; lane < VL; ++lane) sum += total[lane];
-                up.bias_parts[panel * hidden + c0 + r] = sum;
               }
             });
       }
-      clear_dots(up, mine);
-      const auto load_x = [&](int64_t panel, int64_t c0, int64_t c1, float *target) {
-        pack_rows<kWide>(x, panel * kPanel, tokens_of(panel), c0, c1, target);
-      };
-      const auto expect = [&](int64_t panel, int64_t c0, int64_t c1, int64_t t, Prefetch &prefetch) {
-        expect_rows(x, (panel + 1) * kPanel, tokens_of(panel + 1), c0, c1, t, up.m.s.num_tiles, prefetch);
-        if (has_dx) expect_rows(dx, panel * kPanel, tokens_of(panel), c0, c1, t, up.m.s.num_tiles, prefetch);
-      };
-      const auto emit = [&](int64_t panel, int64_t c0, int64_t c1, const float *sums) {
-        unpack_rows<kWide>(sums, panel * kPanel, tokens_of(panel), c0, c1, dx);
-      };
+      for (int i = 0; i < num_inner; ++i) {
+        const Gradients &g = inner[i];
+        const bool last = i == num_inner - 1;
+        clear_dots(g, mine);
+        const auto load_x = [&](int64_t panel, int64_t c0, int64_t c1, float *target) {
+          pack_rows<kWide>(x, panel * kPanel, tokens_of(panel), c0, c1, target);
+        };
+        const auto expect = [&](int64_t panel, int64_t c0, int64_t c1, int64_t t, Prefetch &prefetch) {
+          expect_rows(x, (panel + 1) * kPanel, tokens_of(panel + 1), c0, c1, t, g.m.s.num_tiles, prefetch);
+          if (has_dx && last) expect_rows(dx, panel * kPanel, tokens_of(panel), c0, c1, t, g.m.s.num_tiles, prefetch);
+        };
+        const auto emit = [&](int64_t panel, int64_t c0, int64_t c1, const float *sums) {
+          const float *total = sums;
+          if (sums_dx) {  // dx is rounded once, so the matrices' parts meet in float32
+            float *parts = dx_panels + ((panel - first) * in + c0) * kPanel;
+            for (int64_t at = 0; at < (c1 - c0) * kPanel; at += VL) {
+              store(parts + at, last ? load(parts + at) + load(sums + at) : load(sums + at));
+            }
+            total = parts;
+          }
+          if (last) unpack_rows<kWide>(total, panel * kPanel, tokens_of(panel), c0, c1, dx);
+        };
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t chunk = 0; chunk < up.m.s.num_chunks; ++chunk) {
-        if (has_dx) {
-          gradients_chunk<true>(up, chunk, dz_panels, first, count, mine, load_x, expect, emit);
-        } else {
-          gradients_chunk<false>(up, chunk, dz_panels, first, count, mine, load_x, expect, emit);
+        for (int64_t chunk = 0; chunk < g.m.s.num_chunks; ++chunk) {
+          if (has_dx) {
+            gradients_chunk<true>(g, chunk, dz_panels[i], first, count, mine, load_x, expect, emit);
+          } else {
+            gradients_chunk<false>(g, chunk, dz_panels[i], first, count, mine, load_x, expect, emit);
+          }
         }
       }
     }
-    finish_gradients(up, panels, d_up_values, d_up_bias);
-    finish_gradients(down, panels, d_down_values, d_down_bias);
+    for (int i = 0; i < num_inner; ++i) {
+      finish_gradients(inner[i], panels, mlp.inner[i].gradients.values, mlp.inner[i].gradients.bias);
+    }
+    finish_gradients(down, panels, mlp.down.gradients.values, mlp.down.gradients.bias);
   }
   lease_release(lease);
   return RAREFY_OK;

@@ -19,11 +19,9 @@ struct Kernels {
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
   int (*backward)(const rarefy_pattern *, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
                   float *dbias, bool half, int64_t batch, int threads);
-  int (*mlp_forward)(const rarefy_mlp *, const float *up_values, const float *up_bias, const float *down_values,
-                     const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads);
-  int (*mlp_backward)(const rarefy_mlp *, const float *up_values, const float *down_values, const void *dy,
-                      const void *x, const void *z, void *dx, float *d_up_values, float *d_up_bias,
-                      float *d_down_values, float *d_down_bias, int64_t batch, int threads);
+  int (*mlp_forward)(const rarefy_mlp *, const void *x, void *y, void *z, int64_t batch, int threads);
+  int (*mlp_backward)(const rarefy_mlp *, const void *dy, const void *x, const void *z, void *dx,
+                      const rarefy_mlp_gradients *, int64_t batch, int threads);
   int (*attention)(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
                    int64_t head_dim, int threads);
   int (*attention_backward)(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,

@@ -124,28 +124,40 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
                         threads);
 }
 
-int mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias, const float *down_values,
-                const float *down_bias, const void *x, void *y, void *z, int64_t batch, int threads) {
-  const rarefy_pattern *up = mlp->up, *down = mlp->down;
-  const Block *first = find_block(up->block_rows, up->block_cols), *second = find_block(down->block_rows, down->block_cols);
-  if (first == nullptr || second == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
-  const bool half = mlp->half_rows != 0;
-  return rarefy::mlp_forward({up, down, &first->tiled, &second->tiled, mlp->activation}, up_values, up_bias, down_values,
-                             down_bias, {x, up->in_features, half}, {y, down->out_features, half},
-                             {z, up->out_features, mlp->half_saved != 0}, batch, threads);
+// False if a block has no kernel.
+bool find_mlp(const rarefy_mlp &mlp, const rarefy_mlp_gradients &gradients, Mlp &found) {
+  const bool gated = mlp.gate.pattern != nullptr;
+  const auto set = [](MlpLayer &layer, const rarefy_layer &from, const rarefy_layer_gradients &to) {
+    const Block *block = find_block(from.pattern->block_rows, from.pattern->block_cols);
+    if (block != nullptr) layer = {from, &block->tiled, to};
+    return block != nullptr;
+  };
+  found.num_inner = gated ? 2 : 1;
+  found.activation = mlp.activation;
+  return (!gated || set(found.inner[0], mlp.gate, gradients.gate)) && set(found.inner[gated], mlp.up, gradients.up) &&
+         set(found.down, mlp.down, gradients.down);
 }
 
-int mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values, const void *dy, const void *x,
-                 const void *z, void *dx, float *d_up_values, float *d_up_bias, float *d_down_values,
-                 float *d_down_bias, int64_t batch, int threads) {
-  const rarefy_pattern *up = mlp->up, *down = mlp->down;
-  const Block *first = find_block(up->block_rows, up->block_cols), *second = find_block(down->block_rows, down->block_cols);
-  if (first == nullptr || second == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+Saved saved(const rarefy_mlp &mlp, const Mlp &found, const void *z) {
+  return {const_cast<void *>(z), found.num_inner * found.hidden(), mlp.half_saved != 0};
+}
+
+int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
+  Mlp found = {};
+  if (!find_mlp(*mlp, {}, found)) return RAREFY_UNSUPPORTED_BLOCK;
   const bool half = mlp->half_rows != 0;
-  return rarefy::mlp_backward({up, down, &first->tiled, &second->tiled, mlp->activation}, up_values, down_values,
-                              {dy, down->out_features, half}, {x, up->in_features, half},
-                              {const_cast<void *>(z), up->out_features, mlp->half_saved != 0}, {dx, up->in_features, half},
-                              d_up_values, d_up_bias, d_down_values, d_down_bias, batch, threads);
+  return rarefy::mlp_forward(found, {x, mlp->up.pattern->in_features, half}, {y, mlp->down.pattern->out_features, half},
+                             saved(*mlp, found, z), batch, threads);
+}
+
+int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
+                 const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
+  Mlp found = {};
+  if (!find_mlp(*mlp, *gradients, found)) return RAREFY_UNSUPPORTED_BLOCK;
+  const bool half = mlp->half_rows != 0;
+  const int64_t in = mlp->up.pattern->in_features;
+  return rarefy::mlp_backward(found, {dy, mlp->down.pattern->out_features, half}, {x, in, half}, saved(*mlp, found, z),
+                              {dx, in, half}, batch, threads);
 }
 
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)

@@ -71,26 +71,38 @@ RAREFY_API int rarefy_backward_bf16(const rarefy_pattern *pattern, const float *
                                     const uint16_t *x, uint16_t *dx, float *dvalues, float *dbias, int64_t batch,
                                     int threads);
 
-/* An MLP in one call: z = x W_up^T + up_bias, y = act(z) W_down^T + down_bias; biases may be NULL.
+/* An MLP in one call: h = act(z), z = x W_up^T + up_bias, and y = h W_down^T + down_bias. With a gate h = act(g) * z, where
+ * g = x W_gate^T + gate_bias.
  * x, y, dy and dx hold bfloat16 if `half_rows`, else float32. z is stored for the backward pass, in bfloat16 if
  * `half_saved` (then y is that of the rounded z), as (ceil(batch / RAREFY_SAVED_TOKENS), hidden, RAREFY_SAVED_TOKENS):
- * whole groups of tokens, feature-major; what stands at tokens past the last is undefined. */
+ * whole groups of tokens, feature-major; what stands at tokens past the last is undefined. With a gate there are
+ * 2 hidden features: g's, then z's. */
 enum { RAREFY_GELU = 0, RAREFY_GELU_TANH = 1, RAREFY_SILU = 2, RAREFY_RELU = 3, RAREFY_SQUARED_RELU = 4 };
 #define RAREFY_SAVED_TOKENS 64
 
 typedef struct {
-  const rarefy_pattern *up, *down; /* up->out_features == down->in_features, the hidden features */
+  const rarefy_pattern *pattern;
+  const float *values, *bias; /* bias may be NULL; the backward pass does not read it */
+} rarefy_layer;
+
+typedef struct {
+  rarefy_layer gate, up, down; /* gate.pattern is NULL if there is none. Outputs of gate and up are down's inputs */
   int32_t activation, half_rows, half_saved;
 } rarefy_mlp;
 
-RAREFY_API int rarefy_mlp_forward(const rarefy_mlp *mlp, const float *up_values, const float *up_bias,
-                                  const float *down_values, const float *down_bias, const void *x, void *y, void *z,
-                                  int64_t batch, int threads);
-/* dx and the gradients of the biases may be NULL. */
-RAREFY_API int rarefy_mlp_backward(const rarefy_mlp *mlp, const float *up_values, const float *down_values,
-                                   const void *dy, const void *x, const void *z, void *dx, float *d_up_values,
-                                   float *d_up_bias, float *d_down_values, float *d_down_bias, int64_t batch,
-                                   int threads);
+typedef struct {
+  float *values, *bias; /* bias may be NULL: then it is not computed */
+} rarefy_layer_gradients;
+
+typedef struct {
+  rarefy_layer_gradients gate, up, down; /* gate is not read if there is none */
+} rarefy_mlp_gradients;
+
+RAREFY_API int rarefy_mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads);
+/* dx may be NULL. */
+RAREFY_API int rarefy_mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
+                                   const rarefy_mlp_gradients *gradients, int64_t batch, int threads);
+
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim).
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);
  * lse (batch, heads, tokens): the natural logarithm of each softmax's denominator, which the backward pass needs.

@@ -56,6 +56,10 @@ for name, result, arguments in [
     ("spmm_t_f32", ctypes.c_int, [PATTERN, P, P, P, I64, ctypes.c_int]),
     ("sddmm_f32", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
     ("backward_f32", ctypes.c_int, [PATTERN, P, P, P, P, P, P, I64, ctypes.c_int]),
+    ("spmm_bf16", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
+    ("backward_bf16", ctypes.c_int, [PATTERN, P, P, P, P, P, P, I64, ctypes.c_int]),
+    ("mlp_forward", ctypes.c_int, [P, P, P, P, I64, ctypes.c_int]),
+    ("mlp_backward", ctypes.c_int, [P, P, P, P, P, P, I64, ctypes.c_int]),
     ("transpose", ctypes.c_int, [I64, I64, P, P, P, P, P, ctypes.c_int32]),
     ("grow_new", P, [I64]),
     ("grow_scan_f32", ctypes.c_int, [P, PATTERN, P, I64, I64, ctypes.c_int]),
@@ -301,6 +305,129 @@ def test_padding_tokens_stay_out_of_the_gradient(isa: str) -> None:
     assert LIB.rarefy_backward_f32(ctypes.byref(sparse.c), *args) == 0
     finite = np.isfinite(dvalues[:, 0, 0])
     assert (finite == (np.nonzero(sparse.units)[0] != 4)).all()
+
+
+# -- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+HALF_ULP = 2.0**-8  # of a number with 8 significant bits, as a part of it
+
+
+def narrow(array: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, by torch."""
+    return torch.from_numpy(array).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("batch", [1, 20, 33, 64, 200, 260])
+def test_bf16_activations_match_dense(isa: str, batch: int, block: tuple[int, int]) -> None:
+    """Exact in fp32, and rounded once when stored; gradients of values and bias are fp32."""
+    problem = Problem(Case(37, 29, 0.2, batch), block)
+    problem.x, problem.dy = widen(narrow(problem.x)), widen(narrow(problem.dy))
+    x, dy = narrow(problem.x), narrow(problem.dy)
+    w = torch.from_numpy(problem.sparse.dense(problem.values))
+    x64, dy64 = torch.from_numpy(problem.x).double(), torch.from_numpy(problem.dy).double()
+    y, dx = np.full((batch, w.shape[0]), 0x7FC1, np.uint16), np.full((batch, w.shape[1]), 0x7FC1, np.uint16)
+    dvalues, dbias = np.empty_like(problem.values), np.empty_like(problem.bias)
+    pattern = ctypes.byref(problem.sparse.c)
+    assert LIB.rarefy_spmm_bf16(pattern, at(problem.values), at(x), at(problem.bias), at(y), batch, 2) == 0
+    args = (at(problem.values), at(dy), at(x), at(dx), at(dvalues), at(dbias), batch, 2)
+    assert LIB.rarefy_backward_bf16(pattern, *args) == 0
+    bias = torch.from_numpy(problem.bias).double()
+    exact = {
+        "y": (x64 @ w.T + bias, x64.abs() @ w.abs().T + bias.abs(), widen(y)),
+        "dx": (dy64 @ w, dy64.abs() @ w.abs(), widen(dx)),
+        "dvalues": (*(problem.sparse.gather(m.numpy()) for m in (dy64.T @ x64, dy64.abs().T @ x64.abs())), dvalues),
+        "dbias": (dy64.sum(0), dy64.abs().sum(0), dbias),
+    }
+    for name, (truth, magnitude, found) in exact.items():
+        bound = (problem.terms[name] + 2) * EPS * np.asarray(magnitude)
+        if name in ("y", "dx"):
+            bound += HALF_ULP * (np.abs(np.asarray(truth)) + bound)
+        assert (np.abs(found - np.asarray(truth)) <= bound).all(), name
+
+
+@pytest.mark.parametrize("batch", [1, 20, 64, 200])
+def test_bf16_stores_round_to_nearest_even(isa: str, batch: int) -> None:
+    """Each value, times one, comes out as torch rounds it: ties, carries into the exponent, infinities, and NaN."""
+    rng = np.random.default_rng(0)
+    special = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x3FFFFFFF, 0x7F7FFFFF, 0xFF7F8000, 0x7F800000]
+    special += [0xFF800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x00800000, 0x80000000]
+    words = np.concatenate([np.array(special, np.uint32), rng.integers(0x00800000, 0x7F800000, 200, np.uint32)])
+    values = words.view(np.float32).reshape(-1, 1, 1).copy()
+    sparse = Sparse(np.ones((len(values), 1), bool), (1, 1), 2)
+    ones, y = narrow(np.ones((batch, 1), np.float32)), np.zeros((batch, len(values)), np.uint16)
+    assert LIB.rarefy_spmm_bf16(ctypes.byref(sparse.c), at(values), at(ones), None, at(y), batch, 2) == 0
+    wanted = np.broadcast_to(widen(narrow(values.reshape(1, -1))), y.shape)
+    # NaN is any NaN, and a sum that begins with 0 has no -0.
+    np.testing.assert_array_equal(widen(y), wanted)
+
+
+# -- MLPs -------------------------------------------------------------------------------------------------------------
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [("pattern", PATTERN), ("values", P), ("bias", P)]
+
+
+class CMlp(ctypes.Structure):
+    _fields_ = [
+        *((name, CLayer) for name in ("gate", "up", "down")),
+        *((name, ctypes.c_int32) for name in ("activation", "half_rows", "half_saved")),
+    ]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_mlps_stay_inside_their_outputs_and_refuse_bad_arguments(isa: str, gated: bool) -> None:
+    """Every output lies between guards; what is optional may be missing. Their values are checked in test_mlp.py."""
+    batch, features, hidden, out = 70, 24, 40, 16
+    layers, values = {}, {}
+    for seed, (name, rows, cols) in enumerate(
+        (("gate", hidden, features), ("up", hidden, features), ("down", out, hidden))
+    ):
+        layers[name], values[name], *_ = make(Case(rows, cols, 0.3, 1, seed=seed))
+    rng = np.random.default_rng(1)
+    x, dy = rng.standard_normal((batch, features), np.float32), rng.standard_normal((batch, out), np.float32)
+    parts = [
+        CLayer(ctypes.pointer(layers[name].c), at(values[name]), None) if gated or name != "gate" else CLayer()
+        for name in layers
+    ]
+    mlp = CMlp(*parts, 1, 0, 0)
+    saved, saved_room = guarded((2, hidden * (1 + gated), 64))
+    y, y_room = guarded((batch, out))
+
+    def forward(batch: int = batch, **change: int) -> int:
+        for name, value in change.items():
+            setattr(mlp, name, value)
+        return LIB.rarefy_mlp_forward(ctypes.byref(mlp), at(x), at(y), at(saved), batch, 2)
+
+    assert forward(activation=5) == BAD_ARGUMENT and forward(activation=-1) == BAD_ARGUMENT
+    assert forward(batch=-1, activation=1) == BAD_ARGUMENT
+    assert np.isnan(y).all()
+    assert forward() == 0 and np.isfinite(y).all()
+    gradients = {name: guarded(values[name].shape) for name in layers}
+    pairs = np.array([[at(gradients[name][0]), 0] for name in layers], np.uintp)  # values; no bias
+
+    def backward(dx: np.ndarray | None) -> list[np.ndarray]:
+        args = (at(dy), at(x), at(saved), at(dx), at(pairs), batch, 2)
+        assert LIB.rarefy_mlp_backward(ctypes.byref(mlp), *args) == 0
+        return [gradients[name][0].copy() for name in layers if gated or name != "gate"]
+
+    dx, dx_room = guarded((batch, features))
+    with_dx, without = backward(dx), backward(None)
+    assert np.isfinite(dx).all() and all(np.isfinite(gradient).all() for gradient in with_dx)
+    for a, b in zip(with_dx, without, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for array, room in ((y, y_room), (saved, saved_room), (dx, dx_room), *gradients.values()):
+        assert np.isnan(room[:17]).all() and np.isnan(room[17 + array.size :]).all()
+    pairs[1] = 0
+    args = (at(dy), at(x), at(saved), at(dx), at(pairs), batch, 2)
+    assert LIB.rarefy_mlp_backward(ctypes.byref(mlp), *args) == BAD_ARGUMENT
+    mlp.down.pattern = ctypes.pointer(layers["up"].c)  # whose inputs are not the hidden features
+    assert forward() == BAD_ARGUMENT
 
 
 def test_the_callers_denormals_survive(isa: str) -> None:

@@ -56,6 +56,55 @@ struct Truth {
     magnitude[at] += fabs(term);
     ++terms[at];
   }
+  Doubles bounds() const {
+    Doubles out;
+    for (size_t i = 0; i < exact.size(); ++i) out.push_back(double(terms[i] + 2) * FLT_EPSILON * magnitude[i]);
+    return out;
+  }
+};
+
+// bfloat16 is the upper half of a float. To nearest, ties to even.
+using Halves = std::vector<uint16_t>;
+float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+uint16_t narrow(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint16_t below = uint16_t(bits >> 16);
+  const uint32_t rest = bits & 0xffff;
+  if (x != x) return 0x7fc0;
+  return uint16_t(below + (rest > 0x8000 || (rest == 0x8000 && below % 2 == 1)));
+}
+Halves narrow(const Floats &wide) {
+  Halves out;
+  for (const float x : wide) out.push_back(narrow(x));
+  return out;
+}
+Floats widen(const Halves &halves) {
+  Floats out;
+  for (const uint16_t x : halves) out.push_back(widen(x));
+  return out;
+}
+
+// The same as Guarded, for bfloat16.
+class GuardedHalves {
+ public:
+  explicit GuardedHalves(size_t size) : size_(size), room_(size + 33, 0x7fc1) {}
+  uint16_t *data() { return room_.data() + 17; }
+  Floats floats() const { return widen(Halves(room_.begin() + 17, room_.begin() + 17 + int64_t(size_))); }
+  bool intact() const {
+    const auto untouched = [](uint16_t x) { return x == 0x7fc1; };
+    return std::all_of(room_.begin(), room_.begin() + 17, untouched) &&
+           std::all_of(room_.begin() + 17 + int64_t(size_), room_.end(), untouched);
+  }
+
+ private:
+  size_t size_;
+  Halves room_;
 };
 
 // An output full of NaN, at an address that is 4-byte aligned only, between cells that must stay as they are.
@@ -123,7 +172,7 @@ struct Problem {
     t_perm.resize(unit_row.size());
     std::vector<int32_t> cursor(t_crow);
     for (size_t k = 0; k < unit_row.size(); ++k) t_perm[cursor[unit_col[k]]++] = int32_t(k);
-    fill(narrow);
+    fill(short_indices);
     fill(full);
     values = random.floats(num_values());
     bias = random.floats(out);
@@ -134,10 +183,21 @@ struct Problem {
     batch = tokens;
     x = random.floats(batch * in);
     dy = random.floats(batch * out);
-    y.reset(new Truth(batch * out));
-    dx.reset(new Truth(batch * in));
-    dvalues.reset(new Truth(num_values()));
-    dbias.reset(new Truth(out));
+    half_x = narrow(x);
+    half_dy = narrow(dy);
+    set_truths(x, dy, wide);
+    if (c.size == Size::SMALL) set_truths(widen(half_x), widen(half_dy), half);
+  }
+
+  struct Truths {
+    std::unique_ptr<Truth> y, y_bias, dx, dvalues, dbias;
+  };
+
+  void set_truths(const Floats &x, const Floats &dy, Truths &truths) const {
+    truths.y.reset(new Truth(batch * out));
+    truths.dx.reset(new Truth(batch * in));
+    truths.dvalues.reset(new Truth(num_values()));
+    truths.dbias.reset(new Truth(out));
     for (size_t k = 0; k < unit_row.size(); ++k) {
       for (int64_t i = 0; i < br; ++i) {
         for (int64_t j = 0; j < bc; ++j) {
@@ -145,24 +205,24 @@ struct Problem {
           const int64_t entry = (int64_t(k) * br + i) * bc + j;
           for (int64_t t = 0; t < batch; ++t) {
             const double w = values[entry], input = x[t * in + col], gradient = dy[t * out + row];
-            y->add(t * out + row, w * input);
-            dx->add(t * in + col, w * gradient);
-            dvalues->add(entry, gradient * input);
+            truths.y->add(t * out + row, w * input);
+            truths.dx->add(t * in + col, w * gradient);
+            truths.dvalues->add(entry, gradient * input);
           }
         }
       }
     }
     for (int64_t t = 0; t < batch; ++t) {
-      for (int64_t row = 0; row < out; ++row) dbias->add(row, dy[t * out + row]);
+      for (int64_t row = 0; row < out; ++row) truths.dbias->add(row, dy[t * out + row]);
     }
-    y_bias.reset(new Truth(*y));
-    for (int64_t at = 0; at < batch * out; ++at) y_bias->add(at, bias[at % out]);
+    truths.y_bias.reset(new Truth(*truths.y));
+    for (int64_t at = 0; at < batch * out; ++at) truths.y_bias->add(at, bias[at % out]);
   }
 
   rarefy_pattern pattern(int index_bytes) const {
     return {out, in, br, bc, int64_t(unit_row.size()), crow.data(),
-            index_bytes == 2 ? static_cast<const void *>(narrow.cols.data()) : full.cols.data(), t_crow.data(),
-            index_bytes == 2 ? static_cast<const void *>(narrow.t_rows.data()) : full.t_rows.data(), t_perm.data(),
+            index_bytes == 2 ? static_cast<const void *>(short_indices.cols.data()) : full.cols.data(), t_crow.data(),
+            index_bytes == 2 ? static_cast<const void *>(short_indices.t_rows.data()) : full.t_rows.data(), t_perm.data(),
             index_bytes};
   }
   int64_t num_values() const { return int64_t(unit_row.size()) * br * bc; }
@@ -171,10 +231,11 @@ struct Problem {
   int64_t br, bc, out, in, batch = 0;
   Random random;
   std::vector<int32_t> unit_row, unit_col, crow, t_crow, t_perm;
-  Indices<uint16_t> narrow;
+  Indices<uint16_t> short_indices;
   Indices<int32_t> full;
   Floats values, bias, x, dy;
-  std::unique_ptr<Truth> y, y_bias, dx, dvalues, dbias;
+  Halves half_x, half_dy;
+  Truths wide, half;  // of x and dy, and of their bfloat16 (small cases only)
 
  private:
   template <class Index>
@@ -198,18 +259,26 @@ struct Found {
   }
   void compare(const char *what, const Guarded &got, const Truth &truth) {
     if (!got.intact()) fail(std::string(what) + ": written outside the output");
-    for (size_t i = 0; i < got.size(); ++i) {
-      const double error = fabs(got.data()[i] - truth.exact[i]);
-      const double bound = double(truth.terms[i] + 2) * FLT_EPSILON * truth.magnitude[i];
+    compare(what, got.data(), truth.exact, truth.bounds());
+  }
+  void compare(const char *what, const GuardedHalves &got, const Truth &truth) {
+    if (!got.intact()) fail(std::string(what) + ": written outside the output");
+    Doubles bounds = truth.bounds();  // and half a unit in the last place of 8 bits
+    for (size_t i = 0; i < bounds.size(); ++i) bounds[i] += 0x1p-8 * (fabs(truth.exact[i]) + bounds[i]);
+    compare(what, got.floats().data(), truth.exact, bounds);
+  }
+  void compare(const char *what, const float *got, const Doubles &exact, const Doubles &bounds) {
+    for (size_t i = 0; i < exact.size(); ++i) {
+      const double error = fabs(got[i] - exact[i]), bound = bounds[i];
       if (!(error <= bound)) {
         char text[160];
         snprintf(text, sizeof text, "%s[%zu] is %.9g instead of %.9g, off by %.3g with %.3g allowed", what, i,
-                 double(got.data()[i]), truth.exact[i], error, bound);
+                 double(got[i]), exact[i], error, bound);
         fail(text);
       }
       if (bound > 0) worst = std::max(worst, error / bound);
     }
-    bits.append(reinterpret_cast<const char *>(got.data()), got.size() * sizeof(float));
+    bits.append(reinterpret_cast<const char *>(got), exact.size() * sizeof(float));
   }
   template <class T>
   void same(const char *what, const std::vector<T> &got, const std::vector<T> &expected) {
@@ -223,24 +292,24 @@ struct Found {
 void check_spmm(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Guarded plain(p.batch * p.out), biased(p.batch * p.out);
   found.status(rarefy_spmm_f32(&pattern, p.values.data(), p.x.data(), nullptr, plain.data(), p.batch, threads));
-  found.compare("y", plain, *p.y);
+  found.compare("y", plain, *p.wide.y);
   found.status(rarefy_spmm_f32(&pattern, p.values.data(), p.x.data(), p.bias.data(), biased.data(), p.batch, threads));
-  found.compare("y with bias", biased, *p.y_bias);
+  found.compare("y with bias", biased, *p.wide.y_bias);
 }
 
 void check_spmm_t(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Guarded dx(p.batch * p.in);
   found.status(rarefy_spmm_t_f32(&pattern, p.values.data(), p.dy.data(), dx.data(), p.batch, threads));
-  found.compare("dx", dx, *p.dx);
+  found.compare("dx", dx, *p.wide.dx);
 }
 
 void check_sddmm(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Guarded plain(p.num_values()), dvalues(p.num_values()), dbias(p.out);
   found.status(rarefy_sddmm_f32(&pattern, p.dy.data(), p.x.data(), plain.data(), nullptr, p.batch, threads));
-  found.compare("dvalues", plain, *p.dvalues);
+  found.compare("dvalues", plain, *p.wide.dvalues);
   found.status(rarefy_sddmm_f32(&pattern, p.dy.data(), p.x.data(), dvalues.data(), dbias.data(), p.batch, threads));
-  found.compare("dvalues with dbias", dvalues, *p.dvalues);
-  found.compare("dbias", dbias, *p.dbias);
+  found.compare("dvalues with dbias", dvalues, *p.wide.dvalues);
+  found.compare("dbias", dbias, *p.wide.dbias);
 }
 
 void check_backward(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
@@ -249,9 +318,237 @@ void check_backward(const Problem &p, const rarefy_pattern &pattern, int threads
     found.status(rarefy_backward_f32(&pattern, p.values.data(), p.dy.data(), p.x.data(), wanted & 1 ? dx.data() : nullptr,
                                      wanted & 2 ? dvalues.data() : nullptr, wanted & 4 ? dbias.data() : nullptr, p.batch,
                                      threads));
-    if (wanted & 1) found.compare("dx", dx, *p.dx);
-    if (wanted & 2) found.compare("dvalues", dvalues, *p.dvalues);
-    if (wanted & 4) found.compare("dbias", dbias, *p.dbias);
+    if (wanted & 1) found.compare("dx", dx, *p.wide.dx);
+    if (wanted & 2) found.compare("dvalues", dvalues, *p.wide.dvalues);
+    if (wanted & 4) found.compare("dbias", dbias, *p.wide.dbias);
+  }
+}
+
+void check_bf16(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
+  if (p.c.size != Size::SMALL) return;
+  GuardedHalves y(p.batch * p.out), dx(p.batch * p.in);
+  Guarded dvalues(p.num_values()), dbias(p.out);
+  found.status(rarefy_spmm_bf16(&pattern, p.values.data(), p.half_x.data(), p.bias.data(), y.data(), p.batch, threads));
+  found.compare("y", y, *p.half.y_bias);
+  found.status(rarefy_backward_bf16(&pattern, p.values.data(), p.half_dy.data(), p.half_x.data(), dx.data(), dvalues.data(),
+                                    dbias.data(), p.batch, threads));
+  found.compare("dx", dx, *p.half.dx);
+  found.compare("dvalues", dvalues, *p.half.dvalues);
+  found.compare("dbias", dbias, *p.half.dbias);
+  GuardedHalves alone(p.batch * p.in);
+  found.status(rarefy_backward_bf16(&pattern, p.values.data(), p.half_dy.data(), nullptr, alone.data(), nullptr, nullptr,
+                                    p.batch, threads));
+  found.compare("dx alone", alone, *p.half.dx);
+}
+
+// What is stored is rounded to nearest, ties to even, also where the carry reaches the exponent; NaN and infinity stay.
+void check_rounding(const Problem &p, const rarefy_pattern &, int threads, Found &found) {
+  const uint32_t words[] = {0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x3fffffff, 0x7f7fffff,
+                            0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001, 0xff7f8000, 0xbf818000, 0x00800000};
+  constexpr int64_t count = sizeof words / sizeof *words;
+  Floats values(count);
+  memcpy(values.data(), words, sizeof words);
+  std::vector<int32_t> crow(1, 0), cols(count, 0);
+  for (int32_t i = 1; i <= count; ++i) crow.push_back(i);
+  const rarefy_pattern column = {count, 1, 1, 1, count, crow.data(), cols.data(), nullptr, nullptr, nullptr, 4};
+  const Halves ones(static_cast<size_t>(p.batch), 0x3f80);
+  Halves y(static_cast<size_t>(p.batch * count)), expected;
+  found.status(rarefy_spmm_bf16(&column, values.data(), ones.data(), nullptr, y.data(), p.batch, threads));
+  for (int64_t t = 0; t < p.batch; ++t) {
+    for (const float value : values) expected.push_back(narrow(value));
+  }
+  for (uint16_t &half : y) half = (half & 0x7fff) > 0x7f80 ? 0x7fc0 : half;  // any NaN will do
+  found.same("y", y, expected);
+}
+
+// Results of an MLP with their bounds: what is off by a bound before a step is off by a derived one after it.
+struct Near {
+  Doubles exact, off;
+  explicit Near(size_t size = 0) : exact(size, 0.0), off(size, 0.0) {}
+  explicit Near(const Floats &given) : exact(given.begin(), given.end()), off(given.size(), 0.0) {}
+  double size(size_t i) const { return fabs(exact[i]) + off[i]; }
+};
+
+// Sums of products in any order: adds(i, weight, at) is called for each product, weight * from[at], of result i.
+template <class Products>
+Near sums(int64_t count, const Near &from, Products products) {
+  Near out(static_cast<size_t>(count));
+  Doubles magnitude(static_cast<size_t>(count), 0.0);
+  std::vector<int64_t> terms(static_cast<size_t>(count), 0);
+  products([&](int64_t i, double weight, double weight_off, int64_t at) {
+    const double whole = (fabs(weight) + weight_off) * from.size(size_t(at));
+    out.exact[i] += weight * from.exact[at];
+    out.off[i] += whole - fabs(weight * from.exact[at]);
+    magnitude[i] += whole;
+    ++terms[i];
+  });
+  for (size_t i = 0; i < out.exact.size(); ++i) out.off[i] += double(terms[i] + 2) * FLT_EPSILON * magnitude[i];
+  return out;
+}
+
+template <class Work>
+void each_entry(const Problem &p, Work work) {
+  for (size_t k = 0; k < p.unit_row.size(); ++k) {
+    for (int64_t i = 0; i < p.br; ++i) {
+      for (int64_t j = 0; j < p.bc; ++j) {
+        work((int64_t(k) * p.br + i) * p.bc + j, p.unit_row[k] * p.br + i, p.unit_col[k] * p.bc + j);
+      }
+    }
+  }
+}
+
+Near forward(const Problem &p, const Near &x, int64_t batch) {
+  Near bias(p.bias), y = sums(batch * p.out, x, [&](auto add) {
+    each_entry(p, [&](int64_t entry, int64_t row, int64_t col) {
+      for (int64_t t = 0; t < batch; ++t) add(t * p.out + row, p.values[entry], 0.0, t * p.in + col);
+    });
+  });
+  for (size_t i = 0; i < y.exact.size(); ++i) {
+    y.exact[i] += bias.exact[i % size_t(p.out)];
+    y.off[i] += FLT_EPSILON * (2 * y.size(i) + bias.size(i % size_t(p.out)));
+  }
+  return y;
+}
+
+Near backward(const Problem &p, const Near &dy, int64_t batch) {
+  return sums(batch * p.in, dy, [&](auto add) {
+    each_entry(p, [&](int64_t entry, int64_t row, int64_t col) {
+      for (int64_t t = 0; t < batch; ++t) add(t * p.in + col, p.values[entry], 0.0, t * p.out + row);
+    });
+  });
+}
+
+Near gradient(const Problem &p, const Near &dy, const Near &x, int64_t batch) {
+  return sums(p.num_values(), x, [&](auto add) {
+    each_entry(p, [&](int64_t entry, int64_t row, int64_t col) {
+      for (int64_t t = 0; t < batch; ++t) add(entry, dy.exact[t * p.out + row], dy.off[t * p.out + row], t * p.in + col);
+    });
+  });
+}
+
+Near column_sums(const Near &dy, int64_t features, int64_t batch) {
+  return sums(features, dy, [&](auto add) {
+    for (int64_t at = 0; at < batch * features; ++at) add(at % features, 1.0, 0.0, at);
+  });
+}
+
+Near product(const Near &a, const Near &b) {
+  Near out(a.exact.size());
+  for (size_t i = 0; i < out.exact.size(); ++i) {
+    out.exact[i] = a.exact[i] * b.exact[i];
+    out.off[i] = a.size(i) * b.size(i) * (1 + FLT_EPSILON) - fabs(out.exact[i]);
+  }
+  return out;
+}
+
+// act(z) and its derivative; `curve` bounds the change of the derivative, `steep` the derivative.
+void activated(int activation, const Near &z, Near &h, Near &slope) {
+  for (size_t i = 0; i < z.exact.size(); ++i) {
+    const double x = z.exact[i], off = z.off[i], own = 8 * FLT_EPSILON * (1 + z.size(i));
+    double value = 0, d = 0, steep = 1.13, change = 0.85 * off;
+    if (activation == RAREFY_GELU) {
+      const double below = 0.5 * erfc(-x * 0.70710678118654752);
+      value = x * below;
+      d = below + x * exp(-0.5 * x * x) * 0.39894228040143268;
+    } else if (activation == RAREFY_GELU_TANH) {
+      const double a = 0.79788456080286536, u = a * (x + 0.044715 * x * x * x), th = tanh(u);
+      value = 0.5 * x * (1 + th);
+      d = 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * a * (1 + 3 * 0.044715 * x * x);
+    } else if (activation == RAREFY_SILU) {
+      const double s = 1 / (1 + exp(-x));
+      value = x * s;
+      d = s + value * (1 - s);
+    } else if (activation == RAREFY_RELU) {
+      value = x > 0 ? x : 0;
+      d = x > 0;
+      change = fabs(x) <= off;
+    } else {
+      value = x > 0 ? x * x : 0;
+      d = x > 0 ? 2 * x : 0;
+      steep = 2 * z.size(i);
+      change = 2 * off;
+    }
+    h.exact[i] = value, h.off[i] = steep * off + own * (1 + fabs(value));
+    slope.exact[i] = d, slope.off[i] = change + own;
+  }
+}
+
+Near stored(Near z, bool half) {
+  for (size_t i = 0; half && i < z.off.size(); ++i) z.off[i] += 0x1p-8 * z.size(i);
+  return z;
+}
+
+// The operands and truths of an MLP whose matrix `up` is that of a problem. A gate has the same block and size.
+struct Mlp {
+  Mlp(const Problem &up, bool gated)
+      : key(up.random.state), activation(int((up.batch + up.in) % 5)), half(gated == (up.batch % 2 == 0)),
+        gate(up.c, up.br, up.bc, uint64_t(up.in)),
+        down({up.c.cols, up.out / up.bc, up.c.density, Size::SMALL}, up.br, up.bc, uint64_t(up.out)) {
+    const int64_t batch = up.batch;
+    dy = Random{uint64_t(batch)}.floats(batch * down.out);
+    const Near x(up.x), gradient_of_y(dy);
+    const Near z = stored(forward(up, x, batch), half), g = gated ? stored(forward(gate, x, batch), half) : z;
+    Near act(z.exact.size()), slope(z.exact.size());
+    activated(activation, g, act, slope);
+    const Near h = gated ? product(act, z) : act, dh = backward(down, gradient_of_y, batch);
+    const Near dg = product(gated ? product(dh, z) : dh, slope), dz = gated ? product(dh, act) : dg;
+    y = forward(down, h, batch);
+    dx = backward(up, dz, batch);
+    if (gated) {
+      const Near more = backward(gate, dg, batch);
+      for (size_t i = 0; i < dx.exact.size(); ++i) {
+        dx.off[i] += more.off[i] + FLT_EPSILON * (dx.size(i) + more.size(i));
+        dx.exact[i] += more.exact[i];
+      }
+      d_gate = gradient(gate, dg, x, batch);
+      d_gate_bias = column_sums(dg, gate.out, batch);
+    }
+    d_up = gradient(up, dz, x, batch);
+    d_up_bias = column_sums(dz, up.out, batch);
+    d_down = gradient(down, gradient_of_y, h, batch);
+    d_down_bias = column_sums(gradient_of_y, down.out, batch);
+  }
+
+  uint64_t key;  // of the problem and its batch
+  int activation;
+  bool half;  // what is kept for the backward pass is bfloat16
+  Problem gate, down;
+  Floats dy;
+  Near y, dx, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias;
+};
+
+void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Found &found) {
+  if (up.c.size != Size::SMALL || up.out * up.in == 0) return;
+  static std::unique_ptr<Mlp> kept[2];  // the truth is the same in every setting, and slow
+  for (const bool gated : {false, true}) {
+    if (kept[gated] == nullptr || kept[gated]->key != up.random.state) kept[gated].reset(new Mlp(up, gated));
+    const Mlp &truth = *kept[gated];
+    const Problem &gate = truth.gate, &down = truth.down;
+    const int64_t batch = up.batch, groups = (batch + RAREFY_SAVED_TOKENS - 1) / RAREFY_SAVED_TOKENS;
+    const rarefy_pattern gate_pattern = gate.pattern(pattern.index_bytes), down_pattern = down.pattern(pattern.index_bytes);
+    const rarefy_layer none = {nullptr, nullptr, nullptr}, first = {&gate_pattern, gate.values.data(), gate.bias.data()};
+    const rarefy_mlp mlp = {gated ? first : none, {&pattern, up.values.data(), up.bias.data()},
+                            {&down_pattern, down.values.data(), down.bias.data()}, truth.activation, 0, truth.half};
+    Floats saved(size_t(groups * RAREFY_SAVED_TOKENS * up.out * (gated ? 2 : 1)));
+    Guarded y(batch * down.out), dx(batch * up.in), d_up(up.num_values()), d_up_bias(up.out), d_down(down.num_values()),
+        d_down_bias(down.out), d_gate(gate.num_values()), d_gate_bias(gate.out);
+    const rarefy_mlp_gradients gradients = {{d_gate.data(), d_gate_bias.data()}, {d_up.data(), d_up_bias.data()},
+                                            {d_down.data(), d_down_bias.data()}};
+    found.status(rarefy_mlp_forward(&mlp, up.x.data(), y.data(), saved.data(), batch, threads));
+    found.status(rarefy_mlp_backward(&mlp, truth.dy.data(), up.x.data(), saved.data(), dx.data(), &gradients, batch, threads));
+    const auto compare = [&found](const char *what, const Guarded &got, const Near &near) {
+      if (!got.intact()) found.fail(std::string(what) + ": written outside the output");
+      found.compare(what, got.data(), near.exact, near.off);
+    };
+    compare("y", y, truth.y);
+    compare("dx", dx, truth.dx);
+    compare("d up", d_up, truth.d_up);
+    compare("d up bias", d_up_bias, truth.d_up_bias);
+    compare("d down", d_down, truth.d_down);
+    compare("d down bias", d_down_bias, truth.d_down_bias);
+    if (!gated) continue;
+    compare("d gate", d_gate, truth.d_gate);
+    compare("d gate bias", d_gate_bias, truth.d_gate_bias);
   }
 }
 
@@ -270,11 +567,11 @@ void check_denormals(const Problem &p, const rarefy_pattern &pattern, int thread
 
 void check_transpose(const Problem &p, const rarefy_pattern &pattern, int, Found &found) {
   std::vector<int32_t> t_crow(p.t_crow.size(), -1), t_perm(p.t_perm.size(), -1), rows(p.t_perm.size(), -1);
-  std::vector<uint16_t> narrow(p.t_perm.size(), 0);
-  void *t_rows = pattern.index_bytes == 2 ? static_cast<void *>(narrow.data()) : rows.data();
+  std::vector<uint16_t> short_rows(p.t_perm.size(), 0);
+  void *t_rows = pattern.index_bytes == 2 ? static_cast<void *>(short_rows.data()) : rows.data();
   found.status(rarefy_transpose(p.c.rows, p.c.cols, p.crow.data(), pattern.cols, t_crow.data(), t_rows, t_perm.data(),
                                 pattern.index_bytes));
-  if (pattern.index_bytes == 2) rows.assign(narrow.begin(), narrow.end());
+  if (pattern.index_bytes == 2) rows.assign(short_rows.begin(), short_rows.end());
   found.same("t_crow", t_crow, p.t_crow);
   found.same("t_rows", rows, p.full.t_rows);
   found.same("t_perm", t_perm, p.t_perm);
@@ -342,7 +639,8 @@ struct Check {
 const Check kChecks[] = {
     {"spmm", check_spmm, true},           {"spmm_t", check_spmm_t, true},       {"sddmm", check_sddmm, true},
     {"backward", check_backward, true},   {"denormals", check_denormals, true}, {"transpose", check_transpose, false},
-    {"grow", check_grow, false},
+    {"grow", check_grow, false},          {"bf16", check_bf16, true},           {"rounding", check_rounding, true},
+    {"mlp", check_mlp, true},
 };
 
 // --- Running them.

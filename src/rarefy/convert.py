@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rarefy.fuse import fuse
 from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
@@ -36,6 +37,9 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     For DistributedDataParallel wrap this very model, compiled or not, rather than a larger one that contains it: DDP
     asks only what it wraps which buffers to leave alone.
 
+    MLPs whose layers all became sparse run as one call from then on (`rarefy.fuse`); `Rewirer.fused` names them. Names,
+    parameters and results are as before.
+
     Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
     """
     decisions = plan.decide(model, sample)
@@ -58,7 +62,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     indices += [f"_orig_mod.{index}" for index in indices]  # the names that DDP sees in a compiled model
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *indices]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense)
+    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense, fused=fuse(model))
 
 
 def _seed(plan: Plan, name: str) -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.nn import mlp
 from rarefy.ops import causal_attention
 
 VOCABULARY = 256
@@ -80,7 +79,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, GELU, down."""
+    """Up, GELU, down. `sparsify` makes it one call (`rarefy.fuse`)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -88,7 +87,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return mlp(x_BTC, self.up, "gelu", self.down)
+        return self.down(F.gelu(self.up(x_BTC)))
 
 
 class Block(nn.Module):

@@ -1,18 +1,20 @@
-"""The op behind a sparse MLP: two sparse matrices with an activation between them, as one call forward and one backward.
+"""The ops behind a sparse MLP: sparse matrices with an activation between them, as one call forward and one backward.
 
-    mlp   z = x W_up^T + up_bias,  y = act(z) W_down^T + down_bias     (B, I) -> (B, O), with H hidden features
+    mlp         z = x W_up^T + up_bias,                  y = act(z) W_down^T + down_bias         (B, I) -> (B, O)
+    gated_mlp   the same, and g = x W_gate^T + gate_bias,  y = (act(g) * z) W_down^T + down_bias
 
-Its second result is z for the backward pass, (ceil(B / 64), H, 64) of dtype `saved`: groups of 64 tokens, feature-major,
-which is how the kernels hold it; what stands at tokens past the last is undefined. act(z) is computed anew in backward.
-Cost as for two `spmm`; memory B * H of `saved`, half of what two layers and an activation keep.
+with H hidden features. The second result is z for the backward pass, (ceil(B / 64), H, 64) of dtype `saved`: groups of
+64 tokens, feature-major, which is how the kernels hold it; what stands at tokens past the last is undefined. Gated it
+has 2 H features: g's, then z's. What follows from z is computed anew in backward. Cost as for one `spmm` a matrix;
+memory B * H of `saved`, or 2 B * H, half of what layers and an activation keep one by one.
 
-Where the kernels do not know dtype, device or block, or where growth looks on (`rarefy.ops.sink`), the same is composed of
-`spmm`, the activation, and `spmm`.
+Where the kernels do not know dtype, device or block, or where growth looks on (`rarefy.ops.sink`), the same is composed
+of `spmm`, the activation, and `spmm`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,33 +34,43 @@ SAVED_TOKENS = 64
 FUSED_TOKENS = 64
 """Below, the kernels for few tokens are faster one matrix at a time."""
 
-_INDEX = "Tensor {0}_crow, Tensor {0}_cols, Tensor {0}_t_crow, Tensor {0}_t_rows, Tensor {0}_t_perm, int[] {0}_block"
-_MATRICES = f"Tensor up_values, {_INDEX.format('up')}, Tensor down_values, {_INDEX.format('down')}"
+MATRICES = {"mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down")}
+"""Of each op, in the order of its arguments."""
 
-torch.library.define(
-    "rarefy::mlp",
-    f"({_MATRICES}, Tensor x, Tensor? up_bias, Tensor? down_bias, str activation, ScalarType saved, "
-    "Tensor? up_sink=None, Tensor? down_sink=None) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "rarefy::mlp_backward",
-    f"({_MATRICES}, Tensor dy, Tensor x, Tensor z, str activation, bool[] needs, "
-    "Tensor(a!)? up_sink=None, Tensor(b!)? down_sink=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+_WIDTH = 7  # arguments that make a matrix: values, and the fields of an Index
+
+Matrices = Sequence[tuple[Tensor, Index]]
+"""Values and index of each: those that read x, and at last the one that reads the hidden features."""
 
 
-class Matrices(NamedTuple):
-    """The first arguments of both ops."""
+def _define(op: str, names: Sequence[str]) -> None:
+    def each(text: str) -> str:
+        return ", ".join(text.format(name) for name in names)
 
-    up_values: Tensor
-    up: Index
-    down_values: Tensor
-    down: Index
+    matrices = each(
+        "Tensor {0}_values, Tensor {0}_crow, Tensor {0}_cols, Tensor {0}_t_crow, Tensor {0}_t_rows, Tensor {0}_t_perm, "
+        "int[] {0}_block"
+    )
+    torch.library.define(
+        f"rarefy::{op}",
+        f"({matrices}, Tensor x, {each('Tensor? {}_bias')}, str activation, ScalarType saved, "
+        f"{each('Tensor? {}_sink=None')}) -> (Tensor, Tensor)",
+    )
+    sinks = ", ".join(f"Tensor({mark}!)? {name}_sink=None" for mark, name in zip("abc", names, strict=False))
+    torch.library.define(
+        f"rarefy::{op}_backward",
+        f"({matrices}, Tensor dy, Tensor x, Tensor z, str activation, bool[] needs, {sinks}) -> "
+        f"(Tensor, {each('Tensor, Tensor')})",
+    )
 
-    @classmethod
-    def of(cls, *flat) -> Matrices:
-        up, down = Index(*flat[1:6], list(flat[6])), Index(*flat[8:13], list(flat[13]))
-        return cls(flat[0], up, flat[7], down)
+
+def _split(arguments: Sequence, count: int) -> tuple[Matrices, list]:
+    """The matrices, and the arguments that follow them."""
+    matrices = []
+    for at in range(0, count * _WIDTH, _WIDTH):
+        values, *index, block = arguments[at : at + _WIDTH]
+        matrices.append((values, Index._make([*index, list(block)])))
+    return matrices, list(arguments[count * _WIDTH :])
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -94,107 +106,164 @@ def unpack(z: Tensor, tokens: int) -> Tensor:
 
 
 def _check(m: Matrices, x: Tensor, activation: str) -> None:
-    check_spmm(m.up.crow, m.up.t_crow, m.up.block, x)
-    torch._check(
-        m.up.out_features == m.down.in_features,
-        lambda: f"mlp: the first matrix has {m.up.out_features} outputs, the second {m.down.in_features} inputs",
-    )
+    hidden = m[-1][1].in_features
+    for _, index in m[:-1]:
+        check_spmm(index.crow, index.t_crow, index.block, x)
+        torch._check(
+            index.out_features == hidden,
+            lambda found=index.out_features: (
+                f"mlp: a matrix that reads x has {found} outputs, the last one {hidden} inputs"
+            ),
+        )
     torch._check(activation in ACTIVATIONS, lambda: f"mlp: activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-@torch.library.register_fake("rarefy::mlp")
-def _(*arguments):
-    m, (x, _up_bias, _down_bias, activation, saved, *_) = Matrices.of(*arguments[:14]), arguments[14:]
+def _fake(count: int, arguments: Sequence) -> tuple[Tensor, Tensor]:
+    m, (x, *rest) = _split(arguments, count)
+    activation, saved = rest[count], rest[count + 1]
     _check(m, x, activation)
     groups = (x.shape[0] + SAVED_TOKENS - 1) // SAVED_TOKENS
-    z = x.new_empty(groups, m.up.out_features, SAVED_TOKENS, dtype=saved)
-    return x.new_empty(x.shape[0], m.down.out_features), z
+    features = sum(index.out_features for _, index in m[:-1])
+    z = x.new_empty(groups, features, SAVED_TOKENS, dtype=saved)
+    return x.new_empty(x.shape[0], m[-1][1].out_features), z
 
 
-@torch.library.register_fake("rarefy::mlp_backward")
-def _(*arguments):
-    m, (dy, x, z, _activation, needs, *_) = Matrices.of(*arguments[:14]), arguments[14:]
-    check_backward("mlp", m.down.crow, m.down.t_crow, m.down.block, dy, None)
-    results = (
-        x.new_empty(x.shape),
-        torch.empty_like(m.up_values),
-        m.up_values.new_empty(m.up.out_features),
-        torch.empty_like(m.down_values),
-        m.down_values.new_empty(m.down.out_features),
-    )
+def _fake_backward(count: int, arguments: Sequence) -> tuple[Tensor, ...]:
+    m, (dy, x, _z, _activation, needs, *_) = _split(arguments, count)
+    down = m[-1][1]
+    check_backward("mlp", down.crow, down.t_crow, down.block, dy, None)
+    results = [x.new_empty(x.shape)]
+    for values, index in m:
+        results += [torch.empty_like(values), values.new_empty(index.out_features)]
     return tuple(r if need else r.new_empty(0) for r, need in zip(results, needs, strict=True))
 
 
 def _fused(m: Matrices, x: Tensor, saved: torch.dtype) -> bool:
     """Whether the kernels take the whole MLP at once."""
-    chosen = [choose(v.dtype, v.device, i.block) for v, i in ((m.up_values, m.up), (m.down_values, m.down))]
-    fitting = {x.dtype, saved} <= {torch.float32, torch.bfloat16} and m.up_values.dtype == torch.float32
-    return chosen == [native, native] and fitting and x.shape[0] >= FUSED_TOKENS
+    fitting = {x.dtype, saved} <= {torch.float32, torch.bfloat16}
+    known = all(
+        choose(values.dtype, values.device, index.block) is native and values.dtype == torch.float32
+        for values, index in m
+    )
+    return known and fitting and x.shape[0] >= FUSED_TOKENS
 
 
-def _mlp(*arguments):
-    m, (x, up_bias, down_bias, activation, saved, *_) = Matrices.of(*arguments[:14]), arguments[14:]
+def _spmm(matrix: tuple[Tensor, Index], x: Tensor, bias: Tensor | None) -> Tensor:
+    values, index = matrix
+    return choose(values.dtype, x.device, index.block).spmm(values, index, x, bias)
+
+
+def _forward(count: int, arguments: Sequence) -> tuple[Tensor, Tensor]:
+    m, (x, *rest) = _split(arguments, count)
+    biases, (activation, saved) = rest[:count], rest[count : count + 2]
     _check(m, x, activation)
     if _fused(m, x, saved):
-        return native.mlp(m, x, up_bias, down_bias, ACTIVATIONS.index(activation), saved)
-    z = pack(choose(m.up_values.dtype, x.device, m.up.block).spmm(m.up_values, m.up, x, up_bias), saved)
-    h = activate(unpack(z, x.shape[0]).to(x.dtype), activation)
-    return choose(m.down_values.dtype, x.device, m.down.block).spmm(m.down_values, m.down, h, down_bias), z
+        return native.mlp(m, x, biases, ACTIVATIONS.index(activation), saved)
+    z = torch.cat([pack(_spmm(*given), saved) for given in zip(m[:-1], [x] * count, biases, strict=False)], dim=1)
+    first, *factors = unpack(z, x.shape[0]).to(x.dtype).chunk(count - 1, dim=1)
+    h = activate(first, activation)
+    for factor in factors:
+        h = h * factor
+    return _spmm(m[-1], h, biases[-1]), z
 
 
-def _mlp_backward(*arguments):
-    m, (dy, x, z, activation, needs, up_sink, down_sink) = Matrices.of(*arguments[:14]), arguments[14:]
-    sinks = [given for given in (up_sink, down_sink) if given is not None]
-    if _fused(m, x, z.dtype) and not any(map(sink.armed, sinks)):
-        for given in sinks:
-            sink.count(given)
+def _backward_op(count: int, arguments: Sequence) -> tuple[Tensor, ...]:
+    m, (dy, x, z, activation, needs, *sinks) = _split(arguments, count)
+    sinks += [None] * (count - len(sinks))  # torch leaves out defaults
+    given = [each for each in sinks if each is not None]
+    if _fused(m, x, z.dtype) and not any(map(sink.armed, given)):
+        for each in given:
+            sink.count(each)
         gradients = native.mlp_backward(m, dy, x, z, ACTIVATIONS.index(activation), needs)
     else:
-        z_rows = unpack(z, x.shape[0]).to(x.dtype)
-        h, spmm_backward = activate(z_rows, activation), torch.ops.rarefy.spmm_backward
-        dh, *down = spmm_backward(m.down_values, *m.down, dy, h, [True, needs[3], needs[4]], down_sink)
-        dz = _activate_backward(dh, z_rows, activation)
-        dx, *up = spmm_backward(m.up_values, *m.up, dz, x, list(needs[:3]), up_sink)
-        gradients = (dx, *up, *down)
-    return tuple(g if need else x.new_empty(0) for g, need in zip(gradients, needs, strict=True))
+        gradients = _composed_backward(m, dy, x, z, activation, needs, sinks)
+    wanted = zip(gradients, needs, strict=True)
+    return tuple(g if need and g is not None else x.new_empty(0) for g, need in wanted)
 
 
-for _name in ("mlp", "mlp_backward"):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])
+def _composed_backward(
+    m: Matrices,
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+    sinks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    spmm_backward = torch.ops.rarefy.spmm_backward
+    first, *factors = unpack(z, x.shape[0]).to(x.dtype).chunk(len(m) - 1, dim=1)
+    act = activate(first, activation)
+    h = act * factors[0] if factors else act
+    values, index = m[-1]
+    dh, *last = spmm_backward(values, *index, dy, h, [True, *needs[-2:]], sinks[-1])
+    inner = [
+        _activate_backward(dh * factors[0] if factors else dh, first, activation),
+        *([dh * act] if factors else []),
+    ]
+    dx, gradients = None, []
+    for at, ((values, index), dz) in enumerate(zip(m[:-1], inner, strict=True)):
+        wanted = [needs[0], *needs[2 * at + 1 : 2 * at + 3]]
+        part, *own = spmm_backward(values, *index, dz.contiguous(), x, wanted, sinks[at])
+        dx = part if dx is None else dx + part
+        gradients += own
+    assert dx is not None
+    return [dx, *gradients, *last]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    matrices, (x, up_bias, down_bias, activation, _saved, *sinks) = inputs[:14], inputs[14:]
-    ctx.blocks = matrices[6], matrices[13]
-    ctx.save_for_backward(*matrices[:6], *matrices[7:13], x, output[1])
-    ctx.biases = [None if bias is None else bias.dtype for bias in (up_bias, down_bias)]
-    ctx.activation = activation
-    ctx.sinks = sinks  # not saved as the rest are: the backward writes to them
+def _setup_context(ctx, inputs, output, count: int) -> None:
+    matrices, (x, *rest) = inputs[: count * _WIDTH], inputs[count * _WIDTH :]
+    ctx.blocks = matrices[_WIDTH - 1 :: _WIDTH]
+    ctx.save_for_backward(*(t for at, t in enumerate(matrices) if at % _WIDTH != _WIDTH - 1), x, output[1])
+    ctx.biases = [None if bias is None else bias.dtype for bias in rest[:count]]
+    ctx.activation = rest[count]
+    ctx.sinks = rest[count + 2 :]  # not saved as the rest are: the backward writes to them
     ctx.set_materialize_grads(False)  # of z, which has none
 
 
-def _backward(ctx, dy: Tensor | None, _dz: Tensor | None):
+def _backward(ctx, dy: Tensor | None, op: str, count: int):
+    at_x = count * _WIDTH
+    at_bias, num_inputs = at_x + 1, at_x + 1 + count + 2 + count
+    results: list[Tensor | None] = [None] * num_inputs
     if dy is None:
-        return (None,) * 21
-    *matrices, x, z = ctx.saved_tensors
-    matrices = (*matrices[:6], ctx.blocks[0], *matrices[6:], ctx.blocks[1])
-    need = ctx.needs_input_grad
-    with_bias = [dtype is not None and need[at] for at, dtype in zip((15, 16), ctx.biases, strict=True)]
-    needs = [need[14], need[0], with_bias[0], need[7], with_bias[1]]
+        return tuple(results)
+    *tensors, x, z = ctx.saved_tensors
+    matrices = []
+    for i, block in enumerate(ctx.blocks):
+        matrices += [*tensors[i * (_WIDTH - 1) : (i + 1) * (_WIDTH - 1)], block]
+    wants = [at_x]  # places of the inputs whose gradients the op returns, in its order
+    for i in range(count):
+        wants += [i * _WIDTH, at_bias + i]
+    needs = [ctx.needs_input_grad[at] for at in wants]
+    for i, dtype in enumerate(ctx.biases):
+        needs[2 * i + 2] = needs[2 * i + 2] and dtype is not None
     with torch.no_grad():
-        gradients = torch.ops.rarefy.mlp_backward(*matrices, dy, x, z, ctx.activation, needs, *ctx.sinks)
+        backward = getattr(torch.ops.rarefy, f"{op}_backward")
+        gradients = backward(*matrices, dy, x, z, ctx.activation, needs, *ctx.sinks)
     if torch.is_grad_enabled():  # create_graph=True: a missing second derivative must raise, not count as zero
         delayed_error = torch._C._functions.DelayedError  # pyright: ignore[reportAttributeAccessIssue]
         refuse = delayed_error("rarefy's mlp has no second derivative", len(gradients))
         gradients = refuse(*(gradient.requires_grad_() for gradient in gradients))
-    dx, d_up, d_up_bias, d_down, d_down_bias = (
-        gradient if wanted else None for gradient, wanted in zip(gradients, needs, strict=True)
-    )
-    biases = (
-        None if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip((d_up_bias, d_down_bias), ctx.biases, strict=True)
-    )
-    return d_up, *(None,) * 6, d_down, *(None,) * 6, dx, *biases, None, None, None, None
+    for at, need, gradient in zip(wants, needs, gradients, strict=True):
+        if need:
+            results[at] = gradient if at < at_bias else gradient.to(ctx.biases[at - at_bias])
+    return tuple(results)
 
 
-torch.library.register_autograd("rarefy::mlp", _backward, setup_context=_setup_context)
+def _register(op: str, count: int) -> None:
+    name = f"rarefy::{op}"
+    torch.library.register_fake(name, lambda *arguments: _fake(count, arguments))
+    torch.library.register_fake(f"{name}_backward", lambda *arguments: _fake_backward(count, arguments))
+    torch.library.impl(name, "CompositeExplicitAutograd", lambda *arguments: _forward(count, arguments))
+    torch.library.impl(
+        f"{name}_backward", "CompositeExplicitAutograd", lambda *arguments: _backward_op(count, arguments)
+    )
+    torch.library.register_autograd(
+        name,
+        lambda ctx, dy, _dz: _backward(ctx, dy, op, count),
+        setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output, count),
+    )
+
+
+for _op, _names in MATRICES.items():
+    _define(_op, _names)
+    _register(_op, len(_names))

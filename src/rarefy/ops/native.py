@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,50 +124,72 @@ def spmm_backward(
     )
 
 
+class _CLayer(ctypes.Structure):
+    """`rarefy_layer` of csrc/rarefy.h."""
+
+    _fields_ = [("pattern", ctypes.POINTER(_CPattern)), ("values", POINTER), ("bias", POINTER)]
+
+
 class _CMlp(ctypes.Structure):
     """`rarefy_mlp` of csrc/rarefy.h."""
 
     _fields_ = [
-        ("up", ctypes.POINTER(_CPattern)),
-        ("down", ctypes.POINTER(_CPattern)),
+        *((name, _CLayer) for name in ("gate", "up", "down")),
         *((name, ctypes.c_int32) for name in ("activation", "half_rows", "half_saved")),
     ]
 
 
-def _c_mlp(m: Matrices, activation: int, kind: str, saved: torch.dtype) -> _CMlp:
-    up, down = ctypes.pointer(_c_pattern(m.up)), ctypes.pointer(_c_pattern(m.down))
-    return _CMlp(up, down, activation, kind == "bf16", saved == torch.bfloat16)
+class _CMlpGradients(ctypes.Structure):
+    """`rarefy_mlp_gradients` of csrc/rarefy.h: values and bias of gate, up and down."""
+
+    _fields_ = [(name, POINTER * 2) for name in ("gate", "up", "down")]
+
+
+def _c_mlp(m: Matrices, biases: Sequence[Tensor | None], activation: int, rows: Tensor, saved: torch.dtype) -> _CMlp:
+    """Pointers into the matrices and biases (fp32), which must outlive the call."""
+    layers = [
+        _CLayer(ctypes.pointer(_c_pattern(index)), values.data_ptr(), _pointer(bias))
+        for (values, index), bias in zip(m, biases, strict=True)
+    ]
+    gate = [_CLayer()] if len(m) == 2 else []
+    return _CMlp(*gate, *layers, activation, rows.dtype == torch.bfloat16, saved == torch.bfloat16)
 
 
 def mlp(
-    m: Matrices, x: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: int, saved: torch.dtype
+    m: Matrices, x: Tensor, biases: Sequence[Tensor | None], activation: int, saved: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `rarefy.ops.mlp`; fp32 values, x in fp32 or bf16."""
-    (rows,), kind = _rows(x)
-    batch, hidden = x.shape[0], m.up.out_features
-    y = empty(batch, m.down.out_features, rows.dtype)
+    (rows,), _ = _rows(x)
+    biases = [None if bias is None else _f32(bias) for bias in biases]
+    m = tuple((_f32(values), index) for values, index in m)
+    batch, features = x.shape[0], sum(index.out_features for _, index in m[:-1])
+    y = empty(batch, m[-1][1].out_features, rows.dtype)
     groups = -(-batch // 64)
-    z = empty(groups * hidden, 64, saved).view(groups, hidden, 64)
-    weights = [None if t is None else _f32(t) for t in (m.up_values, up_bias, m.down_values, down_bias)]
-    arguments = (*map(_pointer, weights), rows.data_ptr(), y.data_ptr(), z.data_ptr(), batch, torch.get_num_threads())
-    call("rarefy_mlp_forward", ctypes.byref(_c_mlp(m, activation, kind, saved)), *arguments)
+    z = empty(groups * features, 64, saved).view(groups, features, 64)
+    mlp = _c_mlp(m, biases, activation, rows, saved)
+    arguments = (rows.data_ptr(), y.data_ptr(), z.data_ptr(), batch, torch.get_num_threads())
+    call("rarefy_mlp_forward", ctypes.byref(mlp), *arguments)
     return y, z
 
 
 def mlp_backward(
     m: Matrices, dy: Tensor, x: Tensor, z: Tensor, activation: int, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, up values and bias, down values and bias; a bias' or x's None where `needs` does not ask for it."""
-    (dy_rows, x_rows), kind = _rows(dy, x)
+    """Gradients of x, then of each matrix' values and bias; x's or a bias' None where `needs` does not ask for it."""
+    (dy_rows, x_rows), _ = _rows(dy, x)
+    z = z.contiguous()
+    m = tuple((_f32(values), index) for values, index in m)
     dx = empty(x.shape[0], x.shape[1], x_rows.dtype) if needs[0] else None
-    d_up, d_down = _empty_values(m.up), _empty_values(m.down)
-    d_up_bias = d_up.new_empty(m.up.out_features) if needs[2] else None
-    d_down_bias = d_up.new_empty(m.down.out_features) if needs[4] else None
-    inputs = [_f32(m.up_values), _f32(m.down_values), dy_rows, x_rows, z.contiguous()]
-    outputs = (dx, d_up, d_up_bias, d_down, d_down_bias)
-    arguments = (*map(_pointer, (*inputs, *outputs)), x.shape[0], torch.get_num_threads())
-    call("rarefy_mlp_backward", ctypes.byref(_c_mlp(m, activation, kind, z.dtype)), *arguments)
-    return None if dx is None else dx.to(x.dtype), *outputs[1:]
+    gradients: list[Tensor | None] = []
+    for (_, index), need_bias in zip(m, needs[2::2], strict=True):
+        dvalues = _empty_values(index)
+        gradients += [dvalues, dvalues.new_empty(index.out_features) if need_bias else None]
+    mlp = _c_mlp(m, [None] * len(m), activation, x_rows, z.dtype)
+    pairs = [(POINTER * 2)(_pointer(v), _pointer(b)) for v, b in zip(gradients[::2], gradients[1::2], strict=True)]
+    into = _CMlpGradients(*([(POINTER * 2)()] if len(m) == 2 else []), *pairs)
+    arguments = (dy_rows.data_ptr(), x_rows.data_ptr(), z.data_ptr(), _pointer(dx), ctypes.byref(into))
+    call("rarefy_mlp_backward", ctypes.byref(mlp), *arguments, x.shape[0], torch.get_num_threads())
+    return None if dx is None else dx.to(x.dtype), *gradients
 
 
 TILE_ROWS, TILE_ENTRIES = 128, 1 << 22

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -34,6 +34,7 @@ class Rewirer:
         seed: of random growth.
         plan: the plan it came from, if any; kept for reports.
         left_dense: module name -> why `sparsify` left it dense.
+        fused: names of the modules that `sparsify` made run as one call (`rarefy.fuse`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
@@ -51,12 +52,14 @@ class Rewirer:
         seed: int = 0,
         plan: Any = None,
         left_dense: Mapping[str, str] | None = None,
+        fused: Sequence[str] = (),
     ) -> None:
         self.layers = dict(layers)
         self.method = method
         self.seed = seed
         self.plan = plan
         self.left_dense = dict(left_dense or {})
+        self.fused = list(fused)
         self.t = 0
         self.history: list[dict[str, Any]] = []
         self.skipped = 0
