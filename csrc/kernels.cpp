@@ -4,6 +4,7 @@
 #include "internal.h"
 
 #include "drive_direct.h"
+#include "drive_few.h"
 #include "drive_tiled.h"
 
 namespace rarefy {
@@ -18,6 +19,7 @@ constexpr int64_t kForwardTiledFrom = 3 * kWide * VL, kBackwardTiledFrom = 2 * V
 template <int BR, int BC, class Index>
 int spmm_blocks(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y,
                 int64_t batch, int threads) {
+  if (batch >= 1 && batch <= few_tokens<BR, BC>()) return spmm_few<BR, BC, Index>(p, values, x, bias, y, batch, threads);
   if (batch <= VL) return spmm_direct<BR, BC, 1, Index>(p, values, x, bias, y, batch, threads);
   if (batch < kForwardTiledFrom) return spmm_direct<BR, BC, 2, Index>(p, values, x, bias, y, batch, threads);
   return multiply_tiled<BR, BC, kWide, false>(by_rows<Index>(p), values, x, bias, y, batch, threads);
