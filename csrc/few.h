@@ -158,9 +158,14 @@ void one_token_rows(const View<Index> &view, const float *values, const float *x
       sum[0] += load_any(values + k) * gather(x, view.cols + k);
       k += VL;
     }
-    float rest = bias != nullptr ? bias[r] : 0.0f;
-    for (; k < k1; ++k) rest += values[k] * x[view.cols[k]];
-    y[r] = sum_of<VL>(sum[0] + sum[1], 0) + rest;
+    // The last ones as a vector too: of a scalar loop the compiler may or may not fuse the multiplications and additions.
+    alignas(64) float last_values[VL] = {}, last_x[VL] = {};
+    for (int i = 0; k < k1; ++k, ++i) {
+      last_values[i] = values[k];
+      last_x[i] = x[view.cols[k]];
+    }
+    sum[1] += load(last_values) * load(last_x);
+    y[r] = sum_of<VL>(sum[0] + sum[1], 0) + (bias != nullptr ? bias[r] : 0.0f);
   }
 }
 

@@ -235,19 +235,21 @@ class SparseLinear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Buffers by their dictionary: through attributes they cost as much as a small product at one token.
+        index = self._buffers
         y = torch.ops.rarefy.spmm(
             self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.t_crow,
-            self.t_rows,
-            self.t_perm,
+            index["crow_indices"],
+            index["col_indices"],
+            index["t_crow"],
+            index["t_rows"],
+            index["t_perm"],
             self.block,
-            x.reshape(x.shape[:-1].numel(), x.shape[-1]),  # -1 would be ambiguous without inputs
+            x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]),  # -1 is ambiguous without inputs
             self.bias,
-            self.sink,
+            index["sink"],
         )
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """(out_features, in_features) with zeros where no unit is; for export and tests."""
