@@ -27,7 +27,7 @@ inline void direct_row(const View<Index> &view, const float *values, int64_t k0,
       auto unit = [&](int64_t k, vec (&acc)[RT][VT]) __attribute__((always_inline)) {
         const float *w = values + int64_t(view.perm != nullptr && WT ? view.perm[k] : k) * (RB * CB);
         const float *x = panel + int64_t(view.cols[k]) * (CB * P) + v0 * VL;
-        if constexpr (!WT) {  // in order: from memory, for few tokens
+        if constexpr (!WT && RB * CB > 1) {  // a single entry is less than what asking costs
           constexpr int EVERY = max_int(1, 16 / CB);
 #pragma GCC unroll 16
           for (int r = 0; r < RT; r += EVERY) fetch_ahead(w + (r0 + r) * CB);

@@ -19,38 +19,38 @@ constexpr int64_t few_tokens() {
   return max_int(2, min_int(4, min_int(2 * kBudget / S::SUMS, S::W / 2)));
 }
 
-// rows(begin, end) for parts of equal work of the unit rows, on all threads.
-template <class Index, class Rows>
-void for_parts(const View<Index> &view, int threads, const Rows &rows) {
+// On every thread prepare(thread), then rows(thread, begin, end) for parts of equal work of the unit rows.
+template <class Index, class Prepare, class Rows>
+void for_parts(const View<Index> &view, int threads, const Prepare &prepare, const Rows &rows) {
   const int64_t parts = row_parts(1, view.num_rows, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
+    const int thread = omp_get_thread_num();
+    prepare(thread);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t part = 0; part < parts; ++part) {
-      rows(part_begin(view.ptr, view.num_rows, part, parts), part_begin(view.ptr, view.num_rows, part + 1, parts));
+      rows(thread, part_begin(view.ptr, view.num_rows, part, parts),
+           part_begin(view.ptr, view.num_rows, part + 1, parts));
     }
   }
 }
 
+// Each thread packs all of x for itself: one that waits for another to pack its share waits for the scheduler, where
+// cores are not idle.
 template <int P, class Index>
 int spmm_narrow(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y,
                 int64_t batch, int threads) {
   const View<Index> view = by_rows<Index>(p);
-  const int64_t in = p->in_features, out = p->out_features;
-  const Lease lease = lease_acquire(size_t(in) * P * sizeof(float));
+  const int64_t in = p->in_features, out = p->out_features, panel_floats = ceil_div(in * P, 16) * 16;
+  const Lease lease = lease_acquire(size_t(threads) * panel_floats * sizeof(float));
   if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-  float *panel = reinterpret_cast<float *>(lease.data);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t piece = 0; piece < ceil_div(in, 256); ++piece) {
-      pack_narrow<P>(x, in, batch, piece * 256, min64(piece * 256 + 256, in), panel);
-    }
-  }
-  for_parts(view, threads, [&](int64_t begin, int64_t end) {
-    narrow_rows<P>(view, values, panel, bias, begin, end, batch, y, out);
-  });
+  float *panels = reinterpret_cast<float *>(lease.data);
+  for_parts(
+      view, threads, [&](int thread) { pack_narrow<P>(x, in, batch, panels + thread * panel_floats); },
+      [&](int thread, int64_t begin, int64_t end) {
+        narrow_rows<P>(view, values, panels + thread * panel_floats, bias, begin, end, batch, y, out);
+      });
   lease_release(lease);
   return RAREFY_OK;
 }
@@ -61,10 +61,11 @@ int spmm_few(const rarefy_pattern *p, const float *values, const float *x, const
              int threads) {
   const View<Index> view = by_rows<Index>(p);
   const int64_t in = p->in_features, out = p->out_features;
+  const auto nothing = [](int) {};
   if constexpr (BR * BC == 1) {
     if (batch == 1) {
-      for_parts(view, threads,
-                [&](int64_t begin, int64_t end) { one_token_rows(view, values, x, bias, begin, end, y); });
+      for_parts(view, threads, nothing,
+                [&](int, int64_t begin, int64_t end) { one_token_rows(view, values, x, bias, begin, end, y); });
       return RAREFY_OK;
     }
     if (batch <= 2) return spmm_narrow<2, Index>(p, values, x, bias, y, batch, threads);
@@ -72,7 +73,7 @@ int spmm_few(const rarefy_pattern *p, const float *values, const float *x, const
     if (batch <= 8) return spmm_narrow<min_int(8, VL), Index>(p, values, x, bias, y, batch, threads);
     return spmm_narrow<VL, Index>(p, values, x, bias, y, batch, threads);
   } else {
-    for_parts(view, threads, [&](int64_t begin, int64_t end) {
+    for_parts(view, threads, nothing, [&](int, int64_t begin, int64_t end) {
       if (batch == 1) few_rows<BR, BC, 1>(view, values, x, in, bias, begin, end, y, out);
       if (batch == 2) few_rows<BR, BC, 2>(view, values, x, in, bias, begin, end, y, out);
       if constexpr (few_tokens<BR, BC>() >= 4) {

@@ -211,12 +211,16 @@ void narrow_rows(const View<Index> &view, const float *values, const float *pane
   }
 }
 
-// panel[f][t] = x[t][f] for the features begin <= f < end; lanes past the last token are zero.
+// panel[f][t] = x[t][f]; lanes past the last token are zero.
 template <int P>
-void pack_narrow(const float *x, int64_t in, int64_t tokens, int64_t begin, int64_t end, float *panel) {
-  for (int64_t f = begin; f < end; ++f) {
+void pack_narrow(const float *x, int64_t in, int64_t tokens, float *panel) {
+  if constexpr (P == VL) {
+    pack<1>(x, in, tokens, 0, in, panel);
+  } else {
+    for (int64_t f = 0; f < in; ++f) {
 #pragma GCC unroll 16
-    for (int t = 0; t < P; ++t) panel[f * P + t] = t < tokens ? x[t * in + f] : 0.0f;
+      for (int t = 0; t < P; ++t) panel[f * P + t] = t < tokens ? x[t * in + f] : 0.0f;
+    }
   }
 }
 
