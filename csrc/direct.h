@@ -8,6 +8,10 @@
 namespace rarefy {
 namespace {
 
+// Values that are read in order are asked for this many bytes ahead: the hardware does not look past the end of a page.
+constexpr int64_t kAhead = 2048;
+inline void fetch_ahead(const void *p) { __builtin_prefetch(static_cast<const char *>(p) + kAhead); }
+
 // out[RB][P] = start (or 0) + the units k0 <= k < k1 of one unit row times the packed inputs.
 // WT: the values hold a unit as [input][output] of this view, that is, the view is W^T.
 template <int RB, int CB, int NV, bool WT, class Index>
@@ -23,6 +27,11 @@ inline void direct_row(const View<Index> &view, const float *values, int64_t k0,
       auto unit = [&](int64_t k, vec (&acc)[RT][VT]) __attribute__((always_inline)) {
         const float *w = values + int64_t(view.perm != nullptr && WT ? view.perm[k] : k) * (RB * CB);
         const float *x = panel + int64_t(view.cols[k]) * (CB * P) + v0 * VL;
+        if constexpr (!WT && RB * CB > 1) {  // a single entry is less than what asking costs
+          constexpr int EVERY = max_int(1, 16 / CB);
+#pragma GCC unroll 16
+          for (int r = 0; r < RT; r += EVERY) fetch_ahead(w + (r0 + r) * CB);
+        }
 #pragma GCC unroll 16
         for (int c = 0; c < CB; ++c) {
 #pragma GCC unroll 16

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "drive_direct.h"
+#include "drive_few.h"
 #include "drive_mlp.h"
 #include "probe.h"
 
@@ -16,14 +17,15 @@ namespace {
 constexpr int64_t kForwardTiledFrom = 3 * kWide * VL, kBackwardTiledFrom = 2 * VL + 1;
 
 template <int BR, int BC, class Index>
-int spmm_few(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y, int64_t batch,
-             int threads) {
+int spmm_some(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y, int64_t batch,
+              int threads) {
+  if (batch >= 1 && batch <= few_tokens<BR, BC>()) return spmm_few<BR, BC, Index>(p, values, x, bias, y, batch, threads);
   if (batch <= VL) return spmm_direct<BR, BC, 1, Index>(p, values, x, bias, y, batch, threads);
   return spmm_direct<BR, BC, 2, Index>(p, values, x, bias, y, batch, threads);
 }
 
 template <int BR, int BC, class Index>
-int backward_few(const rarefy_pattern *p, const float *values, const float *dy, const float *x, float *dx,
+int backward_some(const rarefy_pattern *p, const float *values, const float *dy, const float *x, float *dx,
                  float *dvalues, float *dbias, int64_t batch, int threads) {
   if (batch <= VL) return backward_direct<BR, BC, 1, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
   return backward_direct<BR, BC, 2, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
@@ -33,9 +35,9 @@ int backward_few(const rarefy_pattern *p, const float *values, const float *dy, 
 struct Block {
   int64_t rows, cols;
   TileKernels tiled;
-  int (*spmm_few[2])(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y,
+  int (*spmm_some[2])(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y,
                      int64_t batch, int threads);
-  int (*backward_few[2])(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
+  int (*backward_some[2])(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
                          float *dvalues, float *dbias, int64_t batch, int threads);
 };
 
@@ -43,8 +45,8 @@ template <int BR, int BC>
 constexpr Block kBlock = {BR,
                           BC,
                           kTileKernels<BR, BC>,
-                          {spmm_few<BR, BC, uint16_t>, spmm_few<BR, BC, int32_t>},
-                          {backward_few<BR, BC, uint16_t>, backward_few<BR, BC, int32_t>}};
+                          {spmm_some<BR, BC, uint16_t>, spmm_some<BR, BC, int32_t>},
+                          {backward_some<BR, BC, uint16_t>, backward_some<BR, BC, int32_t>}};
 
 // Block shapes with a kernel. Each costs some seconds of compilation per target, so the list holds what is used.
 constexpr Block kBlocks[] = {kBlock<1, 1>, kBlock<4, 1>, kBlock<8, 1>, kBlock<4, 4>, kBlock<8, 8>, kBlock<16, 16>};
@@ -96,7 +98,7 @@ int spmm(const rarefy_pattern *p, const float *values, const void *x, const floa
   if (batch < kForwardTiledFrom) {
     Wide wide_x(x, batch * in, half, true), wide_y(y, batch * out, half, false);
     if (wide_x.failed() || wide_y.failed()) return RAREFY_NO_MEMORY;
-    const int code = block->spmm_few[p->index_bytes == 4](p, values, wide_x.data(), bias, wide_y.data(), batch, threads);
+    const int code = block->spmm_some[p->index_bytes == 4](p, values, wide_x.data(), bias, wide_y.data(), batch, threads);
     wide_y.write_back();
     return code;
   }
@@ -115,7 +117,7 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
   if (batch < kBackwardTiledFrom || dvalues == nullptr || p->t_crow == nullptr) {
     Wide wide_dy(dy, batch * out, half, true), wide_x(x, batch * in, half, true), wide_dx(dx, batch * in, half, false);
     if (wide_dy.failed() || wide_x.failed() || wide_dx.failed()) return RAREFY_NO_MEMORY;
-    const int code = block->backward_few[p->index_bytes == 4](p, values, wide_dy.data(), wide_x.data(), wide_dx.data(),
+    const int code = block->backward_some[p->index_bytes == 4](p, values, wide_dy.data(), wide_x.data(), wide_dx.data(),
                                                               dvalues, dbias, batch, threads);
     wide_dx.write_back();
     return code;

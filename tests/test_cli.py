@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -301,6 +302,19 @@ def test_generate_continues_a_prompt(capsys, finished):
         texts.append(capsys.readouterr().out)
     assert all(text.startswith("sparse ") for text in texts)
     assert texts[0] == texts[1] and len({texts[0], texts[2], texts[3]}) == 3
+
+
+def test_generate_says_how_fast_apart_from_the_text(capsys, finished):
+    arguments = ["generate", "--run", str(finished), "--prompt", "ab", "--bytes", "6"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "bytes/s" not in shown.out
+    assert re.fullmatch(r"read 2 bytes in [0-9.]+ s, then wrote [0-9,]+ bytes/s", shown.err.strip())
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["prompt_bytes"] == 2
+    assert said["decode_bytes_per_s"] == pytest.approx(5 / said["decode_s"])
+    assert said["prompt_bytes_per_s"] == pytest.approx(2 / said["prompt_s"])
 
 
 def test_generate_writes_the_sample_again(capsys, finished):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import rarefy
-from rarefy.models import GPT, GPTConfig, generate
+from rarefy.models import GPT, GPTConfig
 from rarefy.nn import SparseLinear
 
 TINY = GPTConfig(width=32, layers=2, heads=4, context=16)
@@ -90,43 +90,3 @@ def test_a_plan_finds_the_layers_by_name_and_leaves_the_head_dense():
     assert list(rewirer.left_dense) == ["head"]
     assert isinstance(model.get_submodule("blocks.1.mlp.up"), SparseLinear)
     assert rewirer.layers["blocks.1.mlp.up"].density == 0.5
-
-
-# -- generation --------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_writes_the_same_and_leaves_torchs_generator_alone():
-    model = GPT(TINY)
-    state = torch.get_rng_state()
-    texts = [generate(model, b"def ", 40, seed=seed) for seed in (1, 1, 2)]  # 40 is past the context: the window slides
-    assert texts[0] == texts[1] != texts[2]
-    assert len(texts[0]) == 40
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-
-
-def test_temperature_zero_takes_the_likeliest_byte():
-    model = GPT(TINY)
-    text = b"abc"
-    for _ in range(5):
-        text += bytes([int(model(torch.tensor([list(text)]))[0, -1].argmax())])
-    assert generate(model, b"abc", 5, temperature=0) == text[3:]
-    assert generate(model, b"abc", 5, top_k=1, seed=7) == text[3:]
-
-
-def test_top_k_draws_from_the_likeliest_only():
-    model = GPT(TINY)
-    likeliest = set(model(torch.tensor([list(b"x")]))[0, -1].topk(3).indices.tolist())
-    drawn = {generate(model, b"x", 1, temperature=5.0, top_k=3, seed=seed)[0] for seed in range(40)}
-    assert drawn == likeliest
-
-
-def test_the_window_is_the_end_of_the_text():
-    model = GPT(TINY)
-    assert generate(model, b"0123456789" + b"a" * 16, 3) == generate(model, b"a" * 16, 3)
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}])
-def test_impossible_options_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        generate(GPT(TINY), b"", 1, **wrong)

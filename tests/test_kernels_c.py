@@ -274,6 +274,35 @@ def test_large_blocks_match_dense(isa: str, block: tuple[int, int]) -> None:
     Problem(Case(ceil_div(400, block[0]), ceil_div(900, block[1]), 0.1, 260), block, index_bytes=2).all(threads=2)
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("batch", range(1, 18))
+def test_few_tokens_match_dense_with_the_same_bits_whatever_the_threads(isa: str, batch: int, block: tuple[int, int]):
+    """Every number of tokens that has a kernel of its own, and rows shorter and longer than its strides."""
+    for rows, cols, density in ((37, 91, 0.4), (60, 300, 0.05)):
+        case = Case(ceil_div(rows, block[0]) + 4, ceil_div(cols, block[1]) + 4, density, batch)
+        for uneven in (False, True):
+            first = None
+            for index_bytes, threads in ((2, 1), (4, 1), (2, 2), (4, 3)):
+                problem = Problem(case, block, index_bytes, uneven)
+                for with_bias in (True, False):
+                    y = problem.forward(threads, with_bias)
+                    again = problem.forward(threads, with_bias)
+                    assert np.array_equal(y, again)
+                    first = {} if first is None else first
+                    assert np.array_equal(y, first.setdefault(with_bias, y))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 11])
+def test_few_tokens_keep_what_is_not_finite_to_itself(isa: str, batch: int) -> None:
+    """An infinite input reaches its token and the rows that read it, and no other; padding lanes reach no one."""
+    sparse, values, x, _, _ = make(Case(20, 40, 0.4, batch))
+    x[-1, 7] = np.inf
+    y = np.empty((batch, 20), np.float32)
+    assert LIB.rarefy_spmm_f32(ctypes.byref(sparse.c), at(values), at(x), None, at(y), batch, 2) == 0
+    assert np.isfinite(y[:-1]).all()
+    assert (np.isfinite(y[-1]) == ~sparse.units[:, 7]).all()
+
+
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)], ids=str)
 def test_uneven_rows(isa: str, block: tuple[int, int]) -> None:
     Problem(Case(150, 260, 0.03, 300), block, index_bytes=2, uneven=True).all(threads=3)

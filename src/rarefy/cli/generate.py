@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rarefy.models import generate
+from rarefy.models import Generation, timed_generate
 from rarefy.recipes.text import load_network
 
 
@@ -40,15 +41,28 @@ class Generate:
     """YAML file that says the same as these options, which override it."""
 
     json: bool = False
-    """Print prompt and text as JSON."""
+    """Print prompt, text and times as JSON."""
 
 
 def run(settings: Generate) -> None:
-    """Print the prompt and what follows it."""
+    """Print the prompt and what follows it, and to the standard error how fast that went."""
     model = load_network(settings.run, settings.twin)
     prompt = settings.prompt.encode("utf-8", errors="surrogateescape")
-    written = generate(
-        model, prompt, settings.bytes, temperature=settings.temperature, top_k=settings.top_k, seed=settings.seed
-    )
-    text = written.decode("utf-8", errors="replace")
-    print(json.dumps({"prompt": settings.prompt, "text": text}) if settings.json else settings.prompt + text)
+    options = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": settings.seed}
+    made = timed_generate(model, prompt, settings.bytes, **options)
+    text = made.text.decode("utf-8", errors="replace")
+    if settings.json:
+        rates = {"prompt_bytes_per_s": made.prompt_bytes_per_s, "decode_bytes_per_s": made.decode_bytes_per_s}
+        took = {"prompt_bytes": made.prompt_bytes, "prompt_s": made.prompt_s, "decode_s": made.decode_s}
+        print(json.dumps({"prompt": settings.prompt, "text": text, **took, **rates}))
+        return
+    print(settings.prompt + text, flush=True)
+    print(_speed(made), file=sys.stderr)  # apart from the text, which may go to a file
+
+
+def _speed(made: Generation) -> str:
+    """Reading the prompt and writing, apart: the first is many positions at once, the second one at a time."""
+    said = f"read {made.prompt_bytes:,} bytes in {made.prompt_s:.3f} s"
+    if made.decode_bytes_per_s is not None:
+        said += f", then wrote {made.decode_bytes_per_s:,.0f} bytes/s"
+    return said

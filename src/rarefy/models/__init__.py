@@ -1,5 +1,6 @@
 """Small models of our own, to be read."""
 
-from rarefy.models.gpt import GPT, GPTConfig, generate
+from rarefy.models.generate import Generation, generate, timed_generate
+from rarefy.models.gpt import GPT, GPTConfig
 
-__all__ = ["GPT", "GPTConfig", "generate"]
+__all__ = ["GPT", "GPTConfig", "Generation", "generate", "timed_generate"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rarefy.models.cache import Cache, LayerCache
 from rarefy.ops import causal_attention
 
 VOCABULARY = 256
@@ -77,6 +78,16 @@ class Attention(nn.Module):
         mixed_BTHc = causal_attention(self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads))
         return self.out(mixed_BTHc.reshape(B, T, C))
 
+    def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
+        """`forward` for T further positions, which see those in `past` too and are added to it."""
+        B, T, C = x_BTC.shape
+        q, k, v = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        seen = past.length
+        keys, values = past.append(k, v)
+        later = None if seen == 0 or T == 1 else x_BTC.new_ones(T, seen + T, dtype=torch.bool).tril(seen)
+        mixed_BHTc = F.scaled_dot_product_attention(q, keys, values, later, is_causal=seen == 0)
+        return self.out(mixed_BHTc.transpose(1, 2).reshape(B, T, C))
+
 
 class MLP(nn.Module):
     """Up, GELU, down. `sparsify` makes it one call (`rarefy.fuse`)."""
@@ -102,6 +113,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+    def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
+        """`forward` for positions that follow those in `past`."""
+        x_BTC = x_BTC + self.attention.step(self.attention_norm(x_BTC), past)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
@@ -160,45 +176,19 @@ class GPT(nn.Module):
             x_BTC = block(x_BTC)
         return self.head(self.norm(x_BTC))
 
+    def step(self, tokens_BT: Tensor, past: Cache) -> Tensor:
+        """(B, T) further bytes of a text -> (B, 256) logits of the byte after the last. `past` then holds them too.
 
-@torch.no_grad()
-def generate(
-    model: GPT, prompt: bytes, num_bytes: int, *, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
-) -> bytes:
-    """Continue a prompt, byte by byte, each drawn from what the model expects given the last `context` bytes.
+        The same as `forward` over the whole text, up to rounding, at the cost of the T new bytes.
 
-    Args:
-        prompt: what to continue; empty: a line feed is put before the text and left out of the answer.
-        num_bytes: how many bytes to add. Each costs one forward pass over at most `context` bytes.
-        temperature: below 1 sharpens the distribution, above flattens it; 0 takes the likeliest byte.
-        top_k: draw from the k likeliest bytes only; None: from all.
-        seed: the same seed, prompt and model give the same bytes. Torch's global generator is not touched.
-    Returns:
-        The new bytes, without the prompt.
-    Raises:
-        ValueError: a negative temperature or number of bytes, or top_k below 1.
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if num_bytes < 0:
-        raise ValueError(f"the number of bytes must not be negative, got {num_bytes}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    text = list(prompt or b"\n")
-    begin = len(text)
-    was_training = model.training
-    model.eval()
-    for _ in range(num_bytes):
-        window = torch.tensor([text[-model.config.context :]], device=device)
-        logits = model(window)[0, -1].float().cpu()
-        if top_k is not None and top_k < logits.numel():
-            logits[logits < torch.topk(logits, top_k).values[-1]] = -math.inf
-        if temperature == 0:
-            text.append(int(logits.argmax()))
-        else:
-            probabilities = torch.softmax(logits / temperature, dim=0)
-            text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    model.train(was_training)
-    return bytes(text[begin:])
+        Raises:
+            ValueError: more bytes than the context, those in `past` included.
+        """
+        seen, T = past.length, tokens_BT.shape[1]
+        if self.config.context < seen + T:
+            raise ValueError(f"{seen} + {T} bytes are more than the context of {self.config.context}")
+        x_BTC = self.embedding(tokens_BT) + self.position.weight[seen : seen + T]
+        for block, layer in zip(self.blocks, past.layers, strict=True):
+            assert isinstance(block, Block)
+            x_BTC = block.step(x_BTC, layer)
+        return self.head(self.norm(x_BTC[:, -1]))

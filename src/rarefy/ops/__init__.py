@@ -16,7 +16,8 @@ __all__ = ["Index", "available", "causal_attention", "index_dtype", "sink", "usi
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:
-    schema.check_spmm(crow, t_crow, block, x)
+    if x.dim() != 2 or x.shape[1] != (t_crow.shape[0] - 1) * block[1] or not x.dtype.is_floating_point:
+        schema.check_spmm(crow, t_crow, block, x)  # says what is wrong; asking costs more than a small product
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
     return choose(values.dtype, values.device, index.block).spmm(values, index, x, bias)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,12 @@ class _CPattern(ctypes.Structure):
     ]
 
 
+@functools.cache
+def _supports(block_rows: int, block_cols: int) -> bool:
+    library = load()
+    return isinstance(library, ctypes.CDLL) and bool(library.rarefy_supports(block_rows, block_cols))
+
+
 def why_not(dtype: torch.dtype, device: torch.device, block: list[int]) -> str | None:
     """Why the kernels cannot run such values; None when they can."""
     library = load()
@@ -36,27 +43,30 @@ def why_not(dtype: torch.dtype, device: torch.device, block: list[int]) -> str |
         return f"the compiled kernels run on the CPU, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the compiled kernels compute in float32, not {dtype}"
-    if not library.rarefy_supports(block[0], block[1]):
+    if not _supports(block[0], block[1]):
         return f"there is no compiled kernel for blocks of {block[0]}x{block[1]}"
     return None
 
 
 def _c_pattern(index: Index) -> _CPattern:
     """Pointers into `index`, which must outlive the call."""
-    arrays = (index.crow, index.cols, index.t_crow, index.t_rows, index.t_perm)
-    assert all(array.is_contiguous() for array in arrays)
+    crow, cols, t_crow, t_rows, t_perm, block = index
+    assert crow.is_contiguous() and cols.is_contiguous()
+    assert t_crow.is_contiguous() and t_rows.is_contiguous() and t_perm.is_contiguous()
     return _CPattern(
-        index.out_features,
-        index.in_features,
-        *index.block,
-        index.num_units,
-        *(array.data_ptr() for array in arrays),
-        index.cols.element_size(),
+        (crow.shape[0] - 1) * block[0],
+        (t_crow.shape[0] - 1) * block[1],
+        *block,
+        cols.shape[0],
+        *(crow.data_ptr(), cols.data_ptr(), t_crow.data_ptr(), t_rows.data_ptr(), t_perm.data_ptr()),
+        cols.itemsize,
     )
 
 
 def _f32(tensor: Tensor) -> Tensor:
-    """Contiguous fp32: what the kernels read. No copy for what already is."""
+    """Contiguous fp32: what the kernels read. What already is comes back as it is: at one token every call counts."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.detach().to(torch.float32).contiguous()
 
 
@@ -79,7 +89,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
     y = empty(x.shape[0], index.out_features, rows.dtype)
     arguments = (values.data_ptr(), rows.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
     call(f"rarefy_spmm_{kind}", ctypes.byref(_c_pattern(index)), *arguments)
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
@@ -203,7 +213,7 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
     unit_rows, unit_cols = index.crow.shape[0] - 1, index.t_crow.shape[0] - 1
     k = min(k, unit_rows * unit_cols - index.num_units)
     units, scores = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
-    dy32, x32 = _f32(dy), _f32(x)
+    dy32, x32 = _f32(dy).detach(), _f32(x).detach()
     wanted = min(-(-index.out_features // 4), TILE_ENTRIES // max(1, index.in_features))
     step = max(1, max(TILE_ROWS, wanted) // index.block[0])
     buffer = empty(step * index.block[0], index.in_features)
