@@ -13,7 +13,7 @@ from torch import nn
 
 import rarefy
 from rarefy import cost, ops
-from rarefy.cost import LayerCost, LayerStep, dense_layer, interleaved, interleaved_ms, layer_bytes, random_batch
+from rarefy.cost import LayerCost, LayerStep, dense_layer, interleaved, interleaved_ms, layer_bytes, random_batch, spot
 from rarefy.pattern import Pattern
 from rarefy.plan.decision import Decision
 
@@ -125,12 +125,10 @@ def timed(monkeypatch):
         calls.append(list(contenders))
         return [float(i + 1) for i in range(len(contenders))]
 
-    monkeypatch.setattr(cost, "interleaved_ms", fake)
-    for cached in (cost._measure, cost._measure_dense):
-        cached.cache_clear()
+    monkeypatch.setattr(spot, "interleaved_ms", fake)
+    spot._measure.cache_clear()
     yield calls
-    for cached in (cost._measure, cost._measure_dense):
-        cached.cache_clear()
+    spot._measure.cache_clear()
 
 
 def test_measure_times_the_same_work_on_both(timed):
@@ -140,7 +138,7 @@ def test_measure_times_the_same_work_on_both(timed):
     (sparse, dense), *rest = timed
     assert not rest
     assert type(sparse) is type(dense) is LayerStep
-    assert sparse.x is dense.x and sparse.dy is dense.dy
+    assert torch.equal(sparse.x, dense.x) and sparse.dy is dense.dy
     assert sparse.layer.pattern.num_units == 24 and sparse.layer.bias is None
     assert isinstance(dense.layer, nn.Linear) and dense.layer.bias is None
     assert (dense.layer.out_features, dense.layer.in_features) == (8, 12)
@@ -266,9 +264,8 @@ def test_totals_without_a_sample_have_no_times():
 
 
 def test_a_layer_left_dense_because_sparse_is_slower_keeps_its_figures(monkeypatch):
-    times = {(32, 16): LayerCost(4.0, 1.0), (16, 32): LayerCost(1.0, 4.0)}
+    times = {(32, 16): LayerCost(4.0, 1.0), (16, 32): LayerCost(1.0, 4.0), (16, 16): LayerCost(None, 7.0)}
     monkeypatch.setattr("rarefy.plan.plan.measure", lambda shape, *rest, **more: times[shape])
-    monkeypatch.setattr("rarefy.plan.plan.measure_dense", lambda shape, *rest, **more: 7.0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16))
     plan = rarefy.Plan(density=0.5, keep_dense=("2",))
 
@@ -284,8 +281,7 @@ def test_layers_that_the_sample_does_not_reach_are_not_timed(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("timed")
 
-    for name in ("measure", "measure_dense"):
-        monkeypatch.setattr(f"rarefy.plan.plan.{name}", refuse)
+    monkeypatch.setattr("rarefy.plan.plan.measure", refuse)
 
     class Idle(nn.Module):
         def __init__(self) -> None:

@@ -27,12 +27,14 @@ POINTS: tuple[tuple[tuple[int, int], float, int], ...] = (
     ((768, 3072), 0.2, 1024),
     ((512, 512), 0.1, 4096),
     ((1536, 512), 0.5, 512),
+    ((768, 768), 0.05, 512),
     ((1024, 256), 0.02, 2048),
     ((3072, 768), 0.2, 1024),
     ((2048, 2048), 0.1, 256),
+    ((1792, 768), 0.15, 640),
     ((2048, 2048), 0.02, 1024),
 )
-"""(shape, density, tokens), the most telling first: small and large, wide and tall, thin and full, few tokens and many."""
+"""(shape, density, tokens), the most telling first: small and large, wide and tall, thin and full, of few tokens."""
 
 LEAST_POINTS = 9
 """Of each structure, whatever the time: no more terms than points."""

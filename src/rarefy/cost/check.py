@@ -74,11 +74,11 @@ class Check:
         head += ["forward: predicted", "measured ms", "error", "step: predicted", "measured ms", "error"]
         table = [head]
         for row in self.rows:
-            shape, cells = "x".join(map(str, row["shape"])), []
+            shape, density, cells = "x".join(map(str, row["shape"])), f"{row['density']:.2f}", []
             for which in PASSES:
                 cells += [f"{row[f'{which}_{name}_ms']:.2f}" for name in ("predicted", "measured")]
                 cells.append(f"{row[f'{which}_error']:+.0%}")
-            table.append([shape, str(row["tokens"]), f"{row['density']:.2f}", row["structure"], row["precision"], *cells])
+            table.append([shape, str(row["tokens"]), density, row["structure"], row["precision"], *cells])
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         lines.insert(1, "-" * len(lines[0]))

@@ -152,7 +152,11 @@ def _fit_relative(matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """argmin |matrix @ c - target| over c >= 0. Lawson and Hanson 1974, "Solving Least Squares Problems", chapter 23."""
+    """argmin |matrix @ c - target| over c >= 0.
+
+    Source:
+        Lawson and Hanson 1974, "Solving Least Squares Problems", chapter 23.
+    """
     size = matrix.shape[1]
     found, free = np.zeros(size), np.zeros(size, dtype=bool)
     enough = 1e-10 * max(1.0, float(np.abs(matrix.T @ target).max(initial=0.0)))

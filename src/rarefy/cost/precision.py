@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 
 Precision = Literal["fp32", "medium", "bf16"]
-"""fp32: full. medium: `torch.set_float32_matmul_precision("medium")`, fp32 tensors whose products may read them as bf16.
-bf16: CPU autocast, bf16 activations and gradients of activations, fp32 weights."""
+"""fp32: full. medium: `torch.set_float32_matmul_precision("medium")`, fp32 tensors that products may read as
+bf16. bf16: CPU autocast, bf16 activations and gradients of activations, fp32 weights."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

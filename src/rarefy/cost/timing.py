@@ -93,7 +93,8 @@ class LayerStep:
     """
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor, precision: Precision | None = None) -> None:
-        self.layer, self.x, self.dy, self.precision = layer, x, dy, precision
+        self.layer, self.x, self.dy = layer, x, dy
+        self.precision: Precision | None = precision
         self._y: Tensor | None = None
 
     def _set(self, *, autocast: bool = True) -> contextlib.AbstractContextManager[None]:
