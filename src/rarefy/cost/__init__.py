@@ -3,6 +3,7 @@
 from rarefy.cost.cache import cache_path, cost_model, load_model, save_model
 from rarefy.cost.calibration import calibrate
 from rarefy.cost.counting import layer_bytes, layer_flops, tokens_per_layer, training_bytes
+from rarefy.cost.holdout import check
 from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, has_bf16_products, precision_now, working_in
@@ -31,6 +32,7 @@ __all__ = [
     "Work",
     "cache_path",
     "calibrate",
+    "check",
     "conditions",
     "cost_model",
     "dense_layer",
