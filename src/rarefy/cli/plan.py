@@ -120,9 +120,7 @@ def _explain(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
         how = "predicted for" if predicted else "timed on"
         print(f"{how} {about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")
     if costs is not None:
-        print(
-            f"cost model of {costs.fitted.get('date', 'an unknown date')}; rarefy plan --check shows how well it fits"
-        )
+        print(f"cost model of {costs.fitted.get('date', '?')}; rarefy plan --check shows how well it fits")
     print(f"\n{explanation}")
 
 
@@ -159,7 +157,7 @@ def _model_alone(settings: Plan) -> None:
         return
     about = machine()
     print(f"{about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")
-    print(f"cost model of {model.fitted.get('date', 'an unknown date')}\n\n{found}")
+    print(f"cost model of {model.fitted.get('date', '?')}\n\n{found}")
 
 
 def _list_machines(settings: Plan) -> None:

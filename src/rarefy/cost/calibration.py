@@ -24,6 +24,7 @@ POINTS: tuple[tuple[tuple[int, int], float, int], ...] = (
     ((4096, 1024), 0.1, 2048),
     ((1024, 4096), 0.1, 2048),
     ((256, 1024), 0.1, 128),
+    ((1024, 512), 0.1, 256),
     ((768, 3072), 0.2, 1024),
     ((512, 512), 0.1, 4096),
     ((1536, 512), 0.5, 512),
@@ -33,6 +34,7 @@ POINTS: tuple[tuple[tuple[int, int], float, int], ...] = (
     ((2048, 2048), 0.1, 256),
     ((1792, 768), 0.15, 640),
     ((2048, 2048), 0.02, 1024),
+    ((640, 512), 0.2, 320),
 )
 """(shape, density, tokens), the most telling first: small and large, wide and tall, thin and full, of few tokens."""
 

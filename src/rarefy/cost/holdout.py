@@ -103,6 +103,7 @@ def check(
         progress: told what is being timed.
     """
     timed: list[Timed] = []
+    try_layer((512, 512), 512, 0.1, None, dense_precisions(), budget_s=1.0)  # threads and clock awake
     for number, (shape, density, tokens) in enumerate(points):
         progress(f"timing: {number + 1} of {len(points)} layer shapes")
         for block in (None, *CALIBRATED_BLOCKS):

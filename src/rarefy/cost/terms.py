@@ -20,6 +20,9 @@ PASSES: tuple[Pass, ...] = ("forward", "step")
 PANEL = 64
 """Tokens that the kernels handle at a time: T counts in whole panels."""
 
+FEW = 3
+"""Panels up to which a call is done without tiles; the tiles' own start is what these take together."""
+
 LONG = 512
 """Features up to which a panel's rows stay near; beyond, each doubling costs the kernel anew."""
 
@@ -69,6 +72,7 @@ def _sparse_terms(work: Work, which: Pass, l2_bytes: int) -> dict[str, float]:
     panel = max(out, inputs) if which == "step" else inputs  # the backward reads both by feature, the forward x alone
     return {
         "call": 1.0,
+        "first_panels": min(tokens, FEW * PANEL),
         "pack_out": out * tokens,
         "pack_in": inputs * tokens,
         "products": work.nnz * tokens,

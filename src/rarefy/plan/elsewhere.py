@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,11 +82,12 @@ class Elsewhere:
             "sparse wins below",
         ]
         table = []
-        for row in self.rows:
+        alike = Counter(map(_kind, self.rows))
+        for row in {_kind(row): row for row in reversed(self.rows)}.values():
             fits = row["sparse_ms"] is not None
             table.append(
                 [
-                    row["name"],
+                    row["name"] + (f" and {alike[_kind(row)] - 1} alike" if alike[_kind(row)] > 1 else ""),
                     "x".join(map(str, row["shape"])),
                     str(row["tokens"]),
                     f"{row['density']:.3f}",
@@ -96,7 +98,7 @@ class Elsewhere:
                     _limit(row["break_even"], fits),
                 ]
             )
-        lines.append(columns(head, table))
+        lines.append(columns(head, table[::-1]))
         estimates = (
             f"{machine.estimates} of its figures are estimates" if machine.estimates else "every figure is published"
         )
@@ -105,8 +107,13 @@ class Elsewhere:
             "and its file names the source of each"
         )
         wins = sum(1 for row in self.rows if (row["speedup"] or 0) > 1)
-        lines.append(f"sparse would be faster than the best dense dtype in {wins} of {len(table)} rows")
+        lines.append(f"sparse would be faster than the best dense dtype in {wins} of {len(self.rows)} cases")
         return "\n".join(lines)
+
+
+def _kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What layers that are alike share."""
+    return (*row["shape"], row["tokens"], row["density"], row["structure"], row["dtype"])
 
 
 def _limit(break_even: float | None, fits: bool) -> str:
