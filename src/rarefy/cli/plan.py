@@ -13,7 +13,7 @@ import torch
 
 import rarefy
 from rarefy.cost import CostModel, check, cost_model, load_model
-from rarefy.cost.hardware import load_machine, machine_names
+from rarefy.cost.descriptions import load_machine, machine_names
 from rarefy.models import GPT
 from rarefy.plan.elsewhere import Elsewhere
 from rarefy.recipes.text import TextSettings

@@ -38,7 +38,7 @@ POINTS: tuple[tuple[tuple[int, int], float, int], ...] = (
 )
 """(shape, density, tokens), the most telling first: small and large, wide and tall, thin and full, of few tokens."""
 
-LEAST_POINTS = 9
+LEAST_POINTS = 10
 """Of each structure, whatever the time: no more terms than points."""
 
 SPARSE_POINT_S, DENSE_POINT_S = 0.2, 0.25

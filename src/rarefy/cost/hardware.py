@@ -10,15 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 from rarefy.cost.counting import layer_bytes
 from rarefy.pattern import as_block
-from rarefy.settings import from_plain, unknown
+from rarefy.settings import unknown
 
 DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 """Dtypes that a description may name, and bytes of a weight or activation. Only those that layers are trained in."""
@@ -109,7 +106,7 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A description: `load` reads one."""
+    """A description: `rarefy.cost.descriptions.load_machine` reads one."""
 
     title: str
     """Product and variant."""
@@ -138,8 +135,8 @@ class Machine:
     on_chip_bytes_per_s: Figure | None = None
     """None: no faster than memory, as far as is known."""
 
-    call_s: Figure = field(default_factory=lambda: Figure(value=0.0, source="estimate", where="not counted"))
-    """What starting one product takes."""
+    call_s: Figure | None = None
+    """What starting one product takes; None: not counted."""
 
     structures: tuple[Structure, ...] = ()
     """Those that something is known of."""
@@ -217,91 +214,4 @@ class Machine:
         near = fast is not None and moved <= self.on_chip_bytes.value
         bandwidth = fast.value if near and fast is not None else self.memory_bytes_per_s.value
         compute_s = 2 * nnz * tokens / rate if rate else math.inf
-        return 3e3 * (max(compute_s, moved / bandwidth) + self.call_s.value)
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def machine_names() -> list[str]:
-    """Names of the descriptions that come with the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
-
-
-def load_machine(name: str | Path) -> Machine:
-    """A description by the name of one that comes with the package, or from a file whose name ends with .yaml or .yml.
-
-    Raises:
-        ValueError: there is no such description, or it says something wrong: the field is named.
-    """
-    import yaml
-
-    text = str(name)
-    if text.endswith((".yaml", ".yml")):
-        place: Any = Path(text)
-    elif text in machine_names():
-        place = _folder() / f"{text}.yaml"
-    else:
-        raise ValueError(f"machine: {unknown(text, machine_names())}; or name a file that ends with .yaml")
-    try:
-        data = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{name} cannot be read as a machine description: {error}") from error
-    machine = from_plain(_Described, data if data is not None else {}, where=text)
-    return machine.machine(text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Described:
-    """A description as its file has it: mappings that `Machine` turns into figures, so that errors name the field."""
-
-    title: str
-    imagined: bool
-    about: str
-    sources: dict[str, dict[str, Any]]
-    peak_flops_per_s: dict[str, dict[str, Any]]
-    dense_efficiency: dict[str, dict[str, Any]]
-    memory_bytes_per_s: Figure
-    on_chip_bytes: Figure
-    on_chip_bytes_per_s: dict[str, Any] | None = None
-    call_s: dict[str, Any] | None = None
-    structures: tuple[dict[str, Any], ...] = ()
-
-    def machine(self, where: str) -> Machine:
-        """The machine, every figure checked."""
-
-        def figures(name: str) -> dict[str, Figure]:
-            return {k: from_plain(Figure, v, where=f"{where}.{name}.{k}") for k, v in getattr(self, name).items()}
-
-        def structure(data: Mapping[str, Any], at: str) -> Structure:
-            points = data.get("efficiency")
-            if not isinstance(points, list):
-                raise ValueError(f"{at}.efficiency: expected a list, got {points!r}")
-            read = tuple(from_plain(At, point, where=f"{at}.efficiency[{i}]") for i, point in enumerate(points))
-            return from_plain(Structure, {**data, "efficiency": read}, where=at)
-
-        sources = {k: from_plain(Source, v, where=f"{where}.sources.{k}") for k, v in self.sources.items()}
-        more: dict[str, Any] = {}
-        for name in ("on_chip_bytes_per_s", "call_s"):
-            if (given := getattr(self, name)) is not None:
-                more[name] = from_plain(Figure, given, where=f"{where}.{name}")
-        try:
-            return Machine(
-                title=self.title,
-                imagined=self.imagined,
-                about=self.about,
-                sources=sources,
-                peak_flops_per_s=figures("peak_flops_per_s"),
-                dense_efficiency=figures("dense_efficiency"),
-                memory_bytes_per_s=self.memory_bytes_per_s,
-                on_chip_bytes=self.on_chip_bytes,
-                structures=tuple(structure(d, f"{where}.structures[{i}]") for i, d in enumerate(self.structures)),
-                **more,
-            )
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
-
-
-def _folder() -> Any:
-    return resources.files("rarefy.cost") / "machines"
+        return 3e3 * (max(compute_s, moved / bandwidth) + (self.call_s.value if self.call_s else 0.0))

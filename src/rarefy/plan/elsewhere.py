@@ -99,8 +99,8 @@ class Elsewhere:
                 ]
             )
         lines.append(columns(head, table[::-1]))
-        estimates = (
-            f"{machine.estimates} of its figures are estimates" if machine.estimates else "every figure is published"
+        estimates = {0: "every figure is published", 1: "1 of its figures is an estimate"}.get(
+            machine.estimates, f"{machine.estimates} of its figures are estimates"
         )
         lines.append(
             f"predicted from the description, not measured: the longer of arithmetic and traffic; {estimates}, "

@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import glob
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from rarefy.nn import SparseLinear
 from rarefy.pattern import as_block, check_density, unit_grid
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
+from rarefy.plan.filters import check_filters, why_left_dense
 from rarefy.plan.layers import Layer, find_layers
 from rarefy.plan.structure import choose_block
 from rarefy.settings import from_plain, to_plain, unknown
@@ -150,11 +151,16 @@ class Plan:
         longer than the calibration.
         """
         layers = find_layers(model)
-        self._check_filters(layers, model)
-        why_dense = {name: self._why_dense(layer) for name, layer in layers.items()}
+        globs = {"include": self.include, "overrides": self.overrides, "block_overrides": self.block_overrides}
+        check_filters(globs, self.keep_dense, layers, model)
+        why_dense = {
+            name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
+            for name, layer in layers.items()
+        }
         measured = sample is not None if measure is None else measure
-        timed = measured or measure is not None or self.block == "auto"
-        if costs is None and (self.block == "auto" or (timed and not measured)):
+        open_ones = [n for n, why in why_dense.items() if not (why or layers[n].adopted or self._asked_block(n))]
+        timed = measured or measure is not None or bool(open_ones)
+        if costs is None and (open_ones or (timed and not measured)):
             costs = _machines_model()
         tokens = dict.fromkeys(layers, ASSUMED_TOKENS) if timed else {}
         if sample is not None:
@@ -248,39 +254,6 @@ class Plan:
                 return as_block(block)
         return None if isinstance(self.block, str) else as_block(self.block)
 
-    def _check_filters(self, layers: Mapping[str, Layer], model: nn.Module) -> None:
-        if not layers:
-            raise ValueError(
-                "the model has no layer that rarefy could make sparse: no nn.Linear, Conv1D or SparseLinear"
-            )
-        globs = {"include": self.include, "overrides": self.overrides, "block_overrides": self.block_overrides}
-        for option, patterns in globs.items():
-            for pattern in patterns:
-                if not fnmatch.filter(layers, pattern):
-                    raise ValueError(f"{option}: {pattern!r} matches no layer; {_some(layers)}")
-        everything = [*layers, *(name for name, _ in model.named_modules())]
-        for pattern in self.keep_dense:
-            if not fnmatch.filter(everything, pattern):
-                warnings.warn(
-                    f"keep_dense: {pattern!r} matches no layer, so it keeps nothing dense; {_some(layers)}",
-                    stacklevel=4,
-                )
-
-    def _why_dense(self, layer: Layer) -> str:
-        """Why a layer is left dense before anything is timed; empty: it is not."""
-        for pattern in self.keep_dense:
-            if any(fnmatch.fnmatch(name, pattern) for name in _with_ancestors(layer.name)):
-                return f"kept dense as asked (keep_dense {pattern!r})"
-        if not any(fnmatch.fnmatch(layer.name, pattern) for pattern in self.include):
-            return "not included (include " + ", ".join(map(repr, self.include)) + ")"
-        if layer.why_dense or layer.adopted:
-            return layer.why_dense
-        try:
-            unit_grid(layer.shape, self._asked_block(layer.name) or (1, 1))
-        except ValueError as error:
-            return str(error)
-        return "" if min(layer.shape) > 0 else "it has no weights"
-
     def _densities(self, layers: Mapping[str, Layer]) -> dict[str, float]:
         """Real density per layer that is not sparse yet: its own if overridden, else its part of the shared budget."""
         fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
@@ -329,14 +302,3 @@ def _machines_model() -> CostModel:
         warnings.warn("calibrating the cost model of this machine, once, in under a minute", stacklevel=4)
         found = cost_model()
     return found
-
-
-def _with_ancestors(name: str) -> list[str]:
-    """a.b.c -> a.b.c, a.b, a."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-
-
-def _some(layers: Iterable[str]) -> str:
-    names = list(layers)
-    return "there are: " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
