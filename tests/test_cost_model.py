@@ -16,7 +16,7 @@ from rarefy.cost import CALIBRATED_BLOCKS, CostModel, Work, cache, dense_work, h
 from rarefy.cost.calibration import LEAST_POINTS, POINTS, calibrate
 from rarefy.cost.holdout import HELD_OUT
 from rarefy.cost.model import Timed, error, fit, nnls
-from rarefy.cost.precision import PRECISIONS, has_bf16_products, precision_now, working_in
+from rarefy.cost.precision import PRECISIONS, Precision, has_bf16_products, precision_now, working_in
 from rarefy.cost.terms import PASSES, terms
 
 L2 = 2 << 20
@@ -38,7 +38,7 @@ def exact(work: Work, which, scale: float = 1.0) -> float:
     return scale * sum(ms * amounts[name] for name, ms in coefficients.items())
 
 
-def works(points, precision="fp32") -> list[Work]:
+def works(points, precision: Precision = "fp32") -> list[Work]:
     found = []
     for (out, inputs), density, tokens in points:
         found.append(dense_work((out, inputs), tokens, precision))
