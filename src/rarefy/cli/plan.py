@@ -153,7 +153,15 @@ def _model_alone(settings: Plan) -> None:
         return
     found = check(model, progress=_progress)
     if settings.json:
-        _print_json({"machine": machine(), "cost_model": dict(model.fitted), "rows": found.rows, **found.summary})
+        _print_json(
+            {
+                "machine": machine(),
+                "cost_model": dict(model.fitted),
+                "rows": found.rows,
+                **found.summary,
+                "again": found.again,
+            }
+        )
         return
     about = machine()
     print(f"{about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")

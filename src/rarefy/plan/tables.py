@@ -9,6 +9,9 @@ from rarefy.plan.precisions import INT8_TRAINING
 
 Row = Mapping[str, Any]
 
+TIE = 0.05
+"""Times and bytes so close to each other decide nothing."""
+
 
 def layers_table(rows: Sequence[Row], totals: Row) -> str:
     """A line a layer: structure, density, bytes, FLOPs, milliseconds; the last line sums them."""
@@ -73,6 +76,8 @@ def verdict(totals: Row) -> str:
         if others:
             rival = min(others, key=lambda option: option[field])
             line += f", against {show(rival)} for {rival['name']}, the best {loser} one"
+            if rival[field] < found[winner][field] * (1 + TIE):
+                line += ": nearly a tie"
         lines.append(line)
     return "\n".join([*lines, INT8_TRAINING])
 
