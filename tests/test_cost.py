@@ -162,6 +162,26 @@ def test_measure_asks_once_per_question_threads_and_backend(timed):
     assert len(timed) == 4
 
 
+def test_measure_times_every_precision_that_is_asked_for(timed, monkeypatch):
+    monkeypatch.setattr(spot, "dense_precisions", lambda: ("fp32", "bf16"))
+    found = cost.measure((8, 12), 24, (1, 1), 5, precisions=True)
+
+    assert (found.ms("sparse", "fp32"), found.sparse_ms, found.precision) == (1.0, 1.0, "fp32")
+    names = ["sparse fp32", "sparse medium", "sparse bf16", "dense fp32", "dense bf16"]
+    assert [found.ms(*name.split()) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]  # type: ignore[arg-type]
+    assert found.ms("dense", "medium") is None
+    steps = timed[0]
+    assert [step.precision for step in steps] == ["fp32", "medium", "bf16", "fp32", "bf16"]
+    assert steps[2].x.dtype == steps[2].dy.dtype == torch.bfloat16 and steps[2].x.requires_grad
+    for step in steps:
+        step()
+        assert step.x.grad is not None and step.x.grad.dtype == step.x.dtype
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in step.layer.parameters())
+    assert cost.measure((8, 12), None, (1, 1), 5).sparse_ms is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cost.measure((8, 12), 24, (1, 1), 5).precision == "bf16", "what torch is set to is what is timed"
+
+
 def test_layers_that_differ_by_one_unit_are_timed_once(timed):
     cost.measure((64, 64), 2048, (1, 1), 2)
     cost.measure((64, 64), 2047, (1, 1), 2)

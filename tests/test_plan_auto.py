@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from rarefy import Plan, SparseLinear, sparsify
@@ -17,6 +18,7 @@ from rarefy.cost.terms import PASSES
 from rarefy.plan import plan as planning
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.structure import LEAST_UNITS, MARGIN, choose_block, fastest_block, possible_blocks
+from tiny import flags, write_text
 
 KINDS = ["dense", *(f"{rows}x{cols}" for rows, cols in CALIBRATED_BLOCKS)]
 
@@ -286,3 +288,17 @@ def perfect(model: CostModel):
 
     work = dense_work((64, 64), 64)
     return Check(model, [Timed(work, model.ms(work, "forward") or 0.0, model.ms(work) or 0.0)])
+
+
+def test_a_run_keeps_the_structures_that_were_chosen(known, monkeypatch, tmp_path, capsys):
+    text, run = write_text(tmp_path / "text.txt"), tmp_path / "run"
+    options = ["--block", "auto", "--density", "0.5", "--width", "64", "--no-twin", "--no-report"]
+    assert main(flags(text, "--run", str(run), *options, steps=4)) == 0
+    rows = json.loads((run / "plan.json").read_text())["layers"]
+    assert {tuple(row["block"]) for row in rows if row["kind"] == "sparse"} == {(4, 4)}
+    monkeypatch.setattr(planning, "load_model", lambda: pytest.fail("asked again"))
+    asked = Plan.from_dict(yaml.safe_load((run / "run.yaml").read_text())["plan"])  # what --resume reads
+    assert asked.block == "auto" and asked.settled(rows).block_overrides == {
+        row["name"]: (4, 4) for row in rows if row["kind"] == "sparse"
+    }
+    assert main(["generate", "--run", str(run), "--bytes", "4"]) == 0

@@ -47,7 +47,7 @@ def activation_dtype(precision: Precision) -> torch.dtype:
 def dense_precisions() -> tuple[Precision, ...]:
     """Those that a dense layer is worth timing in here.
 
-    Without bf16 products in hardware torch takes hundreds of times longer for them, and "medium" changes nothing.
+    Without bf16 products in hardware torch takes many times longer for them, and "medium" changes nothing.
     """
     return PRECISIONS if has_bf16_products() else ("fp32",)
 
