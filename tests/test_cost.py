@@ -13,7 +13,7 @@ from torch import nn
 
 import rarefy
 from rarefy import cost, ops
-from rarefy.cost import LayerCost, LayerStep, dense_layer, interleaved, interleaved_ms, layer_bytes, random_batch
+from rarefy.cost import LayerCost, LayerStep, dense_layer, interleaved, interleaved_ms, layer_bytes, random_batch, spot
 from rarefy.pattern import Pattern
 from rarefy.plan.decision import Decision
 
@@ -125,12 +125,10 @@ def timed(monkeypatch):
         calls.append(list(contenders))
         return [float(i + 1) for i in range(len(contenders))]
 
-    monkeypatch.setattr(cost, "interleaved_ms", fake)
-    for cached in (cost._measure, cost._measure_dense):
-        cached.cache_clear()
+    monkeypatch.setattr(spot, "interleaved_ms", fake)
+    spot._measure.cache_clear()
     yield calls
-    for cached in (cost._measure, cost._measure_dense):
-        cached.cache_clear()
+    spot._measure.cache_clear()
 
 
 def test_measure_times_the_same_work_on_both(timed):
@@ -140,7 +138,7 @@ def test_measure_times_the_same_work_on_both(timed):
     (sparse, dense), *rest = timed
     assert not rest
     assert type(sparse) is type(dense) is LayerStep
-    assert sparse.x is dense.x and sparse.dy is dense.dy
+    assert torch.equal(sparse.x, dense.x) and sparse.dy is dense.dy
     assert sparse.layer.pattern.num_units == 24 and sparse.layer.bias is None
     assert isinstance(dense.layer, nn.Linear) and dense.layer.bias is None
     assert (dense.layer.out_features, dense.layer.in_features) == (8, 12)
@@ -162,6 +160,26 @@ def test_measure_asks_once_per_question_threads_and_backend(timed):
     finally:
         torch.set_num_threads(threads)
     assert len(timed) == 4
+
+
+def test_measure_times_every_precision_that_is_asked_for(timed, monkeypatch):
+    monkeypatch.setattr(spot, "dense_precisions", lambda: ("fp32", "bf16"))
+    found = cost.measure((8, 12), 24, (1, 1), 5, precisions=True)
+
+    assert (found.ms("sparse", "fp32"), found.sparse_ms, found.precision) == (1.0, 1.0, "fp32")
+    names = ["sparse fp32", "sparse medium", "sparse bf16", "dense fp32", "dense bf16"]
+    assert [found.ms(*name.split()) for name in names] == [1.0, 2.0, 3.0, 4.0, 5.0]  # type: ignore[arg-type]
+    assert found.ms("dense", "medium") is None
+    steps = timed[0]
+    assert [step.precision for step in steps] == ["fp32", "medium", "bf16", "fp32", "bf16"]
+    assert steps[2].x.dtype == steps[2].dy.dtype == torch.bfloat16 and steps[2].x.requires_grad
+    for step in steps:
+        step()
+        assert step.x.grad is not None and step.x.grad.dtype == step.x.dtype
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in step.layer.parameters())
+    assert cost.measure((8, 12), None, (1, 1), 5).sparse_ms is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cost.measure((8, 12), 24, (1, 1), 5).precision == "bf16", "what torch is set to is what is timed"
 
 
 def test_layers_that_differ_by_one_unit_are_timed_once(timed):
@@ -266,9 +284,8 @@ def test_totals_without_a_sample_have_no_times():
 
 
 def test_a_layer_left_dense_because_sparse_is_slower_keeps_its_figures(monkeypatch):
-    times = {(32, 16): LayerCost(4.0, 1.0), (16, 32): LayerCost(1.0, 4.0)}
+    times = {(32, 16): LayerCost(4.0, 1.0), (16, 32): LayerCost(1.0, 4.0), (16, 16): LayerCost(None, 7.0)}
     monkeypatch.setattr("rarefy.plan.plan.measure", lambda shape, *rest, **more: times[shape])
-    monkeypatch.setattr("rarefy.plan.plan.measure_dense", lambda shape, *rest, **more: 7.0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16))
     plan = rarefy.Plan(density=0.5, keep_dense=("2",))
 
@@ -284,8 +301,7 @@ def test_layers_that_the_sample_does_not_reach_are_not_timed(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("timed")
 
-    for name in ("measure", "measure_dense"):
-        monkeypatch.setattr(f"rarefy.plan.plan.{name}", refuse)
+    monkeypatch.setattr("rarefy.plan.plan.measure", refuse)
 
     class Idle(nn.Module):
         def __init__(self) -> None:

@@ -230,12 +230,13 @@ def test_what_would_be_slower_stays_dense_with_the_figures(monkeypatch):
     """And leaves the budget: the others' counts are made anew, and timed anew."""
     asked = []
 
-    def measure(shape, units, block, tokens, *, bias):
+    def measure(shape, units, block, tokens, *, bias, precisions=False):
         asked.append((shape, units, tokens))
+        if units is None:
+            return LayerCost(None, 0.5)
         return LayerCost(sparse_ms=3.0 if shape == (16, 64) else 1.0, dense_ms=2.0)
 
     monkeypatch.setattr(planning, "measure", measure)
-    monkeypatch.setattr(planning, "measure_dense", lambda shape, tokens, *, bias: 0.5)
 
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -19,7 +19,7 @@ from rarefy.rewiring import Rewirer
 from rarefy.sampling import keyed_generator
 
 
-def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
+def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool | None = None) -> Rewirer:
     """Replace the model's linear layers by sparse ones, as the plan says, and return the engine that will rewire them.
 
     Create the optimizer afterwards, then `rewirer.attach(optimizer, total_steps=...)`.
@@ -31,6 +31,8 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
                 sparse layers.
         sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would
             slow down stays dense, with the figures as its reason; without it nothing is timed.
+        measure: False: take the times from the cost model instead; True: time on the spot even without a sample. See
+            `Plan.decide`.
     Raises:
         ValueError: as `Plan.decide`, or `init="magnitude"` on the meta device. The model is then unchanged.
 
@@ -42,7 +44,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
 
     Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
     """
-    decisions = plan.decide(model, sample)
+    decisions = plan.decide(model, sample, measure=measure)
     modules = dict(model.named_modules())
     layers: dict[str, SparseLinear] = {}
     for decision in decisions:
@@ -62,6 +64,8 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None) -> Rewirer:
     indices += [f"_orig_mod.{index}" for index in indices]  # the names that DDP sees in a compiled model
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *indices]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
+        plan = plan.settled([decision.row() for decision in decisions])
     return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense, fused=fuse(model))
 
 

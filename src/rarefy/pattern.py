@@ -23,6 +23,11 @@ def as_block(block: Block) -> tuple[int, int]:
     Raises:
         ValueError: not a positive int or a pair of positive ints.
     """
+    if isinstance(block, str) and block == "auto":
+        raise ValueError(
+            'block="auto" is for rarefy.Plan, which knows what a layer computes: '
+            'use rarefy.sparsify(model, rarefy.Plan(density=..., block="auto")), or name a block here'
+        )
     sides = (block, block) if isinstance(block, int) else tuple(block)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"block must be a positive int or a pair (rows, columns) of them, got {block!r}")

@@ -7,12 +7,15 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import rarefy
+from rarefy.cost import CostModel, check, cost_model, load_model
+from rarefy.cost.descriptions import load_machine, machine_names
 from rarefy.models import GPT
+from rarefy.plan.elsewhere import Elsewhere
 from rarefy.recipes.text import TextSettings
 from rarefy.training.machine import machine
 
@@ -33,8 +36,9 @@ class Plan:
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the density is spread over layers. Default: the plan's, uniform."""
 
-    block: int | tuple[int, int] | None = None
-    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input. Default: the plan's, 1."""
+    block: int | tuple[int, int] | Literal["auto"] | None = None
+    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input, auto each layer's by time. Default:
+    the plan's, 1."""
 
     keep_dense: tuple[str, ...] | None = None
     """Globs over layer names to leave dense, such as head or "*.attention.*". Default: the plan's, head."""
@@ -60,38 +64,147 @@ class Plan:
     measure: bool = True
     """Time each layer shape, sparse and dense, and leave dense what sparse would slow down on this machine."""
 
+    predict: bool = False
+    """Take the times from the cost model instead, calibrated once in under a minute: nothing else is timed."""
+
+    calibrate: bool = False
+    """Calibrate the cost model of this machine anew, and stop."""
+
+    check: bool = False
+    """Time layers that the calibration never saw beside what the cost model predicts of them, and stop."""
+
+    machine: str | None = None
+    """Hardware that is not at hand, by name or as a YAML file: when would sparse win there?"""
+
+    machines: bool = False
+    """List the machines that have a description, and stop."""
+
     json: bool = False
     """Print JSON, and nothing else, to stdout."""
 
 
 def run(settings: Plan) -> None:
     """Print the table, or JSON."""
+    if settings.machines:
+        _list_machines(settings)
+        return
     text, plan = _settled(settings)
     before = torch.get_num_threads()
     torch.set_num_threads(before if settings.threads is None else settings.threads)
     try:
-        _explain(settings, text, plan)
+        if settings.calibrate or settings.check:
+            _model_alone(settings)
+        elif settings.machine is not None:
+            _elsewhere(settings, text, plan)
+        else:
+            _explain(settings, text, plan)
     finally:
         torch.set_num_threads(before)
 
 
 def _explain(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
-    with torch.device("meta"):  # a plan needs shapes alone: no weights are drawn, however large the network
-        model = GPT(text.gpt())
-        sample = torch.zeros(settings.batch, settings.context, dtype=torch.int64) if settings.measure else None
-    explanation = plan.explain(model, sample)
+    model, sample = _network(settings, text)
+    predicted = settings.predict or (plan.block == "auto" and not settings.measure)
+    costs = _model() if predicted or plan.block == "auto" else None
+    if predicted:
+        explanation = plan.explain(model, sample, measure=False, costs=costs)
+    else:
+        explanation = plan.explain(model, sample if settings.measure else None, costs=costs)
     about = {**machine(), "tokens": settings.batch * settings.context}
     if settings.json:
-        data = {"machine": about, "plan": plan.to_dict(), **explanation.to_json()}
-        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+        fitted = {} if costs is None else {"cost_model": dict(costs.fitted)}
+        _print_json({"machine": about, **fitted, "plan": plan.to_dict(), **explanation.to_json()})
         return
+    _print_network(settings)
+    if predicted or settings.measure:
+        how = "predicted for" if predicted else "timed on"
+        print(f"{how} {about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")
+    if costs is not None:
+        print(f"cost model of {costs.fitted.get('date', '?')}; rarefy plan --check shows how well it fits")
+    print(f"\n{explanation}")
+
+
+def _elsewhere(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
+    assert settings.machine is not None
+    there = load_machine(settings.machine)
+    if plan.block == "auto":  # every structure that is known there is listed, whatever would be chosen here
+        plan = dataclasses.replace(plan, block=1)
+    model, sample = _network(settings, text)
+    found = Elsewhere.of(there, plan, model, sample)
+    if settings.json:
+        _print_json({"plan": plan.to_dict(), **found.to_json()})
+        return
+    _print_network(settings)
+    print(f"\n{found}")
+
+
+def _model_alone(settings: Plan) -> None:
+    model = _model(anew=settings.calibrate)
+    if settings.calibrate:
+        data = {"conditions": dict(model.conditions), "fitted": dict(model.fitted)}
+        if settings.json:
+            _print_json(data)
+            return
+        about = model.fitted
+        print(
+            f"calibrated in {about['seconds']} s on {about['points']} timings; it fits them with a median error of "
+            f"{about['median_error']:.0%}, nine in ten within {about['p90_error']:.0%}"
+        )
+        return
+    found = check(model, progress=_progress)
+    if settings.json:
+        _print_json(
+            {
+                "machine": machine(),
+                "cost_model": dict(model.fitted),
+                "rows": found.rows,
+                **found.summary,
+                "again": found.again,
+            }
+        )
+        return
+    about = machine()
+    print(f"{about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")
+    print(f"cost model of {model.fitted.get('date', '?')}\n\n{found}")
+
+
+def _list_machines(settings: Plan) -> None:
+    found = {name: load_machine(name) for name in machine_names()}
+    if settings.json:
+        _print_json(
+            {name: {"title": m.title, "imagined": m.imagined, "estimates": m.estimates} for name, m in found.items()}
+        )
+        return
+    width = max(map(len, found))
+    for name, described in found.items():
+        print(f"{name.ljust(width)}  {described.title}" + (" (imagined)" if described.imagined else ""))
+
+
+def _model(*, anew: bool = False) -> CostModel:
+    """The cost model of this machine; says on stderr what takes so long, if it does."""
+    found = None if anew else load_model()
+    return cost_model(anew=anew, progress=_progress) if found is None else found
+
+
+def _progress(text: str) -> None:
+    print(f"rarefy: {text}", file=sys.stderr)
+
+
+def _network(settings: Plan, text: TextSettings) -> tuple[GPT, torch.Tensor]:
+    """The network and an input of a step's shape, without memory: a plan needs shapes alone."""
+    with torch.device("meta"):
+        return GPT(text.gpt()), torch.zeros(settings.batch, settings.context, dtype=torch.int64)
+
+
+def _print_network(settings: Plan) -> None:
     print(
         f"GPT of width {settings.width}, {settings.layers} layers, {settings.heads} heads; "
-        f"{about['tokens']} tokens a step ({settings.batch} x {settings.context}), fp32"
+        f"{settings.batch * settings.context} tokens a step ({settings.batch} x {settings.context}), fp32"
     )
-    if settings.measure:
-        print(f"timed on {about['cpu']}, {about['threads']} threads, kernels {about['isa']}, torch {about['torch']}")
-    print(f"\n{explanation}")
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
 
 def _settled(settings: Plan) -> tuple[TextSettings, rarefy.Plan]:

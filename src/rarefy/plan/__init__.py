@@ -1,6 +1,7 @@
 """Turning a wish (density, blocks, method) into one decision a layer."""
 
-from rarefy.plan.decision import Decision, Explanation
+from rarefy.plan.decision import Decision
+from rarefy.plan.explanation import Explanation
 from rarefy.plan.layers import Layer, find_layers, is_conv1d
 from rarefy.plan.plan import Plan
 

@@ -5,24 +5,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import glob
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from rarefy.cost import LayerCost, measure, measure_dense, tokens_per_layer
+from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
 from rarefy.distributions import er, erk, exact_counts, uniform
 from rarefy.init import PatternInit
 from rarefy.methods import Method, RigL
 from rarefy.nn import SparseLinear
 from rarefy.pattern import as_block, check_density, unit_grid
-from rarefy.plan.decision import Decision, Explanation
+from rarefy.plan.decision import Decision
+from rarefy.plan.explanation import Explanation
+from rarefy.plan.filters import check_filters, why_left_dense
 from rarefy.plan.layers import Layer, find_layers
+from rarefy.plan.structure import choose_block
 from rarefy.settings import from_plain, to_plain, unknown
+
+ASSUMED_TOKENS = 2048
+"""Rows of input that times are for where no sample says how many."""
 
 _DISTRIBUTIONS = {"uniform": uniform, "er": er, "erk": erk}
 
@@ -40,8 +48,8 @@ class Plan:
     distribution: Literal["uniform", "er", "erk"] = "uniform"
     """How the density is spread over layers."""
 
-    block: int | tuple[int, int] = 1
-    """Unit shape: 1 is unstructured, 4 is 4x4, (4, 1) four outputs of one input."""
+    block: int | tuple[int, int] | Literal["auto"] = 1
+    """Unit shape: 1 is unstructured, 4 is 4x4, (4, 1) four outputs of one input; "auto": each layer's by time."""
 
     include: tuple[str, ...] = ("*",)
     """Glob patterns over module names: the layers to make sparse."""
@@ -51,6 +59,9 @@ class Plan:
 
     overrides: Mapping[str, float] = field(default_factory=dict)
     """Glob pattern -> density of its own, outside the shared budget; the first that matches counts."""
+
+    block_overrides: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    """Glob pattern -> unit shape of its own; the first that matches counts."""
 
     init: PatternInit = "random"
     """First pattern: random, balanced (equal rows and columns), or magnitude (largest present weights)."""
@@ -63,8 +74,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        object.__setattr__(self, "block", self.block if isinstance(self.block, int) else tuple(self.block))
-        as_block(self.block)
+        object.__setattr__(self, "block", _plain_block(self.block))
+        own = {pattern: _plain_block(block) for pattern, block in self.block_overrides.items()}
+        object.__setattr__(self, "block_overrides", own)
+        if isinstance(self.block, str) and self.block != "auto":
+            raise ValueError(f'block must be a positive int, a pair of them, or "auto", got {self.block!r}')
+        for block in (*([] if self.block == "auto" else [self.block]), *own.values()):
+            as_block(block)  # type: ignore[arg-type]
         for name in ("include", "keep_dense"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -106,109 +122,183 @@ class Plan:
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
-    def decide(self, model: nn.Module, sample: Any = None) -> list[Decision]:
+    def decide(
+        self,
+        model: nn.Module,
+        sample: Any = None,
+        *,
+        measure: bool | None = None,
+        precisions: bool = False,
+        costs: CostModel | None = None,
+    ) -> list[Decision]:
         """One decision a layer, in the model's order. The model is not changed.
 
+        With times, a layer that sparse would slow down is left dense and keeps both times. Of a layer that is dense
+        anyway only the dense time is taken.
+
         Args:
-            sample: an example input (a tensor, or a tuple or dict of arguments). With it each distinct shape is
-                timed, sparse and dense, forward and backward, on the spot; a layer that sparse would slow down is
-                left dense and keeps both times. Of a layer that is dense anyway only the dense time is taken.
+            sample: an example input (a tensor, or a tuple or dict of arguments), which says how many tokens each layer
+                sees. Without one, times are for `ASSUMED_TOKENS`.
+            measure: True: each distinct shape is timed on the spot, sparse and dense, forward and backward. False: the
+                cost model predicts the times. None: measured if there is a sample; else predicted where the plan needs
+                times (`block="auto"`), and not asked for where it does not.
+            precisions: also measure the layers in the other precisions (the model predicts them anyway).
+            costs: the cost model; None: this machine's. It is calibrated if there is none yet, in under a minute.
         Raises:
             ValueError: no layer to convert, or a filter that matches nothing.
+
+        Where the structure is open the model chooses it, measured or not: timing all six for every layer would take
+        longer than the calibration.
         """
         layers = find_layers(model)
-        self._check_filters(layers, model)
-        why_dense = {name: self._why_dense(layer) for name, layer in layers.items()}
-        tokens = {} if sample is None else tokens_per_layer(model, sample, layers)
-        costs: dict[str, LayerCost] = {}
-        while (
-            True
-        ):  # a layer that stays dense leaves the budget, which changes the others' densities, so time those anew
-            counts = self._counts({name: layers[name] for name, why in why_dense.items() if not why})
+        globs = {"include": self.include, "overrides": self.overrides, "block_overrides": self.block_overrides}
+        check_filters(globs, self.keep_dense, layers, model)
+        why_dense = {
+            name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
+            for name, layer in layers.items()
+        }
+        measured = sample is not None if measure is None else measure
+        open_ones = [n for n, why in why_dense.items() if not (why or layers[n].adopted or self._asked_block(n))]
+        timed = measured or measure is not None or bool(open_ones)
+        if costs is None and (open_ones or (timed and not measured)):
+            costs = _machines_model()
+        tokens = dict.fromkeys(layers, ASSUMED_TOKENS) if timed else {}
+        if sample is not None:
+            tokens = tokens_per_layer(model, sample, layers)
+
+        def cost_of(layer: Layer, units: int | None, block: tuple[int, int]) -> LayerCost | None:
+            if not tokens.get(layer.name) or min(layer.shape) < 1:
+                return None
+            if measured:
+                return _measured(layer, units, block, tokens[layer.name], precisions)
+            assert costs is not None
+            return predict(costs, layer.shape, units, block, tokens[layer.name])
+
+        found: dict[str, LayerCost | None] = {}
+        # A layer that stays dense leaves the budget, which changes the others' densities: those are asked for anew.
+        while True:
+            sparse = {name: layers[name] for name, why in why_dense.items() if not why}
+            blocks = self._blocks(layers, sparse, tokens, costs)
+            counts = self._counts(sparse, blocks)
             decisions = []
             for name, layer in layers.items():
-                block = layer.module.block if isinstance(layer.module, SparseLinear) else as_block(self.block)
-                if name in counts and tokens.get(name):
-                    costs[name] = measure(layer.shape, counts[name], block, tokens[name], bias=layer.bias)
-                elif name not in costs and tokens.get(name) and min(layer.shape) > 0:
-                    costs[name] = LayerCost(None, measure_dense(layer.shape, tokens[name], bias=layer.bias))
-                why, units, cost = why_dense[name], counts.get(name), costs.get(name)
-                decisions.append(Decision(name, layer.shape, why, block, units, tokens.get(name), cost))
+                units, block = counts.get(name), blocks[name]
+                if name in counts or name not in found:
+                    found[name] = cost_of(layer, units, block) if timed else None
+                seen = tokens.get(name)
+                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name]))
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
                 return decisions
             for d in slower:
+                assert d.cost is not None
                 why_dense[d.name] = (
-                    f"sparse would be slower here: {costs[d.name].sparse_ms:.2f} ms against "
-                    f"{costs[d.name].dense_ms:.2f} ms dense, at density {d.density:.3g} and {d.tokens} tokens"
+                    f"sparse would be slower here: {d.cost.sparse_ms:.2f} ms against {d.cost.dense_ms:.2f} ms dense"
+                    f"{', predicted' if d.cost.source == 'predicted' else ''}, at density {d.density:.3g} and "
+                    f"{d.tokens} tokens"
                 )
 
-    def explain(self, model: nn.Module, sample: Any = None) -> Explanation:
+    def explain(
+        self,
+        model: nn.Module,
+        sample: Any = None,
+        *,
+        measure: bool | None = None,
+        precisions: bool = True,
+        costs: CostModel | None = None,
+    ) -> Explanation:
         """What `sparsify(model, plan, sample)` would do: `print` it. Arguments and errors as for `decide`."""
-        return Explanation(self.density, self.decide(model, sample), self.method)
+        decisions = self.decide(model, sample, measure=measure, precisions=precisions, costs=costs)
+        assumed = ASSUMED_TOKENS if sample is None and any(d.cost for d in decisions) else None
+        return Explanation(self.density, decisions, self.method, assumed)
 
-    def _check_filters(self, layers: Mapping[str, Layer], model: nn.Module) -> None:
-        if not layers:
-            raise ValueError(
-                "the model has no layer that rarefy could make sparse: no nn.Linear, Conv1D or SparseLinear"
-            )
-        for option, patterns in (("include", self.include), ("overrides", self.overrides)):
-            for pattern in patterns:
-                if not fnmatch.filter(layers, pattern):
-                    raise ValueError(f"{option}: {pattern!r} matches no layer; {_some(layers)}")
-        everything = [*layers, *(name for name, _ in model.named_modules())]
-        for pattern in self.keep_dense:
-            if not fnmatch.filter(everything, pattern):
-                warnings.warn(
-                    f"keep_dense: {pattern!r} matches no layer, so it keeps nothing dense; {_some(layers)}",
-                    stacklevel=4,
-                )
+    def settled(self, layers: Sequence[Mapping[str, Any]]) -> Plan:
+        """The plan with what was decided: what was found slower sparse is dense for good, structures are fixed.
 
-    def _why_dense(self, layer: Layer) -> str:
-        """Why a layer is left dense before anything is timed; empty: it is not."""
-        for pattern in self.keep_dense:
-            if any(fnmatch.fnmatch(name, pattern) for name in _with_ancestors(layer.name)):
-                return f"kept dense as asked (keep_dense {pattern!r})"
-        if not any(fnmatch.fnmatch(layer.name, pattern) for pattern in self.include):
-            return "not included (include " + ", ".join(map(repr, self.include)) + ")"
-        if layer.why_dense or layer.adopted:
-            return layer.why_dense
-        try:
-            unit_grid(layer.shape, as_block(self.block))
-        except ValueError as error:
-            return str(error)
-        return "" if min(layer.shape) > 0 else "it has no weights"
-
-    def _counts(self, layers: Mapping[str, Layer]) -> dict[str, int]:
-        """Exact units per layer: adopted ones keep theirs, overridden ones have their own, the others share the
-        budget (2.1).
+        Args:
+            layers: rows of an `Explanation`.
         """
-        units = {}
-        for name, layer in layers.items():
-            if not layer.adopted:
-                rows, cols = unit_grid(layer.shape, as_block(self.block))
-                units[name] = rows * cols
+        dense = [row["name"] for row in layers if row["kind"] == "dense"]
+        changes: dict[str, Any] = {"keep_dense": tuple(dict.fromkeys((*self.keep_dense, *dense)))}
+        if self.block == "auto":
+            own = {glob.escape(row["name"]): tuple(row["block"]) for row in layers if row["kind"] == "sparse"}
+            changes |= {"block": 1, "block_overrides": {**own, **self.block_overrides}}
+        return dataclasses.replace(self, **changes)
+
+    def _blocks(
+        self,
+        layers: Mapping[str, Layer],
+        sparse: Mapping[str, Layer],
+        tokens: Mapping[str, int],
+        costs: CostModel | None,
+    ) -> dict[str, tuple[int, int]]:
+        """Each layer's unit shape: its own if it is sparse already, else as asked for, else the fastest."""
+        fixed = {
+            name: layer.module.block if isinstance(layer.module, SparseLinear) else self._asked_block(name)
+            for name, layer in layers.items()
+        }
+        blocks = {name: block or (1, 1) for name, block in fixed.items()}
+        undecided = [name for name in sparse if fixed[name] is None]
+        if undecided:
+            assert costs is not None
+            densities = self._densities(sparse)
+            for name in undecided:
+                seen = tokens.get(name) or ASSUMED_TOKENS
+                blocks[name] = choose_block(costs, layers[name].shape, densities[name], seen)
+        return blocks
+
+    def _asked_block(self, name: str) -> tuple[int, int] | None:
+        """The unit shape that the plan names for a layer; None: it leaves it open."""
+        for pattern, block in self.block_overrides.items():
+            if fnmatch.fnmatch(name, pattern):
+                return as_block(block)
+        return None if isinstance(self.block, str) else as_block(self.block)
+
+    def _densities(self, layers: Mapping[str, Layer]) -> dict[str, float]:
+        """Real density per layer that is not sparse yet: its own if overridden, else its part of the shared budget."""
+        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
+        own = {name: density for name in fresh if (density := self._override(name)) is not None}
+        shared = {name: shape for name, shape in fresh.items() if name not in own}
+        return {**own, **(_DISTRIBUTIONS[self.distribution](shared, self.density) if shared else {})}
+
+    def _counts(self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """Exact units per layer: adopted ones keep theirs, overridden ones have their own, the others share the
+        budget (2.1). Layers with different units share it too, and round it within each kind of unit.
+        """
         counts = {
             name: layer.module.num_units for name, layer in layers.items() if isinstance(layer.module, SparseLinear)
         }
-        own = {name: density for name in units if (density := self._override(name)) is not None}
-        counts |= {name: min(max(1, round(density * units[name])), units[name]) for name, density in own.items()}
-        shared = {name: n for name, n in units.items() if name not in own}
-        if shared:
-            densities = _DISTRIBUTIONS[self.distribution]({name: layers[name].shape for name in shared}, self.density)
-            counts |= exact_counts(densities, shared, self.density)
+        densities = self._densities(layers)
+        sharing: dict[tuple[int, int], dict[str, int]] = {}
+        for name, density in densities.items():
+            rows, cols = unit_grid(layers[name].shape, blocks[name])
+            if self._override(name) is not None:
+                counts[name] = min(max(1, round(density * rows * cols)), rows * cols)
+            else:
+                sharing.setdefault(blocks[name], {})[name] = rows * cols
+        for sizes in sharing.values():
+            part = sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
+            counts |= exact_counts(densities, sizes, self.density if len(sharing) == 1 else part)
         return counts
 
     def _override(self, name: str) -> float | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
 
 
-def _with_ancestors(name: str) -> list[str]:
-    """a.b.c -> a.b.c, a.b, a."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+def _plain_block(block: Any) -> Any:
+    """An int, a pair, or a word, as a plan holds it."""
+    return block if isinstance(block, int | str) else tuple(block)
 
 
-def _some(layers: Iterable[str]) -> str:
-    names = list(layers)
-    return "there are: " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _measured(layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool) -> LayerCost:
+    more = {"precisions": True} if precisions else {}
+    return measure(layer.shape, units, block, tokens, bias=layer.bias, **more)
+
+
+def _machines_model() -> CostModel:
+    """This machine's cost model; says so before it spends a minute on calibrating it."""
+    found = load_model()
+    if found is None:
+        warnings.warn("calibrating the cost model of this machine, once, in under a minute", stacklevel=4)
+        found = cost_model()
+    return found

@@ -5,19 +5,19 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import rarefy
+from rarefy.cost.host import cpu_name
 from rarefy.ops import library
 
 
 def machine() -> dict[str, Any]:
     """cpu (model name), isa (of the kernels, or "plain torch"), threads, torch, rarefy, python."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "isa": library.isa() or "plain torch",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -43,12 +43,3 @@ def peak_memory_bytes() -> int:
     """The most that this process has held in memory so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

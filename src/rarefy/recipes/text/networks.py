@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,13 +67,12 @@ def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Opt
 
 
 def settled_plan(plan: Plan, layers: Sequence[Mapping[str, Any]]) -> Plan:
-    """The plan with what was decided: layers found slower sparse are dense for good, and nothing is timed again.
+    """The plan with what was decided, so that nothing is timed again: see `Plan.settled`.
 
     Args:
         layers: rows of an `Explanation`, as plan.json has them.
     """
-    dense = [row["name"] for row in layers if row["kind"] == "dense"]
-    return dataclasses.replace(plan, keep_dense=tuple(dict.fromkeys((*plan.keep_dense, *dense))))
+    return plan.settled(layers)
 
 
 def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[str, Any]:

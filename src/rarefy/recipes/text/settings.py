@@ -50,8 +50,9 @@ class TextSettings:
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the density is spread over layers. Without it: the plan's, uniform."""
 
-    block: int | tuple[int, int] | None = None
-    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input. Without it: the plan's, 1."""
+    block: int | tuple[int, int] | Literal["auto"] | None = None
+    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input, auto each layer's by time. Without
+    it: the plan's, 1."""
 
     measure: bool = True
     """Time each layer shape first, and leave dense what sparse would slow down on this machine."""
@@ -155,7 +156,7 @@ class TextSettings:
             raise ValueError(
                 f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
             )
-        if not isinstance(self.block, int | None):
+        if not isinstance(self.block, int | str | None):
             object.__setattr__(self, "block", tuple(self.block))
         self.gpt()
         self.folded_plan()

@@ -38,7 +38,7 @@ def explain(settings: TextSettings, say: Say) -> dict[str, Any]:
         say("timing each layer shape, sparse and dense ...")
         rows = min(settings.batch, -(-TOKENS_TO_MEASURE // settings.context))
         sample = torch.zeros(rows, settings.context, dtype=torch.int64)
-    explanation = plan.explain(model, sample)
+    explanation = plan.explain(model, sample, precisions=False)
     totals = explanation.totals
     say(f"{totals['sparse_layers']} of {totals['layers']} linear layers are sparse, density {totals['density']:.3g}")
     if slower := [row["name"] for row in explanation.rows if "slower" in row["reason"]]:

@@ -1,0 +1,75 @@
+"""What a layer costs, by counting: bytes, FLOPs, rows of input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.nn import SparseLinear
+from rarefy.ops import index_dtype
+from rarefy.pattern import unit_grid
+
+
+def layer_flops(nnz: int) -> int:
+    """FLOPs a token of training: forward, input gradient, weight gradient, a multiply and an add each."""
+    return 6 * nnz
+
+
+def layer_bytes(shape: tuple[int, int], units: int | None, block: tuple[int, int], value_bytes: int = 4) -> int:
+    """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values and every index tensor it holds."""
+    if units is None:
+        return shape[0] * shape[1] * value_bytes
+    rows, cols = unit_grid(shape, block)
+    narrow = index_dtype(rows, cols).itemsize
+    return units * (block[0] * block[1] * value_bytes + 2 * narrow + 4) + (rows + cols + 2) * 4
+
+
+def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:
+    """Rows of input that each named layer sees in one forward of `sample`; 0 for a layer that is not called as one.
+
+    Args:
+        sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
+            mode, and puts torch's random state back.
+    """
+    names = list(names)
+    tokens = dict.fromkeys(names, 0)
+    modules = dict(model.named_modules())
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            x = arguments[0] if arguments else next(iter(keywords.values()), None)
+            if isinstance(x, Tensor) and x.dim() and x.shape[-1]:
+                tokens[name] += x.numel() // x.shape[-1]
+
+        return hook
+
+    handles = [modules[n].register_forward_pre_hook(count(n), with_kwargs=True) for n in names if n in modules]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if isinstance(sample, Mapping):
+                model(**sample)
+            else:
+                model(*(sample if isinstance(sample, tuple) else (sample,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+    """Bytes of parameters, gradients, optimizer state and indices as they are now, each counted once."""
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+    parameters = list(model.parameters())
+    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)] if optimizer else []
+    return {
+        "parameters": size(parameters),
+        "gradients": size(p for p in parameters if p.requires_grad),
+        "optimizer": size(state),
+        "indices": sum(m.index_bytes() for m in model.modules() if isinstance(m, SparseLinear)),
+    }

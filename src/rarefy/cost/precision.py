@@ -1,0 +1,61 @@
+"""The precisions that a layer can train in, as settings around it: set for one lap, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["fp32", "medium", "bf16"]
+"""fp32: full. medium: `torch.set_float32_matmul_precision("medium")`, fp32 tensors that products may read as
+bf16. bf16: CPU autocast, bf16 activations and gradients of activations, fp32 weights."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def precision_now() -> Precision:
+    """What torch is set to, here and now."""
+    if torch.is_autocast_enabled("cpu"):
+        return "bf16"
+    return "medium" if torch.get_float32_matmul_precision() == "medium" else "fp32"
+
+
+@contextlib.contextmanager
+def working_in(precision: Precision, *, autocast: bool = True) -> Iterator[None]:
+    """Set what torch reads of a precision, and put it back.
+
+    Args:
+        autocast: False in a backward pass, which a loop runs outside of autocast.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def activation_dtype(precision: Precision) -> torch.dtype:
+    """Of a layer's input and of its output's gradient."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def dense_precisions() -> tuple[Precision, ...]:
+    """Those that a dense layer is worth timing in here.
+
+    Without bf16 products in hardware torch takes many times longer for them, and "medium" changes nothing.
+    """
+    return PRECISIONS if has_bf16_products() else ("fp32",)
+
+
+def has_bf16_products() -> bool:
+    """Whether torch multiplies dense bf16 matrices in hardware here."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not any(word in allowed for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))

@@ -1,0 +1,109 @@
+"""The decisions of a plan on a model, as a table that explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rarefy.methods import Method, Needs
+from rarefy.plan.decision import Decision
+from rarefy.plan.precisions import best, summed
+from rarefy.plan.tables import layers_table, precisions_table, verdict
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The decisions of a plan on a model, as text (`str`), as data (`rows`, `totals`, `to_json`)."""
+
+    asked_density: float
+    decisions: list[Decision]
+    method: Method
+    assumed_tokens: int | None = None
+    """Rows of input that times are for where no sample said how many; None: it did, or there are no times."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a layer: name, shape, kind, reason, density, block, units, nnz, bytes (indices included),
+        dense_bytes, flops and dense_flops (per token, forward and both gradients), tokens, sparse_ms, dense_ms,
+        speedup, times ("measured" or "predicted"), precision (of those times), options (the layer sparse and dense in
+        each precision: ms, bytes, training_bytes) and best (names of the options that are least by each).
+        """
+        return [decision.row() for decision in self.decisions]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all layers, and the density realised over the sparse ones.
+
+        Times are of the layers that were timed (`timed_layers`), forward and backward: planned_ms takes each as it was
+        decided, dense_ms all of them dense, speedup is their ratio; None where nothing was timed. `options` and `best`
+        are a row's, for the whole network.
+        """
+        rows = self.rows
+        sparse = [row for row in rows if row["kind"] == "sparse"]
+        size = sum(row["shape"][0] * row["shape"][1] for row in sparse)
+        sums = {key: sum(row[key] for row in rows) for key in ("nnz", "bytes", "dense_bytes", "flops", "dense_flops")}
+        realised = sum(row["nnz"] for row in sparse) / size if size else 1.0
+        timed = [row for row in rows if row["dense_ms"] is not None]
+        planned_ms = sum(row["sparse_ms"] if row["kind"] == "sparse" else row["dense_ms"] for row in timed)
+        dense_ms = sum(row["dense_ms"] for row in timed)
+        found = summed([(decision.is_sparse, decision.options) for decision in self.decisions])
+        return {
+            **sums,
+            "asked_density": self.asked_density,
+            "density": realised,
+            "sparse_layers": len(sparse),
+            "layers": len(rows),
+            "timed_layers": len(timed),
+            "planned_ms": planned_ms if timed else None,
+            "dense_ms": dense_ms if timed else None,
+            "speedup": dense_ms / planned_ms if timed else None,
+            "assumed_tokens": self.assumed_tokens,
+            "options": [option.row() for option in found],
+            "best": best(found),
+        }
+
+    @property
+    def growth_bytes(self) -> int:
+        """Most bytes of dense gradient held at one step that rewires, with several micro-batches or ranks (rule 6.4).
+
+        With one of each the gradient is streamed, and only a tile of it exists.
+        """
+        if self.method.needs is not Needs.GRADIENT:
+            return 0
+        sizes = sorted((4 * d.shape[0] * d.shape[1] for d in self.decisions if d.is_sparse), reverse=True)
+        at_once = -(-len(sizes) // self.method.interval) if self.method.stagger else len(sizes)
+        return sum(sizes[:at_once])
+
+    def to_json(self) -> dict[str, Any]:
+        """{"layers": rows, "totals": totals}."""
+        return {"layers": self.rows, "totals": {**self.totals, "growth_bytes": self.growth_bytes}}
+
+    def __str__(self) -> str:
+        rows, totals = self.rows, self.totals
+        notes = [f"  {row['name']}: dense, {row['reason']}" for row in rows if row["kind"] == "dense"]
+        parts = [layers_table(rows, totals), self._summary(totals), *notes]
+        if totals["timed_layers"]:
+            parts += ["", precisions_table(rows, totals), verdict(totals)]
+        return "\n".join(parts)
+
+    def _summary(self, totals: Mapping[str, Any]) -> str:
+        lines = [
+            f"{totals['sparse_layers']} of {totals['layers']} layers sparse, "
+            f"density {totals['density']:.4f} (asked {self.asked_density:g})"
+        ]
+        if totals["timed_layers"]:
+            sources = {row["times"] for row in self.rows if row["times"]}
+            how = "timed" if sources == {"measured"} else "predicted"
+            lines.append(
+                f"linear layers of one step, forward and backward: {totals['planned_ms']:.1f} ms as planned, "
+                f"{totals['dense_ms']:.1f} ms if dense: {totals['speedup']:.2f}x ({totals['timed_layers']} {how})"
+            )
+        if self.assumed_tokens is not None:
+            lines.append(f"times are for {self.assumed_tokens} tokens a step, assumed, as no sample says how many")
+        if self.growth_bytes:
+            lines.append(
+                f"growth by gradient: streamed; with several micro-batches or ranks up to {self.growth_bytes:,} "
+                "bytes of dense gradient at a step that rewires"
+            )
+        return "\n".join(lines)
