@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import sys
@@ -164,6 +165,21 @@ BLOCKS = [((1, 1), (4, 4)), ((8, 1), (1, 1)), ((4, 1), (8, 8)), ((16, 16), (8, 1
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 def test_mixed_blocks_match_dense(backend, gated, blocks):
     shared(130, gated=gated, blocks=blocks).check("silu")
+
+
+@functools.cache
+def with_bf16_values(batch: int, block: tuple[int, int], gated: bool) -> Problem:
+    """bf16 throughout: values that rounding to bf16, as AMX does, leaves alone."""
+    p = problem(batch, gated=gated, blocks=(block, block), dtype=torch.bfloat16)
+    return dataclasses.replace(p, values=[values.bfloat16().float() for values in p.values])
+
+
+@GATED
+@pytest.mark.parametrize("block", [(8, 8), (16, 16)], ids=str)
+@pytest.mark.parametrize("batch", [64, 65, 200, 400])
+def test_large_blocks_in_bf16_match_dense(backend, gated, block, batch):
+    for activation in ("gelu", "silu"):
+        with_bf16_values(batch, block, gated).check(activation)
 
 
 @GATED

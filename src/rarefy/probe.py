@@ -62,6 +62,7 @@ class Ceilings:
                 on some processors.
             tiles: whether what computes may use AMX.
         """
+        isa = vectors(isa)
         kinds = [self.fp32.get(isa)]
         if dtype != "fp32" and isa.startswith("avx512"):
             kinds += [self.bf16_dot, self.bf16_tiles if tiles else None]
@@ -77,6 +78,11 @@ class Ceilings:
 FIELDS = ("bf16_dot", "bf16_tiles", "l2_read", "l2_copy", "memory_read", "memory_copy")
 
 
+def vectors(isa: str) -> str:
+    """The instruction set of an instruction set's fp32 arithmetic: "amx" adds bf16 tiles to AVX-512."""
+    return "avx512" if isa == "amx" else isa
+
+
 def measure(isas: list[str] | None = None, *, seconds: float = 1.0) -> Ceilings:
     """Run the probe with torch's threads. Without the compiled library nothing is measured.
 
@@ -87,7 +93,7 @@ def measure(isas: list[str] | None = None, *, seconds: float = 1.0) -> Ceilings:
     """
     if isinstance(library.load(), str):
         return Ceilings()
-    isas = isas or [library.isa() or ""]
+    isas = list(dict.fromkeys(map(vectors, isas or [library.isa() or ""])))
     each_s = seconds / (len(isas) + len(FIELDS))
     fp32 = {}
     for isa in isas:
@@ -204,7 +210,7 @@ def dense_isa() -> str:
     MKL computes them on x86; MKL_ENABLE_INSTRUCTIONS=AVX2 holds it back.
     """
     held = os.environ.get("MKL_ENABLE_INSTRUCTIONS", "").upper()
-    there = library.isas()
+    there = [isa for isa in library.isas() if isa == vectors(isa)]
     if held in ("AVX2", "AVX2_E1"):
         there = [isa for isa in there if not isa.startswith("avx512")]
     elif held in ("AVX", "SSE4_2"):

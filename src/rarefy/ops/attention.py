@@ -65,7 +65,7 @@ def _why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot run; None when it can."""
     if device.type != "cpu":
         return f"the compiled kernels run on the CPU, not on {device.type}"
-    if dtype != torch.float32:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the attention kernel computes in float32, not {dtype}"
     return _no_library()
 
@@ -78,13 +78,13 @@ def _no_library() -> str | None:
 
 def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     _check(qkv)
-    return _kernel(qkv.contiguous()) if _runs_kernel(qkv) else _reference_with_lse(qkv)
+    return _kernel(qkv) if _runs_kernel(qkv) else _reference_with_lse(qkv)
 
 
 def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     _check(qkv)
     if _runs_kernel(qkv):
-        return _kernel_backward(dout.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous())
+        return _kernel_backward(dout, qkv, out, lse)
     return _reference_backward(dout, qkv, out, lse)
 
 
@@ -95,20 +95,32 @@ for _name, _function in (("causal_attention", _forward), ("causal_attention_back
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 
+# Half precision is converted at the border: less work than the products that it saves (docs/log.md).
+
+
+def _f32(tensor: Tensor) -> Tensor:
+    """Contiguous fp32, in memory that is reused. No copy for what already is."""
+    if tensor.dtype == torch.float32:
+        return tensor.contiguous()
+    return empty(1, tensor.numel()).view(tensor.shape).copy_(tensor)
+
+
 def _kernel(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, c = qkv.shape
-    out, lse = empty(B * T, H * c).view(B, T, H, c), qkv.new_empty(B, H, T)
-    pointers = (qkv.data_ptr(), out.data_ptr(), lse.data_ptr())
+    wide = _f32(qkv)
+    out, lse = empty(B * T, H * c).view(B, T, H, c), wide.new_empty(B, H, T)
+    pointers = (wide.data_ptr(), out.data_ptr(), lse.data_ptr())
     call("rarefy_attention_f32", *pointers, B, T, H, c, torch.get_num_threads())
-    return out, lse
+    return out.to(qkv.dtype), lse
 
 
 def _kernel_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     B, T, _, H, c = qkv.shape
     dqkv = empty(B * T, 3 * H * c).view(qkv.shape)
-    pointers = (dout.data_ptr(), qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr())
+    inputs = [_f32(tensor) for tensor in (dout, qkv, out)]
+    pointers = (*(tensor.data_ptr() for tensor in inputs), lse.contiguous().data_ptr(), dqkv.data_ptr())
     call("rarefy_attention_backward_f32", *pointers, B, T, H, c, torch.get_num_threads())
-    return dqkv
+    return dqkv.to(qkv.dtype)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
