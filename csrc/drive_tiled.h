@@ -12,9 +12,6 @@ namespace rarefy {
 namespace {
 
 constexpr int64_t kTileBytes = int64_t(32) << 10;   // inputs in L1
-// In backward a segment costs twice as much to begin and to end, x's row being loaded too, and with 512-bit vectors that
-// is more than the misses of a tile larger than L1: longer segments win.
-constexpr int64_t kBackwardTileBytes = kPairedBackward ? 2 * kTileBytes : kTileBytes;
 constexpr int64_t kSumsBytes = int64_t(256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
 constexpr int64_t kPieceFeatures = 256;             // what a thread packs at a time
@@ -44,14 +41,14 @@ struct Matrix {
   int64_t first_output(int64_t chunk) const { return s.first_row[chunk] * outputs(); }
   int64_t first_input(int64_t tile) const { return min64(tile * s.tile_cols * inputs(), in_features()); }
   int64_t chunk_floats() const { return s.chunk_rows * outputs() * kPanel; }
-  int64_t tile_cols(int64_t bytes) const { return choose_tile(bytes, num_rows(), num_cols(), p->num_units, inputs()); }
+  int64_t tile_cols() const { return choose_tile(num_rows(), num_cols(), p->num_units, inputs()); }
 };
 
 // Rows are cut into at least `parts` chunks.
 inline Matrix plan_multiply(const rarefy_pattern *p, const TileKernels *kernels, bool transposed, int64_t parts) {
   Matrix m = {p, kernels, transposed, {}};
   const int64_t chunk_rows = kSumsBytes / (m.outputs() * kPanel * int64_t(sizeof(float)));
-  m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(kTileBytes), m.unit_entries() == 1, false, false);
+  m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(), m.unit_entries() == 1, false, false);
   return m;
 }
 
@@ -179,8 +176,7 @@ inline Gradients plan_gradients(const rarefy_pattern *p, const TileKernels *kern
   Gradients g = {{p, kernels, true, {}}, nullptr, nullptr};
   const int64_t chunk_rows = max64(1, kSumsBytes / 2 / (p->block_cols * kPanel * int64_t(sizeof(float))));
   const bool single = g.m.unit_entries() == 1;
-  const int64_t tile_cols = g.m.tile_cols(single ? kBackwardTileBytes : kTileBytes);
-  g.m.s = plan_stream(g.m.ptr(), g.m.num_rows(), g.m.num_cols(), chunk_rows, 2 * threads, tile_cols,
+  g.m.s = plan_stream(g.m.ptr(), g.m.num_rows(), g.m.num_cols(), chunk_rows, 2 * threads, g.m.tile_cols(),
                       single && kPairedBackward, single, true);
   return g;
 }
