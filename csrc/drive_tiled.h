@@ -17,8 +17,8 @@ constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the thread
 constexpr int64_t kPieceFeatures = 256;             // what a thread packs at a time
 
 // Columns a tile should have: as many as fit in `tile_bytes`, but more where the segments would be too short to be worth it.
-inline int64_t choose_tile(int64_t tile_bytes, int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t block_inputs) {
-  int64_t inputs = tile_bytes / (kPanel * int64_t(sizeof(float)));
+inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t block_inputs) {
+  int64_t inputs = kTileBytes / (kPanel * int64_t(sizeof(float)));
   const double density = double(num_units) / (double(max64(num_rows, 1)) * double(max64(num_cols, 1)));
   while (inputs * 2 < max_tile_inputs(kPanel) && inputs * density < 6.0 * double(block_inputs)) inputs *= 2;
   return max64(1, inputs / block_inputs);

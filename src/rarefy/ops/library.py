@@ -25,8 +25,6 @@ _SIGNATURES = {
     "rarefy_set_isa": (ctypes.c_int, [ctypes.c_char_p]),
     "rarefy_supports": (ctypes.c_int, [INT64, INT64]),
     "rarefy_spmm_f32": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
-    "rarefy_spmm_t_f32": (ctypes.c_int, [POINTER, *[POINTER] * 3, INT64, ctypes.c_int]),
-    "rarefy_sddmm_f32": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
     "rarefy_backward_f32": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
     "rarefy_spmm_bf16": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
     "rarefy_backward_bf16": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),

@@ -94,10 +94,11 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
 
 def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
-    values, dy32 = _f32(values), _f32(dy)
-    dx = empty(dy.shape[0], index.in_features)
-    arguments = (values.data_ptr(), dy32.data_ptr(), dx.data_ptr(), dy.shape[0], torch.get_num_threads())
-    call("rarefy_spmm_t_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    values = _f32(values)
+    (rows,), kind = _rows(dy)
+    dx = empty(dy.shape[0], index.in_features, rows.dtype)
+    pointers = (values.data_ptr(), rows.data_ptr(), None, dx.data_ptr(), None, None)
+    call(f"rarefy_backward_{kind}", ctypes.byref(_c_pattern(index)), *pointers, dy.shape[0], torch.get_num_threads())
     return dx.to(dy.dtype)
 
 
@@ -108,9 +109,10 @@ def _empty_values(index: Index) -> Tensor:
 
 def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
-    dy32, x32, dvalues = _f32(dy), _f32(x), _empty_values(index)
-    arguments = (dy32.data_ptr(), x32.data_ptr(), dvalues.data_ptr(), None, x.shape[0], torch.get_num_threads())
-    call("rarefy_sddmm_f32", ctypes.byref(_c_pattern(index)), *arguments)
+    (dy_rows, x_rows), kind = _rows(dy, x)
+    dvalues = _empty_values(index)
+    pointers = (None, dy_rows.data_ptr(), x_rows.data_ptr(), None, dvalues.data_ptr(), None)
+    call(f"rarefy_backward_{kind}", ctypes.byref(_c_pattern(index)), *pointers, x.shape[0], torch.get_num_threads())
     return dvalues.to(x.dtype)
 
 
