@@ -1,5 +1,6 @@
-// Blocks of 8x8 and 16x16 with bfloat16 activations on AMX, the matrix unit of recent Xeons: what the dense product runs on there.
-// Everything else of this instruction set is AVX-512's.
+// Blocks of 8x8 and 16x16 on AMX, the matrix unit of recent Xeons, on which dense bfloat16 products run there: with bfloat16
+// activations, or with float32 ones whose products may round to bfloat16. Everything else of this instruction set is
+// AVX-512's.
 //
 // A tile register holds up to 16 rows of 64 bytes. One instruction adds A (rows of 2K bfloat16) times B (K rows of pairs,
 // each of two consecutive k) to C (float32), in as many cycles as A has rows. Products are taken with the weights as A, so that B and C have tokens along
@@ -66,17 +67,37 @@ typedef uint32_t word;
 
 inline vec load_words(const void *p) { return load_any(static_cast<const float *>(p)); }
 
+// `count` pairs of neighbouring features as words: bfloat16 as they are, float32 rounded.
+inline vec load_pairs(const bf16 *row, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), row);
+}
+inline vec load_pairs(const float *row, int64_t count) {
+  const auto part = [row, count](int64_t begin) {
+    const int64_t live = min64(max64(2 * count - begin, 0), VL);
+    return _mm512_maskz_loadu_ps(__mmask16((1u << live) - 1), row + begin);
+  };
+  return reinterpret_cast<vec>(_mm512_cvtne2ps_pbh(part(VL), part(0)));
+}
+// SIDE features of one token as the lower halves of words.
+template <int SIDE>
+inline __m512i load_low(const bf16 *row) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << SIDE) - 1), row));
+}
+template <int SIDE>
+inline __m512i load_low(const float *row) {
+  return _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(__mmask16((1u << SIDE) - 1), row))));
+}
+
 // words[(f - begin) / 2][64] of the features [begin, end), multiples of 16, of up to 64 tokens; tokens past the last are 0.
-void pack_pairs(const bf16 *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
+template <class T>
+void pack_pairs(const T *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
   for (int64_t group = 0; group < kTokens; group += VL) {
     for (int64_t f = begin; f < end; f += 2 * VL) {
       const int64_t count = min64(VL, (end - f) / 2);
-      const __mmask16 mask = __mmask16((1u << count) - 1);
       vec block[VL];
 #pragma GCC unroll 16
       for (int i = 0; i < VL; ++i) {
-        const bf16 *row = source + (group + i) * features + f;
-        block[i] = group + i < tokens ? _mm512_maskz_loadu_ps(mask, row) : vec{};
+        block[i] = group + i < tokens ? load_pairs(source + (group + i) * features + f, count) : vec{};
       }
       transpose(block);
       for (int64_t w = 0; w < count; ++w) store(reinterpret_cast<float *>(words + ((f - begin) / 2 + w) * kTokens + group), block[w]);
@@ -121,6 +142,24 @@ void unpack_sums(const float *sums, const float *bias, int64_t features, int64_t
   }
 }
 
+inline void unpack_sums(const float *sums, const float *bias, int64_t features, int64_t tokens, int64_t begin, int64_t end,
+                        float *target) {
+  for (int64_t group = 0; group < tokens; group += VL) {
+    for (int64_t f = begin; f < end; f += VL) {
+      const int64_t count = min64(VL, end - f);
+      vec block[VL];
+      for (int64_t i = 0; i < VL; ++i) {
+        block[i] = i < count ? load(sums + (f - begin + i) * kTokens + group) : vec{};
+        if (i < count && bias != nullptr) block[i] += broadcast(bias[f + i]);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < min64(VL, tokens - group); ++i) {
+        _mm512_mask_storeu_ps(target + (group + i) * features + f, __mmask16((1u << count) - 1), block[i]);
+      }
+    }
+  }
+}
+
 // rows[f][64] of bfloat16, a token after the other, from words[f / 2][64].
 void split_pairs(const word *words, int64_t features, bf16 *rows) {
   for (int64_t w = 0; w < features / 2; ++w) {
@@ -134,11 +173,11 @@ void split_pairs(const word *words, int64_t features, bf16 *rows) {
 }
 
 // words[(f - begin) / SIDE][token / 2][SIDE]: pairs of neighbouring tokens.
-template <int SIDE>
-void pack_tokens(const bf16 *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
+template <int SIDE, class T>
+void pack_tokens(const T *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
   constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
   const auto read = [&](int64_t t, int64_t f) {
-    return _mm512_cvtepu16_epi32(t < tokens ? _mm256_maskz_loadu_epi16(mask, source + t * features + f) : _mm256_setzero_si256());
+    return t < tokens ? load_low<SIDE>(source + t * features + f) : _mm512_setzero_si512();
   };
   for (int64_t t = 0; t < kTokens; t += 2) {
     for (int64_t f = begin; f < end; f += SIDE) {
@@ -225,9 +264,9 @@ void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int6
 constexpr int64_t kOutputsAtOnce = 64;  // whose sums are unpacked together: whole cache lines, and sums in L1
 
 // target = source times the side's matrix, transposed, + bias, for one panel of tokens.
-template <int SIDE>
+template <int SIDE, class T>
 void multiply_panel(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, const float *bias,
-                    int64_t features, int64_t tokens, bf16 *target, float *sums) {
+                    int64_t features, int64_t tokens, T *target, float *sums) {
   for (int64_t r = begin; r < end; r += kOutputsAtOnce / SIDE) {
     const int64_t stop = min64(r + kOutputsAtOnce / SIDE, end);
     multiply_rows<SIDE>(side, blocks, words, r, stop, sums);
@@ -235,8 +274,8 @@ void multiply_panel(const Side &side, const bf16 *blocks, const word *words, int
   }
 }
 
-template <int SIDE>
-int multiply(const rarefy_pattern *p, bool transposed, const float *values, const bf16 *x, const float *bias, bf16 *y,
+template <int SIDE, class T>
+int multiply(const rarefy_pattern *p, bool transposed, const float *values, const T *x, const float *bias, T *y,
              int64_t batch, int threads) {
   const Side side = side_of(p, transposed);
   const int64_t in = transposed ? p->out_features : p->in_features, out = side.num_rows * SIDE;
@@ -346,7 +385,8 @@ struct Chunks {
 };
 
 // Panels of dy from row-major ones, in both layouts, and their sums for the bias. To be called by all threads.
-void pack_dy(const bf16 *dy, int64_t out, int64_t first, int64_t count, int64_t batch, word *dy_words, bf16 *dy_rows,
+template <class T>
+void pack_dy(const T *dy, int64_t out, int64_t first, int64_t count, int64_t batch, word *dy_words, bf16 *dy_rows,
              float *bias_parts) {
   const int64_t pieces = ceil_div(out, 256);
 #pragma omp for schedule(dynamic, 1)
@@ -371,9 +411,9 @@ void add_bias_parts(const float *parts, int64_t panels, int64_t out, float *dbia
 }
 
 // A thread's part in the gradients of one matrix from panels of dy, row-major x, and dx (or null).
-template <int SIDE>
+template <int SIDE, class T>
 void gradients_of(const Side &side, const Chunks &chunks, const bf16 *blocks, const word *dy_words, const bf16 *dy_rows,
-                  int64_t out, const bf16 *x, bf16 *dx, int64_t in, int64_t first, int64_t count, int64_t batch,
+                  int64_t out, const T *x, T *dx, int64_t in, int64_t first, int64_t count, int64_t batch,
                   word *x_words, int64_t x_panel, float *sums, float *dvalues, Tiles &tiles) {
 #pragma omp for schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
@@ -392,8 +432,8 @@ void gradients_of(const Side &side, const Chunks &chunks, const bf16 *blocks, co
 }
 
 // dvalues, and dx and dbias unless null, from bfloat16 dy and x. A thread owns block columns of W with all tokens.
-template <int SIDE>
-int gradients(const rarefy_pattern *p, const float *values, const bf16 *dy, const bf16 *x, bf16 *dx, float *dvalues,
+template <int SIDE, class T>
+int gradients(const rarefy_pattern *p, const float *values, const T *dy, const T *x, T *dx, float *dvalues,
               float *dbias, int64_t batch, int threads) {
   const Side side = side_of(p, true);
   const Chunks chunks = {side, threads > 1 ? 2 * threads : 1};
@@ -444,8 +484,8 @@ inline void activate_at(const bf16 *z, vec &h, vec &slope) {
   activate<ACTIVATION>(load_any(z), h, slope);
 }
 
-template <int SIDE>
-int mlp_forward(const rarefy_mlp *mlp, const bf16 *x, bf16 *y, bf16 *z, int64_t batch, int threads) {
+template <int SIDE, class T>
+int mlp_forward(const rarefy_mlp *mlp, const T *x, T *y, bf16 *z, int64_t batch, int threads) {
   const rarefy_pattern *first = mlp->up.pattern, *second = mlp->down.pattern;
   const Side up = side_of(first, false), down = side_of(second, false);
   const int64_t in = first->in_features, hidden = first->out_features, out = second->out_features;
@@ -517,8 +557,8 @@ void pair_tokens(const bf16 *rows, word *words) {
   }
 }
 
-template <int SIDE>
-int mlp_backward(const rarefy_mlp *mlp, const bf16 *dy, const bf16 *x, const bf16 *z, bf16 *dx,
+template <int SIDE, class T>
+int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, T *dx,
                  const rarefy_layer_gradients &d_up, const rarefy_layer_gradients &d_down, int64_t batch, int threads) {
   const rarefy_pattern *up_pattern = mlp->up.pattern, *down_pattern = mlp->down.pattern;
   const Side up = side_of(up_pattern, true), down = side_of(down_pattern, true);
@@ -607,50 +647,71 @@ int mlp_backward(const rarefy_mlp *mlp, const bf16 *dy, const bf16 *x, const bf1
   return RAREFY_OK;
 }
 
-bool takes(const rarefy_pattern *p, bool half, int64_t batch) {
-  return half && batch >= kFewTokens && p->block_rows == p->block_cols && (p->block_rows == 8 || p->block_rows == 16);
+bool takes(const rarefy_pattern *p, Activations activations, int64_t batch) {
+  const bool square = p->block_rows == p->block_cols && (p->block_rows == 8 || p->block_rows == 16);
+  return activations != FLOAT32 && batch >= kFewTokens && square;
 }
 
-int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, bool half,
+// Calls work(side, element) with the block's side as a compile-time constant and a value of the activations' type.
+template <class Work>
+int with_types(int64_t side, bool half, Work work) {
+  const std::integral_constant<int, 8> eight;
+  const std::integral_constant<int, 16> sixteen;
+  if (side == 8) return half ? work(eight, bf16()) : work(eight, float());
+  return half ? work(sixteen, bf16()) : work(sixteen, float());
+}
+
+int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, Activations activations,
          int64_t batch, int threads) {
-  if (!takes(p, half, batch)) return kernels_avx512()->spmm(p, values, x, bias, y, half, batch, threads);
-  return (p->block_rows == 8 ? multiply<8> : multiply<16>)(p, false, values, static_cast<const bf16 *>(x), bias,
-                                                          static_cast<bf16 *>(y), batch, threads);
+  if (!takes(p, activations, batch)) {
+    return kernels_avx512()->spmm(p, values, x, bias, y, activations, batch, threads);
+  }
+  return with_types(p->block_rows, activations == BFLOAT16, [&](auto side, auto element) {
+    using T = decltype(element);
+    return multiply<decltype(side)::value>(p, false, values, static_cast<const T *>(x), bias, static_cast<T *>(y), batch, threads);
+  });
 }
 
 int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
-             float *dbias, bool half, int64_t batch, int threads) {
+             float *dbias, Activations activations, int64_t batch, int threads) {
   const bool only_dx = dvalues == nullptr && dbias == nullptr && dx != nullptr;
-  if (!takes(p, half, batch) || p->t_crow == nullptr || (dvalues == nullptr && !only_dx)) {
-    return kernels_avx512()->backward(p, values, dy, x, dx, dvalues, dbias, half, batch, threads);
+  if (!takes(p, activations, batch) || p->t_crow == nullptr || (dvalues == nullptr && !only_dx)) {
+    return kernels_avx512()->backward(p, values, dy, x, dx, dvalues, dbias, activations, batch, threads);
   }
-  const bf16 *dy_rows = static_cast<const bf16 *>(dy);
-  if (only_dx) {
-    return (p->block_rows == 8 ? multiply<8> : multiply<16>)(p, true, values, dy_rows, nullptr, static_cast<bf16 *>(dx),
-                                                            batch, threads);
-  }
-  return (p->block_rows == 8 ? gradients<8> : gradients<16>)(p, values, dy_rows, static_cast<const bf16 *>(x),
-                                                            static_cast<bf16 *>(dx), dvalues, dbias, batch, threads);
+  return with_types(p->block_rows, activations == BFLOAT16, [&](auto side, auto element) {
+    using T = decltype(element);
+    constexpr int SIDE = decltype(side)::value;
+    const T *dy_rows = static_cast<const T *>(dy);
+    if (only_dx) return multiply<SIDE>(p, true, values, dy_rows, nullptr, static_cast<T *>(dx), batch, threads);
+    return gradients<SIDE>(p, values, dy_rows, static_cast<const T *>(x), static_cast<T *>(dx), dvalues, dbias, batch, threads);
+  });
 }
 
 bool takes(const rarefy_mlp *mlp, int64_t batch) {
   const rarefy_pattern *up = mlp->up.pattern, *down = mlp->down.pattern;
-  const bool half = mlp->half_rows != 0 && mlp->half_saved != 0;
-  return mlp->gate.pattern == nullptr && up->block_rows == down->block_rows && takes(up, half, batch) && takes(down, half, batch);
+  const Activations activations = mlp->half_saved == 0 ? FLOAT32 : mlp->half_rows != 0 ? BFLOAT16 : MEDIUM;
+  return mlp->gate.pattern == nullptr && up->block_rows == down->block_rows && takes(up, activations, batch) &&
+         takes(down, activations, batch);
 }
 
 int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
   if (!takes(mlp, batch)) return kernels_avx512()->mlp_forward(mlp, x, y, z, batch, threads);
-  return (mlp->up.pattern->block_rows == 8 ? mlp_forward<8> : mlp_forward<16>)(
-      mlp, static_cast<const bf16 *>(x), static_cast<bf16 *>(y), static_cast<bf16 *>(z), batch, threads);
+  return with_types(mlp->up.pattern->block_rows, mlp->half_rows != 0, [&](auto side, auto element) {
+    using T = decltype(element);
+    return mlp_forward<decltype(side)::value>(mlp, static_cast<const T *>(x), static_cast<T *>(y), static_cast<bf16 *>(z),
+                                              batch, threads);
+  });
 }
 
 int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
                  const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
   if (!takes(mlp, batch)) return kernels_avx512()->mlp_backward(mlp, dy, x, z, dx, gradients, batch, threads);
-  return (mlp->up.pattern->block_rows == 8 ? mlp_backward<8> : mlp_backward<16>)(
-      mlp, static_cast<const bf16 *>(dy), static_cast<const bf16 *>(x), static_cast<const bf16 *>(z),
-      static_cast<bf16 *>(dx), gradients->up, gradients->down, batch, threads);
+  return with_types(mlp->up.pattern->block_rows, mlp->half_rows != 0, [&](auto side, auto element) {
+    using T = decltype(element);
+    return mlp_backward<decltype(side)::value>(mlp, static_cast<const T *>(dy), static_cast<const T *>(x),
+                                               static_cast<const bf16 *>(z), static_cast<T *>(dx), gradients->up,
+                                               gradients->down, batch, threads);
+  });
 }
 
 }  // namespace

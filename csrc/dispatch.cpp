@@ -111,7 +111,7 @@ int rarefy_supports(int64_t block_rows, int64_t block_cols) {
   return kernels_portable()->supports(block_rows, block_cols);  // every instruction set has the same blocks
 }
 
-static int spmm(const rarefy_pattern *pattern, const float *values, const void *x, const float *bias, void *y, bool half,
+static int spmm(const rarefy_pattern *pattern, const float *values, const void *x, const float *bias, void *y, Activations activations,
                 int64_t batch, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
@@ -119,49 +119,59 @@ static int spmm(const rarefy_pattern *pattern, const float *values, const void *
       missing(y, batch * pattern->out_features)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->spmm(pattern, values, x, bias, y, half, batch, thread_count(threads));
+  return kernels->spmm(pattern, values, x, bias, y, activations, batch, thread_count(threads));
 }
 
 static int backward(const rarefy_pattern *pattern, const float *values, const void *dy, const void *x, void *dx,
-                    float *dvalues, float *dbias, bool half, int64_t batch, int threads) {
+                    float *dvalues, float *dbias, Activations activations, int64_t batch, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad(pattern, batch, dx != nullptr) || missing(dy, batch * pattern->out_features)) return RAREFY_BAD_ARGUMENT;
   if (dx != nullptr && missing(values, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
   if (dvalues != nullptr && missing(x, batch * pattern->in_features)) return RAREFY_BAD_ARGUMENT;
-  return kernels->backward(pattern, values, dy, x, dx, dvalues, dbias, half, batch, thread_count(threads));
+  return kernels->backward(pattern, values, dy, x, dx, dvalues, dbias, activations, batch, thread_count(threads));
 }
 
 int rarefy_spmm_f32(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias, float *y,
                     int64_t batch, int threads) {
-  return spmm(pattern, values, x, bias, y, false, batch, threads);
+  return spmm(pattern, values, x, bias, y, FLOAT32, batch, threads);
 }
 
 int rarefy_spmm_bf16(const rarefy_pattern *pattern, const float *values, const uint16_t *x, const float *bias,
                      uint16_t *y, int64_t batch, int threads) {
-  return spmm(pattern, values, x, bias, y, true, batch, threads);
+  return spmm(pattern, values, x, bias, y, BFLOAT16, batch, threads);
 }
 
 int rarefy_backward_f32(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x, float *dx,
                         float *dvalues, float *dbias, int64_t batch, int threads) {
-  return backward(pattern, values, dy, x, dx, dvalues, dbias, false, batch, threads);
+  return backward(pattern, values, dy, x, dx, dvalues, dbias, FLOAT32, batch, threads);
 }
 
 int rarefy_backward_bf16(const rarefy_pattern *pattern, const float *values, const uint16_t *dy, const uint16_t *x,
                          uint16_t *dx, float *dvalues, float *dbias, int64_t batch, int threads) {
-  return backward(pattern, values, dy, x, dx, dvalues, dbias, true, batch, threads);
+  return backward(pattern, values, dy, x, dx, dvalues, dbias, BFLOAT16, batch, threads);
+}
+
+int rarefy_spmm_medium(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias, float *y,
+                       int64_t batch, int threads) {
+  return spmm(pattern, values, x, bias, y, MEDIUM, batch, threads);
+}
+
+int rarefy_backward_medium(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x, float *dx,
+                           float *dvalues, float *dbias, int64_t batch, int threads) {
+  return backward(pattern, values, dy, x, dx, dvalues, dbias, MEDIUM, batch, threads);
 }
 
 int rarefy_spmm_t_f32(const rarefy_pattern *pattern, const float *values, const float *dy, float *dx, int64_t batch,
                       int threads) {
   if (pattern == nullptr || missing(dx, batch * pattern->in_features)) return RAREFY_BAD_ARGUMENT;
-  return backward(pattern, values, dy, nullptr, dx, nullptr, nullptr, false, batch, threads);
+  return backward(pattern, values, dy, nullptr, dx, nullptr, nullptr, FLOAT32, batch, threads);
 }
 
 int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float *x, float *dvalues, float *dbias,
                      int64_t batch, int threads) {
   if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
-  return backward(pattern, nullptr, dy, x, nullptr, dvalues, dbias, false, batch, threads);
+  return backward(pattern, nullptr, dy, x, nullptr, dvalues, dbias, FLOAT32, batch, threads);
 }
 
 static bool bad(const rarefy_layer &layer, int64_t batch, bool backward) {

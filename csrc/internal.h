@@ -9,16 +9,18 @@
 
 namespace rarefy {
 
-// One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1. x, y, dy and dx hold
-// bfloat16 if `half`, else float32.
+// What x, y, dy and dx hold. MEDIUM: float32, and a product may round its factors to bfloat16.
+enum Activations { FLOAT32, BFLOAT16, MEDIUM };
+
+// One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1.
 struct Kernels {
   const char *name;
   int (*supports)(int64_t block_rows, int64_t block_cols);
-  int (*spmm)(const rarefy_pattern *, const float *values, const void *x, const float *bias, void *y, bool half,
+  int (*spmm)(const rarefy_pattern *, const float *values, const void *x, const float *bias, void *y, Activations,
               int64_t batch, int threads);
   // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
   int (*backward)(const rarefy_pattern *, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
-                  float *dbias, bool half, int64_t batch, int threads);
+                  float *dbias, Activations, int64_t batch, int threads);
   int (*mlp_forward)(const rarefy_mlp *, const void *x, void *y, void *z, int64_t batch, int threads);
   int (*mlp_backward)(const rarefy_mlp *, const void *dy, const void *x, const void *z, void *dx,
                       const rarefy_mlp_gradients *, int64_t batch, int threads);

@@ -90,8 +90,9 @@ class Wide {
   bool failed_ = false;
 };
 
-int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, bool half,
-         int64_t batch, int threads) {
+int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y,
+         Activations activations, int64_t batch, int threads) {
+  const bool half = activations == BFLOAT16;
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const int64_t in = p->in_features, out = p->out_features;
@@ -106,7 +107,8 @@ int spmm(const rarefy_pattern *p, const float *values, const void *x, const floa
 }
 
 int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
-             float *dbias, bool half, int64_t batch, int threads) {
+             float *dbias, Activations activations, int64_t batch, int threads) {
+  const bool half = activations == BFLOAT16;
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const int64_t in = p->in_features, out = p->out_features;

@@ -71,9 +71,18 @@ RAREFY_API int rarefy_backward_bf16(const rarefy_pattern *pattern, const float *
                                     const uint16_t *x, uint16_t *dx, float *dvalues, float *dbias, int64_t batch,
                                     int threads);
 
+/* The same with activations in float32, where products may round their factors to bfloat16: as fast as the processor
+ * allows. Instruction sets without a gain from it compute as in float32. */
+RAREFY_API int rarefy_spmm_medium(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias,
+                                  float *y, int64_t batch, int threads);
+RAREFY_API int rarefy_backward_medium(const rarefy_pattern *pattern, const float *values, const float *dy,
+                                      const float *x, float *dx, float *dvalues, float *dbias, int64_t batch,
+                                      int threads);
+
 /* An MLP in one call: h = act(z), z = x W_up^T + up_bias, and y = h W_down^T + down_bias. With a gate h = act(g) * z, where
  * g = x W_gate^T + gate_bias.
- * x, y, dy and dx hold bfloat16 if `half_rows`, else float32. z is stored for the backward pass, in bfloat16 if
+ * x, y, dy and dx hold bfloat16 if `half_rows`, else float32; with `half_saved` products may round their factors to
+ * bfloat16. z is stored for the backward pass, in bfloat16 if
  * `half_saved` (then y is that of the rounded z), as (ceil(batch / RAREFY_SAVED_TOKENS), hidden, RAREFY_SAVED_TOKENS):
  * whole groups of tokens, feature-major; what stands at tokens past the last is undefined. With a gate there are
  * 2 hidden features: g's, then z's. */

@@ -183,6 +183,18 @@ def test_large_blocks_in_bf16_match_dense(backend, gated, block, batch):
 
 
 @GATED
+@pytest.mark.parametrize("block", [(8, 8), (16, 16)], ids=str)
+def test_large_blocks_under_medium_match_dense(backend, gated, block):
+    """fp32 rows, and no more rounding inside than with bf16 rows."""
+    p = with_bf16_values(200, block, gated)
+    wide = dataclasses.replace(p, x=p.x.float(), dy=p.dy.float())
+    y, z = wide.forward("gelu", torch.bfloat16)
+    assert y.dtype == torch.float32 and z.dtype == torch.bfloat16
+    for exact, found in zip(p.exact("gelu", torch.bfloat16), (y, *wide.backward(z, "gelu")), strict=True):
+        exact.admits(found)
+
+
+@GATED
 @pytest.mark.parametrize("block", [((2, 3), (1, 1)), ((1, 1), (2, 2))], ids=str)
 def test_blocks_without_a_kernel_are_composed(gated, block):
     """A matrix alone may still have one."""

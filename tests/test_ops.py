@@ -127,6 +127,34 @@ def test_backward_matches_dense(case, backend, dtype):
     close(dbias, dy.sum(dim=0), dy.abs().sum(dim=0), case.batch)
 
 
+@pytest.fixture
+def medium():
+    """Under this precision products may round their factors to bf16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (8, 8), (16, 16)], ids=str)
+@pytest.mark.parametrize("batch", [1, 63, 64, 67, 200])
+def test_medium_precision_rounds_factors_at_most(backend, block, batch, medium):
+    case = Case(out_features=80, in_features=112, density=0.3, batch=batch, block=block, gaps=True)
+    p = problem(case)
+    with using(backend):
+        y, dx = OPS.spmm(*sparse(p), p.x, p.bias), OPS.spmm_t(*sparse(p), p.dy)
+        dvalues = OPS.sddmm(*p.index, p.dy, p.x)
+        both = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
+    x, dy = p.x.double(), p.dy.double()
+    assert y.dtype == dx.dtype == dvalues.dtype == torch.float32
+    close(y, exact_output(p), output_bound(p), p.fan_in, factors=1.01 * BF16)
+    for found in (dx, both[0]):
+        close(found, dy @ p.weight, dy.abs() @ p.weight.abs(), p.fan_out[None], factors=1.01 * BF16)
+    for found in (dvalues, both[1]):
+        close(found, p.gather(dy.T @ x), p.gather(dy.abs().T @ x.abs()), batch, factors=1.01 * BF16)
+    close(both[2], dy.sum(dim=0), dy.abs().sum(dim=0), batch)
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
 def test_backward_gives_what_is_asked(backend, needs):
     p = problem(CASES[1])

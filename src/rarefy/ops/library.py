@@ -28,6 +28,8 @@ _SIGNATURES = {
     "rarefy_backward_f32": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
     "rarefy_spmm_bf16": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
     "rarefy_backward_bf16": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
+    "rarefy_spmm_medium": (ctypes.c_int, [POINTER, *[POINTER] * 4, INT64, ctypes.c_int]),
+    "rarefy_backward_medium": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
     "rarefy_mlp_forward": (ctypes.c_int, [POINTER, *[POINTER] * 3, INT64, ctypes.c_int]),
     "rarefy_mlp_backward": (ctypes.c_int, [POINTER, *[POINTER] * 5, INT64, ctypes.c_int]),
     "rarefy_attention_f32": (ctypes.c_int, [*[POINTER] * 3, *[INT64] * 4, ctypes.c_int]),

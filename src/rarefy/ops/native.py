@@ -71,11 +71,13 @@ def _f32(tensor: Tensor) -> Tensor:
 
 
 def _rows(*tensors: Tensor) -> tuple[list[Tensor], str]:
-    """Activations as the kernels read them, and the suffix of the kernels that do: all bf16, or all fp32."""
-    half = all(tensor.dtype == torch.bfloat16 for tensor in tensors)
-    if half:
+    """Activations as the kernels read them, and the suffix of the kernels that do: all bf16, or all fp32, with factors
+    rounded to bf16 where `torch.set_float32_matmul_precision("medium")` allows it.
+    """
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return [tensor.detach().contiguous() for tensor in tensors], "bf16"
-    return [_f32(tensor) for tensor in tensors], "f32"
+    medium = torch.get_float32_matmul_precision() == "medium"
+    return [_f32(tensor) for tensor in tensors], "medium" if medium else "f32"
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
