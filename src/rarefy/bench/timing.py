@@ -90,7 +90,7 @@ def _ceiling(row: Row, check: Check) -> float | None:
     """What the probe reached with the arithmetic that a row's kernels may use; of plain torch, that of dense torch."""
     own = row.contender == "rarefy" and row.kernels in library.isas()
     if own:
-        tiles = row.kernels == "amx" and row.dtype == "bf16" and row.block in TILED_BLOCKS
+        tiles = row.kernels == "amx" and row.dtype != "fp32" and row.block in TILED_BLOCKS
         return check.peak(row.dtype, row.kernels, tiles=tiles)
     return check.peak(row.dtype, probe.dense_isa(), tiles=row.contender == DENSE and probe.dense_has_tiles())
 
