@@ -1,40 +1,12 @@
 // Activations between two linear layers, with their derivatives: RAREFY_GELU and so on in rarefy.h.
 #pragma once
 
-#include "simd.h"
+#include "exponential.h"
 
 namespace rarefy {
 namespace {
 
-typedef int32_t ints __attribute__((vector_size(VL * 4)));
-
-inline vec select(ints mask, vec yes, vec no) {
-  return reinterpret_cast<vec>((reinterpret_cast<ints>(yes) & mask) | (reinterpret_cast<ints>(no) & ~mask));
-}
-
-// e^x to about 2 units in the last place; 0 below the range of normal numbers, and finite above that of floats.
-// Cody and Waite's reduction to |r| <= log(2) / 2, then the Taylor polynomial of degree 7 (error below 1e-8).
-inline vec exponential(vec x) {
-  const vec low = broadcast(-87.33f), high = broadcast(88.37f);
-  const ints under = x < low;
-  x = select(x > high, high, select(under, low, x));
-  const vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the lowest bits
-  const vec shifted = x * broadcast(1.44269504f) + magic;
-  const vec n = shifted - magic;
-  const vec r = (x - n * broadcast(0.693359375f)) + n * broadcast(2.12194440e-4f);
-  vec p = broadcast(1.0f / 5040);
-  p = p * r + broadcast(1.0f / 720);
-  p = p * r + broadcast(1.0f / 120);
-  p = p * r + broadcast(1.0f / 24);
-  p = p * r + broadcast(1.0f / 6);
-  p = p * r + broadcast(0.5f);
-  p = p * r + broadcast(1.0f);
-  p = p * r + broadcast(1.0f);
-  const ints exponent = (reinterpret_cast<ints>(shifted) - reinterpret_cast<ints>(magic)) << 23;
-  return select(under, vec{}, reinterpret_cast<vec>(reinterpret_cast<ints>(p) + exponent));
-}
-
-inline vec logistic(vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
+inline vec logistic(vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp_of(-x)); }
 
 // h = act(z) and its derivative d at z.
 template <int ACTIVATION>
@@ -42,9 +14,9 @@ inline void activate(vec z, vec &h, vec &d) {
   const vec zero = {}, one = broadcast(1.0f);
   if constexpr (ACTIVATION == RAREFY_RELU || ACTIVATION == RAREFY_SQUARED_RELU) {
     const ints off = z <= zero;  // NaN passes
-    h = select(off, zero, z);
+    h = off ? zero : z;
     if constexpr (ACTIVATION == RAREFY_RELU) {
-      d = select(off, zero, one);
+      d = off ? zero : one;
     } else {
       d = h + h;
       h = h * h;
@@ -68,8 +40,8 @@ inline void activate(vec z, vec &h, vec &d) {
     poly = poly * t + broadcast(1.421413741f);
     poly = poly * t + broadcast(-0.284496736f);
     poly = poly * t + broadcast(0.254829592f);
-    const vec bell = exponential(-(v * v)), tail = broadcast(0.5f) * poly * t * bell;
-    const vec s = select(z < zero, tail, one - tail);
+    const vec bell = exp_of(-(v * v)), tail = broadcast(0.5f) * poly * t * bell;
+    const vec s = z < zero ? tail : one - tail;
     h = z * s;
     d = s + z * bell * broadcast(0.3989422804f);
   }

@@ -1,21 +1,13 @@
 // Blocks of 8x8 and 16x16 on AMX, the matrix unit of recent Xeons, on which dense bfloat16 products run there: with bfloat16
 // activations, or with float32 ones whose products may round to bfloat16. Everything else of this instruction set is
-// AVX-512's.
-//
-// A tile register holds up to 16 rows of 64 bytes. One instruction adds A (rows of 2K bfloat16) times B (K rows of pairs,
-// each of two consecutive k) to C (float32), in as many cycles as A has rows. Products are taken with the weights as A, so that B and C have tokens along
-// their rows, as panels do:
-//
-//   y, dx   C[output][token]  += W[output][input] B[input pair][token]      one block of W, K its side / 2
-//   dW      C[output][input]  += dy[output][token] B[token pair][input]     one block of dW, K = 16
-//
-// Pairs of neighbouring features are 32-bit words in a row-major matrix, so packing is a transpose of words.
+// AVX-512's. The products are in amx_tiles.h, the layouts they read in amx_layouts.h; here are whole calls.
 #include <omp.h>
 
 #include "internal.h"
 
 #include "activation.h"
-#include "pack.h"
+#include "amx_tiles.h"
+#include "scratch.h"
 #include "view.h"
 
 #include <sys/syscall.h>
@@ -24,242 +16,8 @@
 namespace rarefy {
 namespace {
 
-constexpr int64_t kTokens = 64;                     // of a panel
 constexpr int64_t kPanelBytes = int64_t(1) << 20;   // panels of dy, in one of two layouts, that the threads share in L2
 constexpr int64_t kFewTokens = 64;                  // below, the vector kernels
-
-// Tiles: 0 to 3 sums, 4 and 5 the A operand, 6 and 7 the B operand.
-struct __attribute__((packed)) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// Sets the tiles' shapes, and brings back what was set before: the caller's own libraries use them too.
-class Tiles {
- public:
-  Tiles() { _tile_storeconfig(&before_); }
-  ~Tiles() {
-    if (before_.palette != 0) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  Tiles(const Tiles &) = delete;
-  Tiles &operator=(const Tiles &) = delete;
-  // Of a product whose A operand and sums have `rows`, over `pairs`, with sums of `cols`.
-  void shape(int64_t rows, int64_t pairs, int64_t cols) {
-    TileConfig config = {};
-    config.palette = 1;
-    for (int t = 0; t < 8; ++t) {
-      config.rows[t] = uint8_t(t < 6 ? rows : pairs);
-      config.row_bytes[t] = uint16_t(4 * (t == 4 || t == 5 ? pairs : cols));
-    }
-    _tile_loadconfig(&config);
-  }
-
- private:
-  TileConfig before_;
-};
-
-typedef uint32_t word;
-
-inline vec load_words(const void *p) { return load_any(static_cast<const float *>(p)); }
-
-// `count` pairs of neighbouring features as words: bfloat16 as they are, float32 rounded.
-inline vec load_pairs(const bf16 *row, int64_t count) {
-  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), row);
-}
-inline vec load_pairs(const float *row, int64_t count) {
-  const auto part = [row, count](int64_t begin) {
-    const int64_t live = min64(max64(2 * count - begin, 0), VL);
-    return _mm512_maskz_loadu_ps(__mmask16((1u << live) - 1), row + begin);
-  };
-  return reinterpret_cast<vec>(_mm512_cvtne2ps_pbh(part(VL), part(0)));
-}
-// SIDE features of one token as the lower halves of words.
-template <int SIDE>
-inline __m512i load_low(const bf16 *row) {
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << SIDE) - 1), row));
-}
-template <int SIDE>
-inline __m512i load_low(const float *row) {
-  return _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(__mmask16((1u << SIDE) - 1), row))));
-}
-
-// words[(f - begin) / 2][64] of the features [begin, end), multiples of 16, of up to 64 tokens; tokens past the last are 0.
-template <class T>
-void pack_pairs(const T *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
-  for (int64_t group = 0; group < kTokens; group += VL) {
-    for (int64_t f = begin; f < end; f += 2 * VL) {
-      const int64_t count = min64(VL, (end - f) / 2);
-      vec block[VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) {
-        block[i] = group + i < tokens ? load_pairs(source + (group + i) * features + f, count) : vec{};
-      }
-      transpose(block);
-      for (int64_t w = 0; w < count; ++w) store(reinterpret_cast<float *>(words + ((f - begin) / 2 + w) * kTokens + group), block[w]);
-    }
-  }
-}
-
-// Two rows of 16 float32 to 16 words of bfloat16 pairs.
-inline vec join_pairs(vec even, vec odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(odd, even));
-  return reinterpret_cast<vec>(_mm512_permutexvar_epi16(order, both));
-}
-
-// The reverse of pack_pairs, from float32 sums[f - begin][64], plus bias unless null.
-void unpack_sums(const float *sums, const float *bias, int64_t features, int64_t tokens, int64_t begin, int64_t end,
-                 bf16 *target) {
-  for (int64_t group = 0; group < tokens; group += VL) {
-    for (int64_t f = begin; f < end; f += 2 * VL) {
-      const int64_t count = min64(VL, (end - f) / 2);
-      const __mmask16 mask = __mmask16((1u << count) - 1);
-      vec block[VL];
-      for (int64_t w = 0; w < VL; ++w) {
-        if (w >= count) {
-          block[w] = vec{};
-          continue;
-        }
-        const float *row = sums + (f - begin + 2 * w) * kTokens + group;
-        vec even = load(row), odd = load(row + kTokens);
-        if (bias != nullptr) {
-          even += broadcast(bias[f + 2 * w]);
-          odd += broadcast(bias[f + 2 * w + 1]);
-        }
-        block[w] = join_pairs(even, odd);
-      }
-      transpose(block);
-      for (int64_t i = 0; i < min64(VL, tokens - group); ++i) {
-        _mm512_mask_storeu_ps(target + (group + i) * features + f, mask, block[i]);
-      }
-    }
-  }
-}
-
-inline void unpack_sums(const float *sums, const float *bias, int64_t features, int64_t tokens, int64_t begin, int64_t end,
-                        float *target) {
-  for (int64_t group = 0; group < tokens; group += VL) {
-    for (int64_t f = begin; f < end; f += VL) {
-      const int64_t count = min64(VL, end - f);
-      vec block[VL];
-      for (int64_t i = 0; i < VL; ++i) {
-        block[i] = i < count ? load(sums + (f - begin + i) * kTokens + group) : vec{};
-        if (i < count && bias != nullptr) block[i] += broadcast(bias[f + i]);
-      }
-      transpose(block);
-      for (int64_t i = 0; i < min64(VL, tokens - group); ++i) {
-        _mm512_mask_storeu_ps(target + (group + i) * features + f, __mmask16((1u << count) - 1), block[i]);
-      }
-    }
-  }
-}
-
-// rows[f][64] of bfloat16, a token after the other, from words[f / 2][64].
-void split_pairs(const word *words, int64_t features, bf16 *rows) {
-  for (int64_t w = 0; w < features / 2; ++w) {
-    for (int64_t group = 0; group < kTokens; group += VL) {
-      const __m512i both = _mm512_loadu_si512(words + w * kTokens + group);
-      bf16 *even = rows + 2 * w * kTokens + group;
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(even), _mm512_cvtepi32_epi16(both));
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(even + kTokens), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
-    }
-  }
-}
-
-// words[(f - begin) / SIDE][token / 2][SIDE]: pairs of neighbouring tokens.
-template <int SIDE, class T>
-void pack_tokens(const T *source, int64_t features, int64_t tokens, int64_t begin, int64_t end, word *words) {
-  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
-  const auto read = [&](int64_t t, int64_t f) {
-    return t < tokens ? load_low<SIDE>(source + t * features + f) : _mm512_setzero_si512();
-  };
-  for (int64_t t = 0; t < kTokens; t += 2) {
-    for (int64_t f = begin; f < end; f += SIDE) {
-      const __m512i pairs = _mm512_or_si512(read(t, f), _mm512_slli_epi32(read(t + 1, f), 16));
-      _mm512_mask_storeu_epi32(words + ((f - begin) / SIDE * (kTokens / 2) + t / 2) * SIDE, mask, pairs);
-    }
-  }
-}
-
-// A block of values as an A operand: bfloat16, [output][input], or its transpose.
-template <int SIDE>
-void convert_block(const float *values, bool transposed, bf16 *block) {
-  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
-  vec rows[VL] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < SIDE; ++i) rows[i] = _mm512_maskz_loadu_ps(mask, values + i * SIDE);
-  if (transposed) transpose(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < SIDE; ++i) {
-    _mm256_mask_storeu_epi16(block + i * SIDE, mask, __m256i(_mm512_cvtneps_pbh(rows[i])));
-  }
-}
-
-struct Columns {  // of either index type
-  const void *data;
-  bool narrow;
-  int64_t operator[](int64_t k) const {
-    return narrow ? static_cast<const uint16_t *>(data)[k] : static_cast<const int32_t *>(data)[k];
-  }
-};
-
-// One orientation of the pattern: W, or W^T.
-struct Side {
-  int64_t num_rows;
-  const int32_t *ptr;
-  Columns cols;
-  const int32_t *perm;  // null: units are in this order
-};
-
-Side side_of(const rarefy_pattern *p, bool transposed) {
-  const bool narrow = p->index_bytes == 2;
-  if (transposed) return {p->in_features / p->block_cols, p->t_crow, {p->t_rows, narrow}, p->t_perm};
-  return {p->out_features / p->block_rows, p->crow, {p->cols, narrow}, nullptr};
-}
-
-// The blocks in the side's order. To be called by all threads; ends without a barrier.
-template <int SIDE>
-void convert_side(const Side &side, const float *values, bool transposed, bf16 *blocks) {
-#pragma omp for schedule(static) nowait
-  for (int32_t k = 0; k < side.ptr[side.num_rows]; ++k) {
-    const int64_t from = side.perm != nullptr ? side.perm[k] : k;
-    convert_block<SIDE>(values + from * (SIDE * SIDE), transposed, blocks + int64_t(k) * (SIDE * SIDE));
-  }
-}
-
-// sums[r - begin][SIDE][64] of the block rows [begin, end) over one panel of words[input / 2][64].
-template <int SIDE>
-void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, float *sums) {
-  for (int64_t r = begin; r < end; ++r) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = side.ptr[r]; k < side.ptr[r + 1]; ++k) {
-      const word *x = words + side.cols[k] * (SIDE / 2 * kTokens);
-      _tile_loadd(4, blocks + k * (SIDE * SIDE), SIDE * 2);
-      _tile_loadd(6, x, kTokens * 4);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, x + 16, kTokens * 4);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(6, x + 32, kTokens * 4);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, x + 48, kTokens * 4);
-      _tile_dpbf16ps(3, 4, 7);
-    }
-    float *out = sums + (r - begin) * SIDE * kTokens;
-    _tile_stored(0, out, kTokens * 4);
-    _tile_stored(1, out + 16, kTokens * 4);
-    _tile_stored(2, out + 32, kTokens * 4);
-    _tile_stored(3, out + 48, kTokens * 4);
-  }
-}
 
 constexpr int64_t kOutputsAtOnce = 64;  // whose sums are unpacked together: whole cache lines, and sums in L1
 
@@ -270,7 +28,8 @@ void multiply_panel(const Side &side, const bf16 *blocks, const word *words, int
   for (int64_t r = begin; r < end; r += kOutputsAtOnce / SIDE) {
     const int64_t stop = min64(r + kOutputsAtOnce / SIDE, end);
     multiply_rows<SIDE>(side, blocks, words, r, stop, sums);
-    unpack_sums(sums, bias, features, tokens, r * SIDE, stop * SIDE, target);
+    if (bias != nullptr) add_rows(bias + r * SIDE, (stop - r) * SIDE, sums);
+    unpack_sums(sums, features, tokens, r * SIDE, stop * SIDE, target);
   }
 }
 
@@ -283,17 +42,11 @@ int multiply(const rarefy_pattern *p, bool transposed, const float *values, cons
   const int64_t own = in / 2 * kTokens + kOutputsAtOnce * kTokens;  // in words, or floats
   bf16 *blocks = nullptr;
   word *buffers = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     blocks = carver.take<bf16>(p->num_units * (SIDE * SIDE));
     buffers = carver.take<word>(threads * own);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -313,63 +66,7 @@ int multiply(const rarefy_pattern *p, bool transposed, const float *values, cons
                      part_begin(side.ptr, side.num_rows, part + 1, parts), bias, out, tokens, y + token * out, sums);
     }
   }
-  lease_release(lease);
   return RAREFY_OK;
-}
-
-// dvalues of the blocks [k, k + COUNT) of one block column, in W^T's order, from `count` panels.
-template <int SIDE, int COUNT>
-void add_products(const Side &side, int64_t k, const bf16 *dy_rows, int64_t panel_rows, const word *x, int64_t x_panel,
-                  int64_t count, bool add, float *dvalues) {
-  float *to[4];
-  const bf16 *from[4];
-  for (int i = 0; i < COUNT; ++i) {
-    to[i] = dvalues + int64_t(side.perm[k + i]) * (SIDE * SIDE);
-    from[i] = dy_rows + side.cols[k + i] * (SIDE * kTokens);
-  }
-#define RAREFY_EACH(STEP)     \
-  STEP(0, 4)                  \
-  if (COUNT > 1) { STEP(1, 5) } \
-  if (COUNT > 2) { STEP(2, 4) } \
-  if (COUNT > 3) { STEP(3, 5) }
-#define RAREFY_START(i, a)                   \
-  if (add) {                                 \
-    _tile_loadd(i, to[i], SIDE * 4);        \
-  } else {                                   \
-    _tile_zero(i);                           \
-  }
-#define RAREFY_STEP(i, a)                                              \
-  _tile_loadd(a, from[i] + at * panel_rows + half, kTokens * 2);       \
-  _tile_dpbf16ps(i, a, 6);
-#define RAREFY_STOP(i, a) _tile_stored(i, to[i], SIDE * 4);
-  RAREFY_EACH(RAREFY_START)
-  for (int64_t at = 0; at < count; ++at) {
-    for (int64_t half = 0; half < kTokens; half += 32) {
-      _tile_loadd(6, x + at * x_panel + half / 2 * SIDE, SIDE * 4);
-      RAREFY_EACH(RAREFY_STEP)
-    }
-  }
-  RAREFY_EACH(RAREFY_STOP)
-#undef RAREFY_EACH
-#undef RAREFY_START
-#undef RAREFY_STEP
-#undef RAREFY_STOP
-}
-
-// dvalues of the block columns [begin, end) from `count` panels; see add_products.
-template <int SIDE>
-void add_columns(const Side &side, int64_t begin, int64_t end, const bf16 *dy_rows, int64_t panel_rows, const word *x,
-                 int64_t x_panel, int64_t count, bool add, float *dvalues) {
-  for (int64_t c = begin; c < end; ++c) {
-    const word *own_x = x + (c - begin) * (kTokens / 2 * SIDE);
-    int64_t k = side.ptr[c];
-    for (; k + 4 <= side.ptr[c + 1]; k += 4) {
-      add_products<SIDE, 4>(side, k, dy_rows, panel_rows, own_x, x_panel, count, add, dvalues);
-    }
-    for (; k < side.ptr[c + 1]; ++k) {
-      add_products<SIDE, 1>(side, k, dy_rows, panel_rows, own_x, x_panel, count, add, dvalues);
-    }
-  }
 }
 
 // How block columns are shared out: chunks of about equal numbers of blocks.
@@ -388,25 +85,15 @@ struct Chunks {
 template <class T>
 void pack_dy(const T *dy, int64_t out, int64_t first, int64_t count, int64_t batch, word *dy_words, bf16 *dy_rows,
              float *bias_parts) {
-  const int64_t pieces = ceil_div(out, 256);
+  const int64_t pieces = ceil_div(out, kPieceFeatures);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < count * pieces; ++task) {
     const int64_t at = task / pieces, token = (first + at) * kTokens, tokens = min64(kTokens, batch - token);
-    const int64_t f0 = task % pieces * 256, f1 = min64(f0 + 256, out);
+    const int64_t f0 = task % pieces * kPieceFeatures, f1 = min64(f0 + kPieceFeatures, out);
     word *words = dy_words + (at * out + f0) / 2 * kTokens;
     pack_pairs(dy + token * out, out, tokens, f0, f1, words);
     split_pairs(words, f1 - f0, dy_rows + (at * out + f0) * kTokens);
     if (bias_parts != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
-  }
-}
-
-// To be called by all threads.
-void add_bias_parts(const float *parts, int64_t panels, int64_t out, float *dbias) {
-#pragma omp for schedule(static)
-  for (int64_t f = 0; f < out; ++f) {
-    float sum = 0.0f;
-    for (int64_t at = 0; at < panels; ++at) sum += parts[at * out + f];
-    dbias[f] = sum;
   }
 }
 
@@ -443,20 +130,14 @@ int gradients(const rarefy_pattern *p, const float *values, const T *dy, const T
   bf16 *blocks = nullptr, *dy_rows = nullptr;
   word *dy_words = nullptr, *buffers = nullptr;
   float *bias_parts = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     blocks = carver.take<bf16>(dx != nullptr ? p->num_units * (SIDE * SIDE) : 0);
     dy_words = carver.take<word>(group * out / 2 * kTokens);
     dy_rows = carver.take<bf16>(group * out * kTokens);
     bias_parts = carver.take<float>(dbias != nullptr ? panels * out : 0);
     buffers = carver.take<word>(threads * own);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -470,19 +151,12 @@ int gradients(const rarefy_pattern *p, const float *values, const T *dy, const T
       gradients_of<SIDE>(side, chunks, blocks, dy_words, dy_rows, out, x, dx, in, first, count, batch, x_words, x_panel,
                          sums, dvalues, tiles);
     }
-    if (dbias != nullptr) add_bias_parts(bias_parts, panels, out, dbias);
+    if (dbias != nullptr) add_sums(bias_parts, panels, out, dbias);
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 
 // -- an MLP: see drive_mlp.h. z is stored in bfloat16, (panel, hidden, 64) -------------------------------------------
-
-// The activation and its derivative at stored inputs, VL tokens of one feature.
-template <int ACTIVATION>
-inline void activate_at(const bf16 *z, vec &h, vec &slope) {
-  activate<ACTIVATION>(load_any(z), h, slope);
-}
 
 template <int SIDE, class T>
 int mlp_forward(const rarefy_mlp *mlp, const T *x, T *y, bf16 *z, int64_t batch, int threads) {
@@ -492,18 +166,12 @@ int mlp_forward(const rarefy_mlp *mlp, const T *x, T *y, bf16 *z, int64_t batch,
   const int64_t panels = ceil_div(batch, kTokens), own = (in + hidden) / 2 * kTokens + kOutputsAtOnce * kTokens;
   bf16 *up_blocks = nullptr, *down_blocks = nullptr;
   word *buffers = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     up_blocks = carver.take<bf16>(first->num_units * (SIDE * SIDE));
     down_blocks = carver.take<bf16>(second->num_units * (SIDE * SIDE));
     buffers = carver.take<word>(threads * own);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -529,7 +197,7 @@ int mlp_forward(const rarefy_mlp *mlp, const T *x, T *y, bf16 *z, int64_t batch,
                 const vec start = mlp->up.bias != nullptr ? broadcast(mlp->up.bias[f + i]) : vec{};
                 bf16 *place = z + (at * hidden + f + i) * kTokens + group;
                 store_any(place, load(sums + (f + i - r * SIDE) * kTokens + group) + start);
-                activate_at<decltype(activation)::value>(place, h[i], slope);
+                activate<decltype(activation)::value>(load_any(place), h[i], slope);
               }
               store(reinterpret_cast<float *>(h_words + f / 2 * kTokens + group), join_pairs(h[0], h[1]));
             }
@@ -539,22 +207,7 @@ int mlp_forward(const rarefy_mlp *mlp, const T *x, T *y, bf16 *z, int64_t batch,
       multiply_panel<SIDE>(down, down_blocks, h_words, 0, down.num_rows, mlp->down.bias, out, tokens, y + token * out, sums);
     }
   }
-  lease_release(lease);
   return RAREFY_OK;
-}
-
-// words[token / 2][SIDE] of SIDE features from rows[SIDE][64].
-template <int SIDE>
-void pair_tokens(const bf16 *rows, word *words) {
-  constexpr __mmask16 mask = __mmask16((1u << SIDE) - 1);
-  for (int half = 0; half < 2; ++half) {
-    vec block[VL] = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; ++i) block[i] = load_words(rows + i * kTokens + half * 32);
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) _mm512_mask_storeu_ps(words + (half * 16 + i) * SIDE, mask, block[i]);
-  }
 }
 
 template <int SIDE, class T>
@@ -571,9 +224,7 @@ int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, 
   bf16 *up_blocks = nullptr, *down_blocks = nullptr, *dy_rows = nullptr, *dz_rows = nullptr;
   word *dy_words = nullptr, *dz_words = nullptr, *buffers = nullptr;
   float *up_parts = nullptr, *down_parts = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     up_blocks = carver.take<bf16>(up_pattern->num_units * (SIDE * SIDE));
     down_blocks = carver.take<bf16>(down_pattern->num_units * (SIDE * SIDE));
     dy_words = carver.take<word>(group * out / 2 * kTokens);
@@ -583,12 +234,8 @@ int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, 
     up_parts = carver.take<float>(panels * hidden);
     down_parts = carver.take<float>(d_down.bias != nullptr ? panels * out : 0);
     buffers = carver.take<word>(threads * own);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -617,7 +264,8 @@ int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, 
                   for (int i = 0; i < 2; ++i) {
                     const int64_t local = (f + i - r * SIDE) * kTokens + lane;
                     vec h, slope;
-                    activate_at<decltype(activation)::value>(z + ((first + at) * hidden + f + i) * kTokens + lane, h, slope);
+                    const vec stored = load_any(z + ((first + at) * hidden + f + i) * kTokens + lane);
+                    activate<decltype(activation)::value>(stored, h, slope);
                     dz[i] = load(sums + local) * slope;
                     total[i] += dz[i];
                     store_any(h_rows + local, h);
@@ -640,10 +288,9 @@ int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, 
       gradients_of<SIDE>(up, up_chunks, up_blocks, dz_words, dz_rows, hidden, x, dx, in, first, count, batch, words,
                          up_panel, sums, d_up.values, tiles);
     }
-    if (d_up.bias != nullptr) add_bias_parts(up_parts, panels, hidden, d_up.bias);
-    if (d_down.bias != nullptr) add_bias_parts(down_parts, panels, out, d_down.bias);
+    if (d_up.bias != nullptr) add_sums(up_parts, panels, hidden, d_up.bias);
+    if (d_down.bias != nullptr) add_sums(down_parts, panels, out, d_down.bias);
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 

@@ -12,9 +12,10 @@
 
 #include "internal.h"
 
+#include "exponential.h"
 #include "pack.h"
 #include "products.h"
-#include "view.h"
+#include "scratch.h"
 
 namespace rarefy {
 namespace {
@@ -24,35 +25,15 @@ constexpr int64_t kKeys = 64;            // a block of keys, whose panel stays i
 constexpr int64_t kForwardStrip = 512;   // keys whose scores are kept, for kQueries queries in L2
 constexpr int64_t kBackwardStrip = 256;  // the same, of probabilities and of their gradients
 constexpr int64_t kSpareRows = kTileRows;
-constexpr float kLog2E = 1.44269504f;
 
-typedef int32_t ivec __attribute__((vector_size(VL * 4)));
-
-inline vec larger(vec a, vec b) { return a > b ? a : b; }  // b where either is not a number
-
-// 2^x for x <= 127, to 1.5 units in the last place; 0 below 2^-126. Not a number stays so.
-inline vec exp2_of(vec x) {
-  const vec magic = broadcast(12582912.0f + 127.0f);  // rounds to whole numbers, and leaves the exponent's bits lowest
-  x = larger(broadcast(-127.0f), x);
-  const vec whole = x + magic;
-  const vec rest = x - (whole - magic);
-  vec sum = broadcast(0x1.5c08e6p-10f);  // minimax in relative error on [-1/2, 1/2]: 7.5e-8
-  sum = sum * rest + broadcast(0x1.3d0c54p-7f);
-  sum = sum * rest + broadcast(0x1.c6b6e4p-5f);
-  sum = sum * rest + broadcast(0x1.ebf918p-3f);
-  sum = sum * rest + broadcast(0x1.62e428p-1f);
-  sum = sum * rest + broadcast(0x1.000002p+0f);
-  return sum * (vec)((ivec)whole << 23);
-}
-
-inline ivec lane_numbers() {
-  ivec lanes;
+inline ints lane_numbers() {
+  ints lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) lanes[i] = i;
   return lanes;
 }
 // v where lane < live, else `other`.
-inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ivec{} + int32_t(live)) ? v : other; }
+inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ints{} + int32_t(live)) ? v : other; }
 
 // Lane i is the largest lane of rows[i].
 inline vec largest(vec (&rows)[VL]) {

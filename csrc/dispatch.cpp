@@ -162,18 +162,6 @@ int rarefy_backward_medium(const rarefy_pattern *pattern, const float *values, c
   return backward(pattern, values, dy, x, dx, dvalues, dbias, MEDIUM, batch, threads);
 }
 
-int rarefy_spmm_t_f32(const rarefy_pattern *pattern, const float *values, const float *dy, float *dx, int64_t batch,
-                      int threads) {
-  if (pattern == nullptr || missing(dx, batch * pattern->in_features)) return RAREFY_BAD_ARGUMENT;
-  return backward(pattern, values, dy, nullptr, dx, nullptr, nullptr, FLOAT32, batch, threads);
-}
-
-int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float *x, float *dvalues, float *dbias,
-                     int64_t batch, int threads) {
-  if (pattern == nullptr || missing(dvalues, pattern->num_units)) return RAREFY_BAD_ARGUMENT;
-  return backward(pattern, nullptr, dy, x, nullptr, dvalues, dbias, FLOAT32, batch, threads);
-}
-
 static bool bad(const rarefy_layer &layer, int64_t batch, bool backward) {
   return bad(layer.pattern, batch, backward) || missing(layer.values, layer.pattern->num_units);
 }

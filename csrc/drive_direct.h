@@ -6,6 +6,7 @@
 #include "internal.h"
 
 #include "direct.h"
+#include "scratch.h"
 
 namespace rarefy {
 namespace {
@@ -20,12 +21,13 @@ int spmm_direct(const rarefy_pattern *p, const float *values, const float *x, co
   const int64_t in = p->in_features, out = p->out_features, panels = ceil_div(batch, P);
   const int64_t parts = row_parts(panels, view.num_rows, threads);
   const int64_t panel_floats = in * P, tile_floats = kRowGroup * BR * P;
-  const Lease lease = lease_acquire(size_t(threads) * (panel_floats + tile_floats) * sizeof(float));
-  if (lease.data == nullptr) return RAREFY_NO_MEMORY;
+  float *buffers = nullptr;
+  const Scratch memory([&](Carver &carver) { buffers = carver.take<float>(threads * (panel_floats + tile_floats)); });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    float *panel = reinterpret_cast<float *>(lease.data) + omp_get_thread_num() * (panel_floats + tile_floats);
+    float *panel = buffers + omp_get_thread_num() * (panel_floats + tile_floats);
     float *tile = panel + panel_floats;
     int64_t packed = -1;  // the panel that this thread's buffer holds
 #pragma omp for schedule(dynamic, 1)
@@ -39,7 +41,6 @@ int spmm_direct(const rarefy_pattern *p, const float *values, const float *x, co
                                      tile);
     }
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 
@@ -52,22 +53,16 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
   const int64_t group =  // panels in flight at once
       max64(1, min64(max64(panels, 1), max64(kSharedBytes / max64(1, (in + out) * P * int64_t(sizeof(float))), 2 * threads)));
   const int64_t parts = row_parts(group, in / BC, threads), row_chunks = threads > 1 ? 4 * threads : 1;
-  Carver carver = {nullptr, 0};
   float *dy_panels, *x_panels, *bias_parts, *tiles, *dots;
-  Lease lease = {nullptr, 0};
   const int64_t tile_floats = kRowGroup * BC * P, dots_floats = Dots<false>::BUFFER;
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     dy_panels = carver.take<float>(group * out * P);
     x_panels = carver.take<float>(dvalues != nullptr ? group * in * P : 0);
     bias_parts = carver.take<float>(dbias != nullptr ? panels * out : 0);
     tiles = carver.take<float>(threads * tile_floats);
     dots = carver.take<float>(threads * dots_floats);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -76,18 +71,19 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
     for (int64_t d = 0; d < dots_floats; ++d) own_dots[d] = 0.0f;
     for (int64_t first = 0; first < max64(panels, 1); first += group) {
       const int64_t count = min64(group, panels - first);
-      // Pack in pieces of 256 features, so that a single panel still occupies all threads.
-      const int64_t dy_pieces = ceil_div(out, 256), x_pieces = dvalues != nullptr ? ceil_div(in, 256) : 0;
+      // Pack in pieces, so that a single panel still occupies all threads.
+      const int64_t dy_pieces = ceil_div(out, kPieceFeatures);
+      const int64_t x_pieces = dvalues != nullptr ? ceil_div(in, kPieceFeatures) : 0;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < count * (dy_pieces + x_pieces); ++task) {
         const int64_t at = task / (dy_pieces + x_pieces), piece = task % (dy_pieces + x_pieces);
         const int64_t token = (first + at) * P, tokens = min64(P, batch - token);
         if (piece < dy_pieces) {
-          const int64_t f0 = piece * 256, f1 = min64(f0 + 256, out);
+          const int64_t f0 = piece * kPieceFeatures, f1 = min64(f0 + kPieceFeatures, out);
           pack<NV>(dy + token * out, out, tokens, f0, f1, dy_panels + (at * out + f0) * P);
           if (dbias != nullptr) column_sums(dy + token * out, out, tokens, f0, f1, bias_parts + (first + at) * out + f0);
         } else {
-          const int64_t f0 = (piece - dy_pieces) * 256, f1 = min64(f0 + 256, in);
+          const int64_t f0 = (piece - dy_pieces) * kPieceFeatures, f1 = min64(f0 + kPieceFeatures, in);
           pack<NV>(x + token * in, in, tokens, f0, f1, x_panels + (at * in + f0) * P);
         }
       }
@@ -116,16 +112,8 @@ int backward_direct(const rarefy_pattern *p, const float *values, const float *d
       }
 #pragma omp barrier
     }
-    if (dbias != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t f = 0; f < out; ++f) {
-        float sum = 0.0f;
-        for (int64_t at = 0; at < panels; ++at) sum += bias_parts[at * out + f];
-        dbias[f] = sum;
-      }
-    }
+    if (dbias != nullptr) add_sums(bias_parts, panels, out, dbias);
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 

@@ -6,6 +6,7 @@
 #include "internal.h"
 
 #include "few.h"
+#include "scratch.h"
 
 namespace rarefy {
 namespace {
@@ -43,15 +44,14 @@ int spmm_narrow(const rarefy_pattern *p, const float *values, const float *x, co
                 int64_t batch, int threads) {
   const View<Index> view = by_rows<Index>(p);
   const int64_t in = p->in_features, out = p->out_features, panel_floats = ceil_div(in * P, 16) * 16;
-  const Lease lease = lease_acquire(size_t(threads) * panel_floats * sizeof(float));
-  if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-  float *panels = reinterpret_cast<float *>(lease.data);
+  float *panels = nullptr;
+  const Scratch memory([&](Carver &carver) { panels = carver.take<float>(threads * panel_floats); });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
   for_parts(
       view, threads, [&](int thread) { pack_narrow<P>(x, in, batch, panels + thread * panel_floats); },
       [&](int thread, int64_t begin, int64_t end) {
         narrow_rows<P>(view, values, panels + thread * panel_floats, bias, begin, end, batch, y, out);
       });
-  lease_release(lease);
   return RAREFY_OK;
 }
 

@@ -59,19 +59,13 @@ inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, con
   const int64_t own = (x.features + hidden) * kPanel + sums_floats;
   float *buffers = nullptr;
   int32_t *scratch = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     for (int i = 0; i < mlp.num_inner; ++i) carve_matrix(inner[i], carver);
     carve_matrix(down, carver);
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * scratch_ints);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -129,7 +123,6 @@ inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, con
           });
     }
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 
@@ -151,9 +144,7 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
   const int64_t group = max64(2, min64(panels, kMlpBytes / max64(1, panel_floats * int64_t(sizeof(float)))));
   float *dy_panels = nullptr, *dz_panels[2] = {}, *dx_panels = nullptr, *buffers = nullptr;
   int32_t *scratch = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     for (int i = 0; i < num_inner; ++i) {
       carve_gradients(inner[i], carver, panels, mlp.inner[i].gradients.bias != nullptr);
       dz_panels[i] = carver.take<float>(group * hidden * kPanel);
@@ -163,12 +154,8 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
     dx_panels = carver.take<float>(sums_dx ? group * in * kPanel : 0);
     buffers = carver.take<float>(threads * (own + num_inner * slopes));
     scratch = carver.take<int32_t>(threads * scratch_ints);
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -263,7 +250,6 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
     }
     finish_gradients(down, panels, mlp.down.gradients.values, mlp.down.gradients.bias);
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 

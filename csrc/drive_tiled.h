@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kTileBytes = int64_t(32) << 10;   // inputs in L1
 constexpr int64_t kSumsBytes = int64_t(256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
-constexpr int64_t kPieceFeatures = 256;             // what a thread packs at a time
 
 // Columns a tile should have: as many as fit in `tile_bytes`, but more where the segments would be too short to be worth it.
 inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t block_inputs) {
@@ -114,18 +113,12 @@ inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, b
   const int64_t in = m.in_features(), own = in * kPanel + m.chunk_floats();
   float *buffers = nullptr;
   int32_t *scratch = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     carve_matrix(m, carver);
     buffers = carver.take<float>(threads * own);
     scratch = carver.take<int32_t>(threads * build_scratch(m.s));
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -152,7 +145,6 @@ inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, b
           });
     }
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 
@@ -237,7 +229,7 @@ inline void pack_dy(const RowMajor &dy, int64_t first, int64_t count, int64_t ba
 // To be called by all threads, after all chunks: the values' gradient in its own order, and the bias' summed.
 inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues, float *dbias) {
   const Stream &s = g.m.s;
-  const int64_t entries = g.m.unit_entries(), out = g.out();
+  const int64_t entries = g.m.unit_entries();
 #pragma omp for schedule(static) nowait
   for (int64_t k = 0; k < s.num_places; ++k) {
     if (s.order[k] < 0) continue;
@@ -247,13 +239,7 @@ inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues,
       memcpy(dvalues + s.order[k] * entries, g.in_order + k * entries, size_t(entries) * sizeof(float));
     }
   }
-  if (dbias == nullptr) return;
-#pragma omp for schedule(static)
-  for (int64_t f = 0; f < out; ++f) {
-    float sum = 0.0f;
-    for (int64_t at = 0; at < panels; ++at) sum += g.bias_parts[at * out + f];
-    dbias[f] = sum;
-  }
+  if (dbias != nullptr) add_sums(g.bias_parts, panels, g.out(), dbias);
 }
 
 // dvalues, and dx and dbias unless null, in one pass over dy.
@@ -265,19 +251,13 @@ inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, c
   const bool has_dx = dx.data != nullptr;
   float *dy_panels = nullptr, *buffers = nullptr;
   int32_t *scratch = nullptr;
-  Carver carver = {nullptr, 0};
-  Lease lease = {nullptr, 0};
-  for (int pass = 0; pass < 2; ++pass) {
+  const Scratch memory([&](Carver &carver) {
     carve_gradients(g, carver, panels, dbias != nullptr);
     dy_panels = carver.take<float>(group * out * kPanel);
     buffers = carver.take<float>(threads * g.own_floats());
     scratch = carver.take<int32_t>(threads * build_scratch(g.m.s));
-    if (pass == 0) {
-      lease = lease_acquire(carver.used);
-      if (lease.data == nullptr) return RAREFY_NO_MEMORY;
-      carver = {lease.data, 0};
-    }
-  }
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -310,7 +290,6 @@ inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, c
     }
     finish_gradients(g, panels, dvalues, dbias);
   }
-  lease_release(lease);
   return RAREFY_OK;
 }
 

@@ -18,7 +18,7 @@ struct Kernels {
   int (*supports)(int64_t block_rows, int64_t block_cols);
   int (*spmm)(const rarefy_pattern *, const float *values, const void *x, const float *bias, void *y, Activations,
               int64_t batch, int threads);
-  // Any of dx, dvalues and dbias may be null; spmm_t and sddmm are this with one of them.
+  // Any of dx, dvalues and dbias may be null.
   int (*backward)(const rarefy_pattern *, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
                   float *dbias, Activations, int64_t batch, int threads);
   int (*mlp_forward)(const rarefy_mlp *, const void *x, void *y, void *z, int64_t batch, int threads);

@@ -8,6 +8,8 @@
 namespace rarefy {
 namespace {
 
+constexpr int64_t kPieceFeatures = 256;  // what a thread packs at a time where threads share a panel
+
 // panel[f - begin] for the features begin <= f < end of `tokens` <= P rows of `source`, whose row length is `stride`.
 template <int NV, class T>
 void pack(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {
@@ -87,6 +89,16 @@ void column_sums(const T *source, int64_t stride, int64_t tokens, int64_t begin,
     float sum = 0.0f;
     for (int64_t t = 0; t < tokens; ++t) sum += widen(source[t * stride + f]);
     sums[f - begin] = sum;
+  }
+}
+
+// total[f] = the sum of the parts of column f, in their order: parts[count][features]. To be called by all threads.
+inline void add_sums(const float *parts, int64_t count, int64_t features, float *total) {
+#pragma omp for schedule(static)
+  for (int64_t f = 0; f < features; ++f) {
+    float sum = 0.0f;
+    for (int64_t at = 0; at < count; ++at) sum += parts[at * features + f];
+    total[f] = sum;
   }
 }
 

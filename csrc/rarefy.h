@@ -34,7 +34,7 @@ typedef struct {
   int64_t out_features, in_features, block_rows, block_cols, num_units;
   const int32_t *crow;   /* out_features / block_rows + 1 */
   const void *cols;      /* num_units, ascending inside a row */
-  const int32_t *t_crow; /* in_features / block_cols + 1: the same units by columns. Only spmm_t and backward read t_* */
+  const int32_t *t_crow; /* in_features / block_cols + 1: the same units by columns. Only the gradients read t_* */
   const void *t_rows;    /* num_units, ascending inside a column */
   const int32_t *t_perm; /* num_units: unit j of the transposed order is unit t_perm[j] of the values */
   int32_t index_bytes;   /* of cols and t_rows: 2 (uint16) or 4 (int32) */
@@ -53,13 +53,9 @@ RAREFY_API int rarefy_supports(int64_t block_rows, int64_t block_cols);
 /* y (batch, out) = x (batch, in) W^T + bias (out). bias may be NULL. All of y is written. */
 RAREFY_API int rarefy_spmm_f32(const rarefy_pattern *pattern, const float *values, const float *x, const float *bias,
                                float *y, int64_t batch, int threads);
-/* dx (batch, in) = dy (batch, out) W. All of dx is written. */
-RAREFY_API int rarefy_spmm_t_f32(const rarefy_pattern *pattern, const float *values, const float *dy, float *dx,
-                                 int64_t batch, int threads);
-/* dvalues (num_units, block_rows, block_cols) = (dy^T x) at the pattern; dbias (out) = column sums of dy, or NULL. */
-RAREFY_API int rarefy_sddmm_f32(const rarefy_pattern *pattern, const float *dy, const float *x, float *dvalues,
-                                float *dbias, int64_t batch, int threads);
-/* spmm_t and sddmm in one pass over dy. Any of dx, dvalues and dbias may be NULL: then it is not computed. */
+/* dx (batch, in) = dy (batch, out) W; dvalues (num_units, block_rows, block_cols) = (dy^T x) at the pattern; dbias (out) =
+ * the column sums of dy: in one pass over dy, and written whole. Any of them may be NULL: then it is not computed, and what
+ * only it needs may be NULL too. */
 RAREFY_API int rarefy_backward_f32(const rarefy_pattern *pattern, const float *values, const float *dy, const float *x,
                                    float *dx, float *dvalues, float *dbias, int64_t batch, int threads);
 

@@ -54,6 +54,7 @@ typedef uint16_t bf16;
 typedef uint16_t halves __attribute__((vector_size(VL * 2)));
 typedef uint16_t halves_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 typedef uint32_t words __attribute__((vector_size(VL * 4)));
+typedef int32_t ints __attribute__((vector_size(VL * 4)));
 
 inline vec load_any(const bf16 *p) {
   const halves narrow = *reinterpret_cast<const halves_any *>(p);

@@ -11,6 +11,7 @@
 // a prefix sum. Chunks have about equal numbers of units, as they are what threads share out.
 #pragma once
 
+#include "scratch.h"
 #include "view.h"
 
 namespace rarefy {

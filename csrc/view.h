@@ -49,17 +49,5 @@ inline int64_t row_parts(int64_t panels, int64_t num_rows, int threads) {
   return max64(1, min64(ceil_div(4 * threads, max64(panels, 1)), ceil_div(num_rows, 8)));
 }
 
-// Hands out 64-byte aligned pieces of a lease; with data == nullptr it only counts.
-struct Carver {
-  char *data;
-  size_t used;
-  template <class T>
-  T *take(int64_t count) {
-    const size_t at = used;
-    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return data != nullptr ? reinterpret_cast<T *>(data + at) : nullptr;
-  }
-};
-
 }  // namespace
 }  // namespace rarefy

@@ -53,8 +53,6 @@ for name, result, arguments in [
     ("set_isa", ctypes.c_int, [ctypes.c_char_p]),
     ("supports", ctypes.c_int, [I64, I64]),
     ("spmm_f32", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
-    ("spmm_t_f32", ctypes.c_int, [PATTERN, P, P, P, I64, ctypes.c_int]),
-    ("sddmm_f32", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
     ("backward_f32", ctypes.c_int, [PATTERN, P, P, P, P, P, P, I64, ctypes.c_int]),
     ("spmm_bf16", ctypes.c_int, [PATTERN, P, P, P, P, I64, ctypes.c_int]),
     ("backward_bf16", ctypes.c_int, [PATTERN, P, P, P, P, P, P, I64, ctypes.c_int]),
@@ -233,13 +231,14 @@ class Problem:
         pattern = ctypes.byref(self.sparse.c)
         outputs = [self.forward(threads), self.forward(threads, with_bias=False)]
         dx, room = self.output("dx")
-        args = (at(self.values), at(self.dy), at(dx), self.batch, threads)
-        assert LIB.rarefy_spmm_t_f32(pattern, *args) == 0
+        args = (at(self.values), at(self.dy), None, at(dx), None, None, self.batch, threads)
+        assert LIB.rarefy_backward_f32(pattern, *args) == 0
         self.check("dx", dx, room)
         for with_bias in (True, False):
             (dvalues, room), (dbias, bias_room) = self.output("dvalues"), self.output("dbias")
-            args = (at(self.dy), at(self.x), at(dvalues), at(dbias) if with_bias else None, self.batch, threads)
-            assert LIB.rarefy_sddmm_f32(pattern, *args) == 0
+            into = (None, at(dvalues), at(dbias) if with_bias else None)
+            args = (None, at(self.dy), at(self.x), *into, self.batch, threads)
+            assert LIB.rarefy_backward_f32(pattern, *args) == 0
             self.check("dvalues", dvalues, room)
             if with_bias:
                 self.check("dbias", dbias, bias_room)

@@ -303,15 +303,16 @@ void check_spmm(const Problem &p, const rarefy_pattern &pattern, int threads, Fo
 
 void check_spmm_t(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Guarded dx(p.batch * p.in);
-  found.status(rarefy_spmm_t_f32(&pattern, p.values.data(), p.dy.data(), dx.data(), p.batch, threads));
+  found.status(rarefy_backward_f32(&pattern, p.values.data(), p.dy.data(), nullptr, dx.data(), nullptr, nullptr, p.batch, threads));
   found.compare("dx", dx, *p.wide.dx);
 }
 
 void check_sddmm(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Guarded plain(p.num_values()), dvalues(p.num_values()), dbias(p.out);
-  found.status(rarefy_sddmm_f32(&pattern, p.dy.data(), p.x.data(), plain.data(), nullptr, p.batch, threads));
+  found.status(rarefy_backward_f32(&pattern, nullptr, p.dy.data(), p.x.data(), nullptr, plain.data(), nullptr, p.batch, threads));
   found.compare("dvalues", plain, *p.wide.dvalues);
-  found.status(rarefy_sddmm_f32(&pattern, p.dy.data(), p.x.data(), dvalues.data(), dbias.data(), p.batch, threads));
+  found.status(rarefy_backward_f32(&pattern, nullptr, p.dy.data(), p.x.data(), nullptr, dvalues.data(), dbias.data(), p.batch,
+                                   threads));
   found.compare("dvalues with dbias", dvalues, *p.wide.dvalues);
   found.compare("dbias", dbias, *p.wide.dbias);
 }
