@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -22,12 +21,11 @@ from rarefy.bench import timing as timing_module
 from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.gpt import TrainingStep
 from rarefy.bench.layers import dense_contenders, sparse_contender
-from rarefy.bench.precision import arithmetic, dense_dtypes, precision
 from rarefy.bench.settings import gpt_config
 from rarefy.cli import bench as command
 from rarefy.cli import bench_tables
 from rarefy.cli.main import main
-from rarefy.cost import random_batch
+from rarefy.cost import dense_precisions, random_batch
 from rarefy.models import GPT
 from rarefy.nn import SparseLinear
 from rarefy.ops import backend
@@ -193,26 +191,6 @@ def test_laps_keep_their_names_and_what_is_not_counted_stays_out():
 # -- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", ["highest", "high", "medium"])
-@pytest.mark.parametrize(
-    "dtype, inside, cast", [("fp32", "highest", False), ("medium", "medium", False), ("bf16", "highest", True)]
-)
-def test_a_dtype_is_set_for_a_lap_and_set_back(before, dtype, inside, cast):
-    usual = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(before)
-        with contextlib.suppress(KeyError), arithmetic(dtype):
-            assert torch.get_float32_matmul_precision() == inside
-            assert torch.is_autocast_enabled("cpu") is cast
-            raise KeyError
-        assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
-        with precision(dtype):
-            assert torch.get_float32_matmul_precision() == inside and not torch.is_autocast_enabled("cpu")
-        assert torch.get_float32_matmul_precision() == before
-    finally:
-        torch.set_float32_matmul_precision(usual)
-
-
 @pytest.mark.parametrize(
     "flags, held, has, tiles",
     [
@@ -233,7 +211,7 @@ def test_dense_bf16_is_timed_only_on_hardware_for_it(monkeypatch, flags, held, h
     if held is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     assert (probe.dense_has_bf16(), probe.dense_has_tiles()) == (has, tiles)
-    assert dense_dtypes() == (("fp32", "medium", "bf16") if has else ("fp32",))
+    assert dense_precisions() == (("fp32", "medium", "bf16") if has else ("fp32",))
 
 
 # -- what is timed ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rarefy.cost import CALIBRATED_BLOCKS, CostModel, Work, cache, dense_work, h
 from rarefy.cost.calibration import LEAST_POINTS, POINTS, calibrate
 from rarefy.cost.holdout import HELD_OUT
 from rarefy.cost.model import Timed, error, fit, nnls
-from rarefy.cost.precision import PRECISIONS, Precision, has_bf16_products, precision_now, working_in
+from rarefy.cost.precision import PRECISIONS, Precision, precision_now, working_in
 from rarefy.cost.terms import PASSES, terms
 
 L2 = 2 << 20
@@ -225,30 +225,28 @@ def test_a_relative_cache_home_is_ignored_as_its_rules_say(monkeypatch, tmp_path
 # -- precisions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_precision_is_set_inside_and_put_back(precision):
-    before = torch.get_float32_matmul_precision()
-    seen = []
+def test_a_precision_is_set_inside_and_put_back(precision, before):
+    usual, seen = torch.get_float32_matmul_precision(), []
+    matmuls = "medium" if precision == "medium" else "highest"
 
     def fail() -> None:
         with working_in(precision):
-            seen.append(precision_now())
+            seen.append((precision_now(), torch.get_float32_matmul_precision()))
             raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert seen == [precision]
-    assert torch.get_float32_matmul_precision() == before and precision_now() == "fp32"
-
-
-def test_dense_bf16_is_not_timed_without_its_hardware(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
-    assert has_bf16_products() and cost.dense_precisions() == PRECISIONS
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert not has_bf16_products() and cost.dense_precisions() == ("fp32",)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert not has_bf16_products()
+    try:
+        torch.set_float32_matmul_precision(before)
+        with pytest.raises(RuntimeError, match="stop"):
+            fail()
+        assert seen == [(precision, matmuls)]
+        assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
+        with working_in(precision, autocast=False):  # a backward pass
+            assert torch.get_float32_matmul_precision() == matmuls and not torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 # -- the real thing, tiny ---------------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.layers import compiled, layer_compiled
-from rarefy.bench.precision import arithmetic, dense_dtypes, precision
 from rarefy.bench.results import DENSE, Row
 from rarefy.bench.settings import Pair, Settings, gpt_config
 from rarefy.convert import sparsify
-from rarefy.cost import Lap
+from rarefy.cost import Lap, Precision, dense_precisions, working_in
 from rarefy.methods import Static
 from rarefy.models import GPT
 from rarefy.models.gpt import VOCABULARY
@@ -43,7 +42,7 @@ def bench_gpt(
 
     model = network()
     optimizer = torch.optim.AdamW(param_groups(model, lr=LEARNING_RATE, weight_decay=0.1), fused=True)
-    steps = {dtype: TrainingStep(model, optimizer, inputs, targets, dtype) for dtype in dense_dtypes()}
+    steps = {dtype: TrainingStep(model, optimizer, inputs, targets, dtype) for dtype in dense_precisions()}
     flops = flops_per_token(model) * settings.step_tokens
     contenders = [
         Contender(name=DENSE, dtype=dtype, kernels="torch", laps=step.laps(), flops=flops)
@@ -51,7 +50,7 @@ def bench_gpt(
     ]
     if settings.compiled:
         torch.compiler.reset()
-    for dtype in dense_dtypes() if settings.compiled else ():
+    for dtype in dense_precisions() if settings.compiled else ():
         step = compiled(
             lambda dtype=dtype: TrainingStep(layer_compiled(model), optimizer, inputs, targets, dtype), notes
         )
@@ -104,9 +103,10 @@ class TrainingStep:
     """A step of training in three laps. Data stay the same; weights move on from step to step."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, dtype: str
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, dtype: Precision
     ) -> None:
-        self.model, self.optimizer, self.dtype = model, optimizer, dtype
+        self.model, self.optimizer = model, optimizer
+        self.dtype: Precision = dtype
         self.inputs, self.targets = inputs, targets
         self.loss = 0.0
         """Of the last step, in nats."""
@@ -114,14 +114,14 @@ class TrainingStep:
 
     def forward(self) -> None:
         """The loss, to be remembered for `backward`."""
-        with arithmetic(self.dtype):
+        with working_in(self.dtype):
             self._loss = text_loss(self.model, self.inputs, self.targets)
 
     def backward(self) -> None:
         """The gradients; those of the step before are given back first."""
         assert self._loss is not None
         self.optimizer.zero_grad(set_to_none=True)
-        with precision(self.dtype):
+        with working_in(self.dtype, autocast=False):
             self._loss.backward()
         self.loss, self._loss = float(self._loss.detach()), None
 

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.peers import Peer
-from rarefy.bench.precision import ACTIVATIONS, arithmetic, dense_dtypes, precision
 from rarefy.bench.results import DENSE, Row
 from rarefy.bench.settings import Pair, Settings
-from rarefy.cost import Lap, LayerStep, dense_layer, layer_flops, random_batch
+from rarefy.cost import (
+    Lap,
+    LayerStep,
+    Precision,
+    dense_layer,
+    dense_precisions,
+    in_precision,
+    layer_flops,
+    random_batch,
+    working_in,
+)
 from rarefy.nn import SparseLinear
 from rarefy.pattern import Pattern
 
@@ -68,26 +77,8 @@ def _timed(contenders: Sequence[Contender], settings: Settings, budget_s: float)
     return time_in_turn(contenders, budget_s=budget_s, rounds=settings.rounds)
 
 
-class Step(LayerStep):
-    """A layer's training step in some arithmetic; see `rarefy.bench.precision`."""
-
-    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor, dtype: str) -> None:
-        self.dtype = dtype
-        super().__init__(layer, *_activations(x, dy, dtype))
-
-    def forward(self) -> None:
-        with arithmetic(self.dtype):
-            super().forward()
-
-    def backward(self) -> None:
-        with precision(self.dtype):
-            super().backward()
-
-
-def _activations(x: Tensor, dy: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """x, which wants a gradient, and dy as the neighbours of a layer would hand them over."""
-    kind = ACTIVATIONS[dtype]
-    return x.detach().to(kind).requires_grad_(), dy.to(kind)
+def _step(layer: nn.Module, x: Tensor, dy: Tensor, dtype: Precision) -> LayerStep:
+    return LayerStep(layer, *in_precision(x, dy, dtype), dtype)
 
 
 def dense_contenders(
@@ -100,18 +91,18 @@ def dense_contenders(
     """
     layer, whole = dense_layer(shape), layer_flops(shape[0] * shape[1]) * x.shape[0]
     found = []
-    for dtype in dense_dtypes():
-        step = Step(layer, x, dy, dtype)
+    for dtype in dense_precisions():
+        step = _step(layer, x, dy, dtype)
         laps: dict[str, Lap] = {"forward": step.forward, "backward": step.backward}
         if alone:
-            weight, kept = layer.weight.detach().to(ACTIVATIONS[dtype]), step
+            weight, kept = layer.weight.detach().to(step.dy.dtype), step
             laps["dx"] = _within(dtype, lambda weight=weight, kept=kept: kept.dy @ weight)
             laps["dw"] = _within(dtype, lambda kept=kept: kept.dy.T @ kept.x.detach())
         found.append(Contender(name=DENSE, dtype=dtype, kernels="torch", laps=laps, flops=whole))
     if settings.compiled:
         torch.compiler.reset()  # torch compiles the same code for a few layers only, then falls back
-        for dtype in dense_dtypes():
-            step = compiled(lambda dtype=dtype: Step(layer_compiled(layer), x, dy, dtype), notes)
+        for dtype in dense_precisions():
+            step = compiled(lambda dtype=dtype: _step(layer_compiled(layer), x, dy, dtype), notes)
             if step is not None:
                 laps = {"forward": step.forward, "backward": step.backward}
                 mark = Contender(name=DENSE, dtype=dtype, compiled=True, kernels="torch", laps=laps, flops=whole)
@@ -141,10 +132,10 @@ def compiled(make: Callable[[], S], notes: list[str]) -> S | None:
 
 
 def sparse_contender(
-    layer: SparseLinear, x: Tensor, dy: Tensor, dtype: str, kernels: str, *, with_growth: bool
+    layer: SparseLinear, x: Tensor, dy: Tensor, dtype: Precision, kernels: str, *, with_growth: bool
 ) -> Contender:
     """Our layer: its step, and its gradients called alone."""
-    step, values, index, rarefy = Step(layer, x, dy, dtype), layer.values.detach(), layer.index, torch.ops.rarefy
+    step, values, index, rarefy = _step(layer, x, dy, dtype), layer.values.detach(), layer.index, torch.ops.rarefy
     data, out = step.x.detach(), step.dy
     laps: dict[str, Lap] = {
         "forward": step.forward,
@@ -195,11 +186,11 @@ def peer_contenders(
     return found
 
 
-def _within(dtype: str, lap: Lap) -> Lap:
+def _within(dtype: Precision, lap: Lap) -> Lap:
     """The lap under the dtype's matmul precision."""
 
     def run() -> object:
-        with precision(dtype):
+        with working_in(dtype, autocast=False):
             return lap()
 
     return run

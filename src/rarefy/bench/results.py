@@ -50,7 +50,7 @@ class Row:
     """dense, rarefy, or a peer's name and version."""
 
     dtype: str = "fp32"
-    """fp32, medium or bf16: see `rarefy.bench.precision`."""
+    """fp32, medium or bf16: see `rarefy.cost.Precision`."""
 
     compiled: bool = False
     """Whether by torch.compile."""

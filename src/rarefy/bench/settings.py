@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rarefy.bench.precision import DTYPES
+from rarefy.cost import PRECISIONS, Precision
 from rarefy.models.gpt import GPTConfig
 from rarefy.pattern import check_density, unit_grid
 from rarefy.settings import unknown
@@ -31,8 +31,8 @@ class Settings:
     blocks: tuple[Pair, ...] = ((1, 1),)
     """Unit shapes; each must divide every shape."""
 
-    dtypes: tuple[str, ...] = ("fp32",)
-    """In what the sparse side computes: of `rarefy.bench.precision.DTYPES`."""
+    dtypes: tuple[Precision, ...] = ("fp32",)
+    """In what the sparse side computes: of `rarefy.cost.PRECISIONS`."""
 
     tokens: tuple[int, ...] = (2048,)
     """Rows of input of a layer."""
@@ -77,8 +77,8 @@ class Settings:
         for density in self.densities:
             check_density(density)
         for dtype in self.dtypes:
-            if dtype not in DTYPES:
-                raise ValueError(f"dtypes: {unknown(dtype, DTYPES)}")
+            if dtype not in PRECISIONS:
+                raise ValueError(f"dtypes: {unknown(dtype, PRECISIONS)}")
         counts = [("tokens", count) for count in self.tokens]
         counts += [("context", self.context), ("rounds", self.rounds)]
         counts += [("threads", self.threads)] if self.threads is not None else []

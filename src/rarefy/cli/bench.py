@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.text import Text
@@ -14,6 +15,7 @@ from rarefy.bench import Results, Settings
 from rarefy.bench import run as run_bench
 from rarefy.bench.results import DISTURBED
 from rarefy.cli.bench_tables import show
+from rarefy.cost import Precision
 from rarefy.files import atomic_write
 
 RESULTS = Path("benchmarks/results")
@@ -129,7 +131,7 @@ def wish(settings: Bench) -> Settings:
         gpt=pairs(settings.gpt, "gpt"),
         blocks=pairs(settings.blocks, "blocks"),
         densities=tuple(dict.fromkeys(settings.densities)),
-        dtypes=tuple(dict.fromkeys(settings.dtypes)),
+        dtypes=cast(tuple[Precision, ...], tuple(dict.fromkeys(settings.dtypes))),  # Settings checks them
         tokens=tuple(dict.fromkeys(settings.tokens)),
         context=settings.context,
         step_tokens=settings.step_tokens,

@@ -6,7 +6,7 @@ from rarefy.cost.counting import layer_bytes, layer_flops, tokens_per_layer, tra
 from rarefy.cost.holdout import check
 from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
 from rarefy.cost.model import CostModel
-from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, has_bf16_products, precision_now, working_in
+from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now, working_in
 from rarefy.cost.spot import LayerCost, measure, measure_dense, predict
 from rarefy.cost.terms import Work, dense_work
 from rarefy.cost.timing import (
@@ -19,6 +19,7 @@ from rarefy.cost.timing import (
     kernels_for,
     random_batch,
 )
+from rarefy.cost.trial import in_precision
 
 __all__ = [
     "CALIBRATED_BLOCKS",
@@ -38,7 +39,7 @@ __all__ = [
     "dense_layer",
     "dense_precisions",
     "dense_work",
-    "has_bf16_products",
+    "in_precision",
     "interleaved",
     "interleaved_ms",
     "kernels_for",

@@ -6,7 +6,8 @@ import datetime
 import time
 from collections.abc import Callable, Sequence
 
-from rarefy.cost.host import CALIBRATED_BLOCKS, conditions, l2_bytes
+from rarefy import probe
+from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
 from rarefy.cost.model import CostModel, Timed, error, fit
 from rarefy.cost.precision import PRECISIONS, dense_precisions
 from rarefy.cost.trial import try_layer
@@ -77,7 +78,7 @@ def calibrate(
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return fit(timed, l2_bytes=l2_bytes(), conditions=conditions(), fitted=about)
+    return fit(timed, l2_bytes=probe.l2_bytes(), conditions=conditions(), fitted=about)
 
 
 def _time(point: tuple[tuple[int, int], float, int], block: tuple[int, int] | None) -> list[Timed]:
@@ -88,7 +89,7 @@ def _time(point: tuple[tuple[int, int], float, int], block: tuple[int, int] | No
 
 def _settle_doubts(timed: list[Timed]) -> list[Timed]:
     """The same points; those that took far longer than a first fit predicts, timed again, the faster of the two."""
-    first = fit(timed, l2_bytes=l2_bytes())
+    first = fit(timed, l2_bytes=probe.l2_bytes())
     settled = []
     for point in timed:
         if error(first, point) < 1 / (1 + DOUBTED) - 1 or error(first, point, "forward") < 1 / (1 + DOUBTED) - 1:

@@ -48,8 +48,3 @@ def _build() -> str:
     """A digest of the kernels' binary; empty without one."""
     loaded = library.load()
     return "" if isinstance(loaded, str) else hashlib.sha256(Path(loaded._name).read_bytes()).hexdigest()[:16]
-
-
-def l2_bytes() -> int:
-    """L2 cache of a core; 1 MiB where torch does not know it."""
-    return int(torch.cpu.get_capabilities().get("l2_cache_size") or 1 << 20)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
+
+from rarefy import probe
 
 Precision = Literal["fp32", "medium", "bf16"]
 """fp32: full. medium: `torch.set_float32_matmul_precision("medium")`, fp32 tensors that products may read as
@@ -30,13 +31,16 @@ def working_in(precision: Precision, *, autocast: bool = True) -> Iterator[None]
     Args:
         autocast: False in a backward pass, which a loop runs outside of autocast.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+    before, wanted = torch.get_float32_matmul_precision(), "medium" if precision == "medium" else "highest"
+    cast = autocast and precision == "bf16"
+    if before != wanted:  # setting it takes some microseconds, which a small product would notice
+        torch.set_float32_matmul_precision(wanted)
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16) if cast else contextlib.nullcontext():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before != wanted:
+            torch.set_float32_matmul_precision(before)
 
 
 def activation_dtype(precision: Precision) -> torch.dtype:
@@ -49,13 +53,4 @@ def dense_precisions() -> tuple[Precision, ...]:
 
     Without bf16 products in hardware torch takes many times longer for them, and "medium" changes nothing.
     """
-    return PRECISIONS if has_bf16_products() else ("fp32",)
-
-
-def has_bf16_products() -> bool:
-    """Whether torch multiplies dense bf16 matrices in hardware here."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not any(word in allowed for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
-        return False
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
+    return PRECISIONS if probe.dense_has_bf16() else ("fp32",)

@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rarefy.ops import reference, schema, sink, tiled
+from rarefy.ops import mlp, reference, schema, sink, tiled
 from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, using
 from rarefy.ops.index import Index, index_dtype
 
-__all__ = ["Index", "available", "causal_attention", "index_dtype", "sink", "using"]
+__all__ = ["Index", "available", "causal_attention", "index_dtype", "mlp", "sink", "using"]
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:
@@ -62,5 +62,3 @@ _feed = sink.feed  # the ops' own argument is called sink too
 # One function an op for every device, as the choice between implementations depends on more than the device.
 for _name in ("spmm", "spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
     torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])
-
-from rarefy.ops import mlp  # noqa: E402, F401  (composed of the ops above)

@@ -23,13 +23,11 @@ from torch import Tensor
 from rarefy.ops import native, sink
 from rarefy.ops.backend import choose
 from rarefy.ops.index import Index
-from rarefy.ops.schema import check_backward, check_spmm
+from rarefy.ops.native import SAVED_TOKENS
+from rarefy.ops.schema import check_backward, check_spmm, refuse_second_derivative
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
 """In the order of csrc/rarefy.h."""
-
-SAVED_TOKENS = 64
-"""RAREFY_SAVED_TOKENS of csrc/rarefy.h."""
 
 FUSED_TOKENS = 64
 """Below, the kernels for few tokens are faster one matrix at a time."""
@@ -239,10 +237,7 @@ def _backward(ctx, dy: Tensor | None, op: str, count: int):
     with torch.no_grad():
         backward = getattr(torch.ops.rarefy, f"{op}_backward")
         gradients = backward(*matrices, dy, x, z, ctx.activation, needs, *ctx.sinks)
-    if torch.is_grad_enabled():  # create_graph=True: a missing second derivative must raise, not count as zero
-        delayed_error = torch._C._functions.DelayedError  # pyright: ignore[reportAttributeAccessIssue]
-        refuse = delayed_error("rarefy's mlp has no second derivative", len(gradients))
-        gradients = refuse(*(gradient.requires_grad_() for gradient in gradients))
+    gradients = refuse_second_derivative(op, *gradients)
     for at, need, gradient in zip(wants, needs, gradients, strict=True):
         if need:
             results[at] = gradient if at < at_bias else gradient.to(ctx.biases[at - at_bias])

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rarefy.ops.mlp import Matrices
 
 
+SAVED_TOKENS = 64
+"""RAREFY_SAVED_TOKENS of csrc/rarefy.h."""
+
+
 class _CPattern(ctypes.Structure):
     """`rarefy_pattern` of csrc/rarefy.h."""
 
@@ -178,8 +182,8 @@ def mlp(
     m = tuple((_f32(values), index) for values, index in m)
     batch, features = x.shape[0], sum(index.out_features for _, index in m[:-1])
     y = empty(batch, m[-1][1].out_features, rows.dtype)
-    groups = -(-batch // 64)
-    z = empty(groups * features, 64, saved).view(groups, features, 64)
+    groups = -(-batch // SAVED_TOKENS)
+    z = empty(groups * features, SAVED_TOKENS, saved).view(groups, features, SAVED_TOKENS)
     mlp = _c_mlp(m, biases, activation, rows, saved)
     arguments = (rows.data_ptr(), y.data_ptr(), z.data_ptr(), batch, torch.get_num_threads())
     call("rarefy_mlp_forward", ctypes.byref(mlp), *arguments)
