@@ -315,7 +315,8 @@ int spmm(const rarefy_pattern *p, const float *values, const void *x, const floa
   }
   return with_types(p->block_rows, activations == BFLOAT16, [&](auto side, auto element) {
     using T = decltype(element);
-    return multiply<decltype(side)::value>(p, false, values, static_cast<const T *>(x), bias, static_cast<T *>(y), batch, threads);
+    return multiply<decltype(side)::value>(p, false, values, static_cast<const T *>(x), bias, static_cast<T *>(y), batch,
+                                           threads);
   });
 }
 
@@ -330,7 +331,8 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
     constexpr int SIDE = decltype(side)::value;
     const T *dy_rows = static_cast<const T *>(dy);
     if (only_dx) return multiply<SIDE>(p, true, values, dy_rows, nullptr, static_cast<T *>(dx), batch, threads);
-    return gradients<SIDE>(p, values, dy_rows, static_cast<const T *>(x), static_cast<T *>(dx), dvalues, dbias, batch, threads);
+    return gradients<SIDE>(p, values, dy_rows, static_cast<const T *>(x), static_cast<T *>(dx), dvalues, dbias, batch,
+                           threads);
   });
 }
 

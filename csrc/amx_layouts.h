@@ -46,7 +46,8 @@ void pack_pairs(const T *source, int64_t features, int64_t tokens, int64_t begin
         block[i] = group + i < tokens ? load_pairs(source + (group + i) * features + f, count) : vec{};
       }
       transpose(block);
-      for (int64_t w = 0; w < count; ++w) store(reinterpret_cast<float *>(words + ((f - begin) / 2 + w) * kTokens + group), block[w]);
+      float *to = reinterpret_cast<float *>(words + (f - begin) / 2 * kTokens + group);
+      for (int64_t w = 0; w < count; ++w) store(to + w * kTokens, block[w]);
     }
   }
 }

@@ -22,7 +22,8 @@ Choice find_choices() {
 #if defined(RAREFY_X86)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("fma");
 #if defined(RAREFY_AMX)
   if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
       __builtin_cpu_supports("amx-bf16") && amx_allowed()) {
@@ -111,8 +112,8 @@ int rarefy_supports(int64_t block_rows, int64_t block_cols) {
   return kernels_portable()->supports(block_rows, block_cols);  // every instruction set has the same blocks
 }
 
-static int spmm(const rarefy_pattern *pattern, const float *values, const void *x, const float *bias, void *y, Activations activations,
-                int64_t batch, int threads) {
+static int spmm(const rarefy_pattern *pattern, const float *values, const void *x, const float *bias, void *y,
+                Activations activations, int64_t batch, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad(pattern, batch, false) || missing(values, pattern->num_units) || missing(x, batch * pattern->in_features) ||

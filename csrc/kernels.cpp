@@ -76,7 +76,10 @@ class Wide {
   Wide(const Wide &) = delete;
   Wide &operator=(const Wide &) = delete;
   bool failed() const { return failed_; }
-  float *data() { return lease_.data != nullptr ? reinterpret_cast<float *>(lease_.data) : static_cast<float *>(const_cast<void *>(narrow_)); }
+  float *data() {
+    if (lease_.data != nullptr) return reinterpret_cast<float *>(lease_.data);
+    return static_cast<float *>(const_cast<void *>(narrow_));
+  }
   void write_back() {
     for (int64_t i = 0; lease_.data != nullptr && i < count_; ++i) {
       narrow_to(static_cast<bf16 *>(const_cast<void *>(narrow_)) + i, data()[i]);
