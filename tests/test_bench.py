@@ -652,6 +652,21 @@ def test_a_page_is_written_whole_and_offline(capsys, tmp_path, monkeypatch):
     assert not re.findall(r"https?:|src=|@import|url\(", own)
 
 
+def test_every_line_of_a_plot_looks_like_no_other():
+    from rarefy.report.bench_figures import bench_figures
+
+    rows = [
+        our_row(density=density, speedup=2.0, block=block, dtype=dtype, total_ms=Spread(1, 1, 1))
+        for block in ((1, 1), (4, 1), (4, 4), (8, 8), (16, 16))
+        for dtype in ("fp32", "medium", "bf16")
+        for density in (0.1, 0.2)
+    ]
+    data = Results(machine={}, settings={}, rows=rows, check=Check(1.0, 1.0), seconds=1.0, notes=[]).to_json()
+    (speed,) = [figure for figure in bench_figures(data) if figure.id == "speed"]
+    lines = [trace["line"] for trace in speed.views[0].data if "meta" in trace]
+    assert len({(line["color"], line["dash"]) for line in lines}) == len(lines) >= 15
+
+
 def test_a_page_says_that_the_machine_was_disturbed_and_escapes_what_it_was_told():
     from rarefy.report.bench import bench_page
 

@@ -10,6 +10,9 @@ from rarefy.report.figures import PALETTE, Figure, View, name_axis, plain, plot_
 
 Row = Mapping[str, Any]
 
+DASHES = {"fp32": "solid", "medium": "dash", "bf16": "dot"}
+"""A block has its colour, a dtype its kind of line."""
+
 PARTS = (("forward", "forward_ms"), ("backward", "backward_ms"), ("optimizer", "optimizer_ms"))
 
 
@@ -87,9 +90,10 @@ def _speed_view(label: str, rows: Sequence[Row], axis: str, title: str, *, ideal
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(contender(row, with_density=False), []).append(row)
-    for place, (name, line) in enumerate(lines.items()):
+    places = {tuple(block): place for place, block in enumerate(dict.fromkeys(tuple(row["block"]) for row in rows))}
+    for name, line in lines.items():
         line = sorted(line, key=lambda row: row[axis])
-        colour = f"@c{place % PALETTE}"
+        colour = f"@c{places[tuple(line[0]['block'])] % PALETTE}"
         speeds = [row["speedup"] for row in line]
         data.append(
             {
@@ -101,7 +105,8 @@ def _speed_view(label: str, rows: Sequence[Row], axis: str, title: str, *, ideal
                     "arrayminus": [rounded(s["median"] - s["q1"]) for s in speeds],
                 },
                 "customdata": [_hover(row) for row in line],
-                "line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 7},
+                "line": {"color": colour, "width": 2, "dash": DASHES[line[0]["dtype"]]},
+                "marker": {"color": colour, "size": 7},
                 "hovertemplate": "%{customdata}<extra></extra>",
             }
         )  # fmt: skip

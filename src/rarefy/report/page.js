@@ -46,7 +46,8 @@
       const button = document.createElement("button");
       const swatch = document.createElement("span");
       swatch.className = "swatch";
-      swatch.style.background = trace.line?.color ?? trace.marker.color;
+      const colour = trace.line?.color ?? trace.marker.color, [ink, gap] = { dash: [4, 3], dot: [2, 2] }[trace.line?.dash] ?? [1, 0];
+      swatch.style.background = `repeating-linear-gradient(90deg, ${colour} 0 ${ink}px, transparent ${ink}px ${ink + gap}px)`;
       button.append(swatch, trace.meta);
       button.setAttribute("aria-pressed", "true");
       button.addEventListener("click", () => {
