@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from rarefy import (
     SET,
+    Choice,
     Constant,
     Cosine,
     LayerView,
     Method,
     Needs,
     Plan,
+    Rewirer,
     RigL,
     SparseLinear,
     Static,
@@ -24,6 +26,7 @@ from rarefy import (
     unit_mean,
 )
 from rarefy.methods import registered
+from rarefy.selection import lowest
 from rewires import (
     OPTIMIZERS,
     check_nothing_changed,
@@ -290,3 +293,34 @@ def test_views_are_of_the_layer_after_its_step():
     [(view, theirs)] = seen
     assert (view.name, view.step, view.pattern) == ("layer", 2, pattern)
     assert torch.equal(theirs, values) and not theirs.requires_grad
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_rule_2_3_a_method_that_says_so_changes_the_number_of_units(optimizer):
+    """Shrinking by one unit a rewire, and growing two at the last: survivors move bitwise, newborns are zero."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Shrinks(Method):
+        keeps_counts = False
+
+        def choose(self, view, k, candidates):
+            drop = lowest(self.drop_score(view), 1)
+            grow = candidates.best(3, drop) if view.step == 3 else torch.empty(0, dtype=torch.int64)
+            return Choice(drop, grow)
+
+    layer = SparseLinear(8, 6, density=0.5, generator=torch.Generator().manual_seed(0))
+    rewirer = Rewirer({"fc": layer}, Shrinks(interval=1, end=3, fraction=Constant(0.1)))
+    opt = optimizer(layer.parameters())
+    rewirer.attach(opt)
+    values, before = layer.values, layer.num_units
+    for expected in (before - 1, before - 2, before):
+        loss = layer(torch.randn(5, 8)).square().sum()
+        loss.backward()
+        opt.step()
+        assert layer.values is values and layer.num_units == expected == layer.pattern.num_units
+        assert all(t.shape[0] == expected for t in opt.state[values].values() if torch.is_tensor(t) and t.dim())
+    assert int((layer.values == 0).sum()) == 3
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    layer(x).sum().backward()
+    assert layer.values.grad is not None and layer.values.grad.shape == layer.values.shape

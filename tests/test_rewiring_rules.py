@@ -25,7 +25,7 @@ import rarefy
 from rarefy import SET, Constant, Cosine, Linear, Pattern, Plan, Rewirer, RigL, SparseLinear, sparsify
 from rarefy.init import magnitude_pattern
 from rarefy.ops import sink as sinks
-from rarefy.rewiring.select import highest, lowest, num_to_replace
+from rarefy.selection import highest, lowest, num_to_replace
 from rewires import (
     OPTIMIZERS,
     Hoard,

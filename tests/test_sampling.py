@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy.rewiring.select import random_absent
 from rarefy.sampling import first_appearances, keyed_generator, repair_empty_rows, sample_without_replacement
+from rarefy.selection import random_absent
 
 
 @given(st.integers(0, 200), st.data(), st.booleans())

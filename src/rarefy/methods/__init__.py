@@ -1,8 +1,9 @@
 """Methods of finding the pattern: each says how units are scored; the engine does everything else."""
 
 from rarefy.methods.base import LayerView, Method, Needs, registered, unit_mean
+from rarefy.methods.candidates import Candidates, Choice
 from rarefy.methods.rigl import RigL
 from rarefy.methods.set import SET
 from rarefy.methods.static import Static
 
-__all__ = ["SET", "LayerView", "Method", "Needs", "RigL", "Static", "registered", "unit_mean"]
+__all__ = ["SET", "Candidates", "Choice", "LayerView", "Method", "Needs", "RigL", "Static", "registered", "unit_mean"]

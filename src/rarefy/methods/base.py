@@ -10,8 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from rarefy.methods.candidates import Candidates, Choice
 from rarefy.pattern import Pattern
 from rarefy.schedules import Cosine, Schedule
+from rarefy.selection import lowest
 
 
 class Needs(enum.Enum):
@@ -35,6 +37,12 @@ class LayerView:
     """(K,) for block 1, else (K, b_r, b_c), after the optimizer's step."""
     step: int
     """t, the optimizer steps applied so far."""
+    progress: float = 0.0
+    """Of the rewiring, from 0 at its begin to 1 at its end."""
+    gradient: Tensor | None = None
+    """Of the values, as the optimizer saw it (clipped, if the loop clips); None before the step."""
+    seed: int = 0
+    """Of the run: whatever a method draws is keyed by it, the step and the name (`rarefy.sampling`)."""
 
 
 def unit_mean(entries: Tensor) -> Tensor:
@@ -66,6 +74,8 @@ class Method:
 
     needs: ClassVar[Needs] = Needs.NOTHING
     rewires: ClassVar[bool] = True
+    keeps_counts: ClassVar[bool] = True
+    """Whether `choose` grows as many units as it drops. Of one that does not, layers change their size (2.2, 2.3)."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -88,6 +98,24 @@ class Method:
             tile: (units,) for block 1, else (units, b_r, b_c): whole unit rows of the layer's dense gradient.
         """
         return unit_mean(tile.abs())
+
+    def choose(self, view: LayerView, k: int, candidates: Candidates) -> Choice | None:
+        """Which units go and which come; None: scores are not finite, and nothing changes.
+
+        Here: the k of lowest `drop_score` go, and as many of the best candidates come. Most methods only say how
+        units score; override this where the choice has a structure of its own, such as equal counts a row.
+        """
+        score = self.drop_score(view)
+        if tuple(score.shape) != (view.pattern.num_units,):
+            raise ValueError(
+                f"{type(self).__name__}.drop_score must give one score a unit, ({view.pattern.num_units},), "
+                f"got {tuple(score.shape)}"
+            )
+        if bool(score.isnan().any()):
+            return None
+        drop = lowest(score, k)
+        grow = candidates.best(k, drop)
+        return None if grow is None else Choice(drop, grow)
 
 
 _registry: dict[str, type[Method]] = {}

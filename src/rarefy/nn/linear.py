@@ -83,6 +83,8 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         self._allocate_indices(device)
+        self.register_buffer("sink", new_sink(), persistent=False)
+        self.has_pattern = False
         self.pattern_seed: int | None = None
         self.pattern_init: Literal["random", "balanced"] = "random"
 
@@ -101,8 +103,6 @@ class SparseLinear(nn.Module):
             kind = narrow if name in ("col_indices", "t_rows") else torch.int32
             empty = torch.empty(length, device=device, dtype=kind)
             self.register_buffer(name, empty, persistent=name in INDEX_BUFFERS[:2])
-        self.register_buffer("sink", new_sink(), persistent=False)
-        self.has_pattern = False
 
     # -- making one ------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,10 @@ class SparseLinear(nn.Module):
             )
 
     def set_pattern(self, pattern: Pattern) -> None:
-        """Replace the pattern in place by one with as many units. Values stay as they are, in pattern order.
+        """Replace the pattern by one with as many units as there are values. These stay as they are, in pattern order.
+
+        In place, as long as the number of units is what it was; else (the engine resized the values, rule 2.3) the
+        index tensors get new memory.
 
         Raises:
             ValueError: another shape, block or number of units.
@@ -203,6 +206,8 @@ class SparseLinear(nn.Module):
                 f"a pattern of shape {mine[0]}, block {mine[1]} and {mine[2]} units is needed, "
                 f"got shape {pattern.shape}, block {pattern.block} and {pattern.num_units} units"
             )
+        if self.col_indices.shape[0] != self.num_units:
+            self._allocate_indices(self.values.device)
         for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
             getattr(self, name).copy_(array)
         if not self.has_pattern:  # after to_empty() the sink holds whatever was in memory
@@ -329,6 +334,7 @@ class SparseLinear(nn.Module):
                 pattern = Pattern(crow, cols, (self.out_features, self.in_features), self.block)
                 if assigns:
                     self._allocate_indices(values.device)
+                    self.has_pattern = False
                 self.set_pattern(pattern)
                 # The checked indices, in this layer's own dtype and memory, even where values are assigned.
                 state_dict = {key: item for key, item in state_dict.items() if key.startswith(prefix)}

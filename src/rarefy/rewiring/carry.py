@@ -76,16 +76,28 @@ def per_unit_tensors(optimizer: Optimizer | None, values: nn.Parameter) -> list[
     state = {} if optimizer is None else optimizer.state.get(values, {})
     num_units = values.shape[0]
     moved = {id(t): t for _, t in _tensors(state) if t.dim() > 0 and t.shape[0] == num_units}
-    return [values.detach(), *moved.values()]
+    return [values, *moved.values()]
 
 
 def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:
-    """In place along the first dimension: survivors to their new rows bitwise, newborn rows to zero (7.1, 7.2).
+    """Along the first dimension: survivors to their new rows bitwise, newborn rows zero (7.1, 7.2).
+
+    In place where the number of rows stays; else the same tensor object gets new memory of the new size.
 
     Args:
         stays: (K,) boolean, which rows leave their value to a survivor, in order.
-        survives: (K,) boolean, which rows hold a survivor afterwards; as many.
+        survives: (K',) boolean, which rows hold a survivor afterwards; as many.
     """
     kept = tensor[stays]
-    tensor.zero_()
-    tensor[survives] = kept
+    if survives.numel() == tensor.shape[0]:
+        tensor.zero_()
+        tensor[survives] = kept
+        return
+    moved = tensor.new_zeros((survives.numel(), *tensor.shape[1:]))
+    moved[survives] = kept
+    if tensor.requires_grad:
+        # The last loss may still hold the node that accumulates gradients of the old size; torch makes a new one only
+        # where the dtype changes.
+        tensor.data = moved.to(torch.float64 if moved.dtype != torch.float64 else torch.float32)
+    tensor.data = moved
+    torch.autograd.graph.increment_version(tensor)  # a forward pass from before must not go backward now (7.5)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rarefy.methods import LayerView, Method, Needs
+from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
+from rarefy.methods.candidates import AtRandom, Scored
 from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
 from rarefy.pattern import Pattern
 from rarefy.rewiring import ranks
 from rarefy.rewiring.carry import check_carried, check_optimizer, move_units, per_unit_tensors
-from rarefy.rewiring.select import contains, highest, lowest, num_to_replace, random_absent
 from rarefy.rewiring.track import Tracker
-from rarefy.sampling import keyed_generator
+from rarefy.selection import contains, num_to_replace
 
 
 class Rewirer:
@@ -173,10 +173,13 @@ class Rewirer:
         layers = enumerate(self.layers.items())
         return [name for at, (name, layer) in layers if self.is_due(at, t) and layer.values.requires_grad]
 
-    def _k(self, layer: SparseLinear, t: int) -> int:
+    def _progress(self, t: int) -> float:
+        """How far the rewiring has come at step t, clipped to [0, 1] (4.3)."""
         span = self.end - self.method.begin
-        progress = (t - self.method.begin) / span if span else 1.0
-        return num_to_replace(self.method.fraction(progress), layer.num_units, _num_all(layer))
+        return min(max((t - self.method.begin) / span, 0.0), 1.0) if span else 1.0
+
+    def _k(self, layer: SparseLinear, t: int) -> int:
+        return num_to_replace(self.method.fraction(self._progress(t)), layer.num_units, _num_all(layer))
 
     def _arm(self) -> None:
         """Have the backward passes before step t + 1 keep what the layers due then will need (6.2 to 6.4, 6.7)."""
@@ -260,7 +263,16 @@ class Rewirer:
 
     def _view(self, name: str, step: int) -> LayerView:
         layer = self.layers[name]
-        return LayerView(name=name, pattern=layer.pattern, values=layer.values.detach(), step=step)
+        gradient = layer.values.grad if step == self.t else None
+        return LayerView(
+            name=name,
+            pattern=layer.pattern,
+            values=layer.values.detach(),
+            step=step,
+            progress=self._progress(step),
+            gradient=gradient,
+            seed=self.seed,
+        )
 
     # -- one rewire ---------------------------------------------------------------------------------------------------
 
@@ -275,26 +287,14 @@ class Rewirer:
         assert self._optimizer is not None
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name, self.t)
-        active = view.pattern.unit_indices()
-        score = self.method.drop_score(view)
-        if tuple(score.shape) != (layer.num_units,):
-            raise ValueError(
-                f"{type(self.method).__name__}.drop_score must give one score a unit, ({layer.num_units},), "
-                f"got {tuple(score.shape)}"
-            )
-        drop = lowest(score.masked_fill(score.isnan(), torch.inf), k)  # refused below, all ranks together
-        grown = (
-            self._grow_by_gradient(view, active, drop, k)
-            if by_gradient
-            else self._grow_at_random(name, active, drop, k)
-        )
-        finite = grown is not None and bool(torch.isfinite(layer.values).all()) and not bool(score.isnan().any())
-        if ranks.any_rank(not finite, layer.values.device) or grown is None:
-            self._skip(
-                f"the rewire of {name} at step {self.t} was skipped: its values or growth scores are not all finite"
-            )
+        num_before = layer.num_units
+        choice = self.method.choose(view, k, self._candidates(view))
+        finite = choice is not None and bool(torch.isfinite(layer.values).all())
+        if ranks.any_rank(not finite, layer.values.device) or choice is None:
+            self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
             return
-        newborn = self._replace(name, active, drop, grown.to(active.device))
+        self._check_choice(choice)
+        newborn = self._exchange(name, choice.drop, choice.grow.to(choice.drop.device))
         pattern = layer.pattern
         ranks.check_agreement(name, layer.values, pattern.digest() if ranks.world_size() > 1 else "")
         self.history.append(
@@ -303,12 +303,19 @@ class Rewirer:
                 "layer": name,
                 "num_units": layer.num_units,
                 "changed": newborn.numel(),
-                "churn": newborn.numel() / layer.num_units,
+                "churn": newborn.numel() / max(num_before, 1),
                 **self._tracker(name).rewired(pattern, newborn),
                 "seconds": time.perf_counter() - started,
                 "grown_by": "gradient" if by_gradient else "random",
             }
         )
+
+    def _check_choice(self, choice: Choice) -> None:
+        if self.method.keeps_counts and choice.drop.numel() != choice.grow.numel():
+            raise ValueError(
+                f"{type(self.method).__name__}.choose drops {choice.drop.numel()} units and grows "
+                f"{choice.grow.numel()}: a rewire keeps their number, unless the method says keeps_counts = False"
+            )
 
     def _unused(self, name: str) -> bool:
         """Whether this step left no gradient to grow by: the layer took no part, or one that cannot be used."""
@@ -322,60 +329,50 @@ class Rewirer:
         unused = collector is None or collector.calls == 0
         return ranks.any_rank(unused, self.layers[name].values.device)
 
-    def _grow_at_random(self, name: str, active: Tensor, drop: Tensor, k: int) -> Tensor:
-        """Uniform over the candidates, keyed by seed, step and name (6.1, 6.5)."""
-        present = active
-        if self.method.may_return:
-            stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-            stays[drop] = False
-            present = active[stays]
-        return random_absent(present, _num_all(self.layers[name]), k, keyed_generator(self.seed, self.t, name))
-
-    def _grow_by_gradient(self, view: LayerView, active: Tensor, drop: Tensor, k: int) -> Tensor | None:
-        """The k candidates of highest score (6.2); None when a score is not finite (8.3)."""
-        layer, collector = self.layers[view.name], self._collectors[view.name]
+    def _candidates(self, view: LayerView) -> Candidates:
+        """What may grow now: by the gradient that this step's backward passes left, or at random."""
+        layer, method = self.layers[view.name], self.method
+        active = view.pattern.unit_indices()
+        if method.needs is not Needs.GRADIENT:
+            return AtRandom(active, _num_all(layer), (self.seed, self.t, view.name), method.may_return)
+        collector = self._collectors[view.name]
         if isinstance(collector, sinks.BestUnits):
-            units, scores = collector.units, collector.scores
-            returning = (
-                self.method.grow_score(collector.active_gradient, view)[drop] if self.method.may_return else None
-            )
-        else:
-            assert collector.gradient is not None
-            gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
-            everywhere = self._scores_of(gradient, layer, view).flatten()
-            absent = torch.ones_like(everywhere, dtype=torch.bool)
-            absent[active] = False
-            units = absent.nonzero().flatten()
-            scores, returning = everywhere[units], everywhere[active[drop]]
-        if self.method.may_return and returning is not None:
-            units, scores = torch.cat([units, active[drop]]), torch.cat([scores, returning.to(scores)])
-        return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
+            returning = method.grow_score(collector.active_gradient, view) if method.may_return else None
+            return Scored(active, collector.units, collector.scores, returning)
+        assert collector.gradient is not None
+        gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
+        everywhere = self._scores_of(gradient, layer, view).flatten()
+        absent = torch.ones_like(everywhere, dtype=torch.bool)
+        absent[active] = False
+        units = absent.nonzero().flatten()
+        return Scored(active, units, everywhere[units], everywhere[active] if method.may_return else None)
 
-    def _replace(self, name: str, active: Tensor, drop: Tensor, grown: Tensor) -> Tensor:
+    def _exchange(self, name: str, drop: Tensor, grown: Tensor) -> Tensor:
         """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending
         (7).
 
-        A grown unit that was just dropped never left: it stays a survivor.
+        A grown unit that was just dropped never left: it stays a survivor. Where more or fewer come than go, the
+        layer's tensors and the optimizer's get another size; the parameter stays the same object.
         """
         layer = self.layers[name]
-        leaving, newborn = active[drop], grown
-        if self.method.may_return:
-            newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
+        active = layer.pattern.unit_indices()
+        leaving = active[drop]
+        newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
         stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
         stays[drop] = False
         survivors = active[stays]
         # Two ascending runs merge: a newborn's place is its rank among newborns plus the survivors before it.
         born_at = torch.searchsorted(survivors, newborn) + torch.arange(newborn.numel(), device=active.device)
-        survives = torch.ones_like(stays)
+        survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=active.device)
         survives[born_at] = False
-        units = torch.empty_like(active)
+        units = torch.empty(survives.numel(), dtype=active.dtype, device=active.device)
         units[born_at], units[survives] = newborn, survivors
         pattern = Pattern.from_sorted_units(units, (layer.out_features, layer.in_features), layer.block)
+        layer.values.grad = None
         for owner in (layer, *self._companions[name]):
             for tensor in per_unit_tensors(self._optimizer if owner is layer else None, owner.values):
                 move_units(tensor, stays, survives)
             owner.set_pattern(pattern)
-        layer.values.grad = None
         return newborn
 
     def _tracker(self, name: str) -> Tracker:

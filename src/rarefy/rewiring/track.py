@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rarefy.pattern import Pattern
-from rarefy.rewiring.select import contains
 from rarefy.sampling import keyed_generator, sample_without_replacement
+from rarefy.selection import contains
 
 
 class Tracker:
