@@ -4,35 +4,55 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
-from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, Static, unit_mean
+from rarefy.methods import (
+    GMP,
+    MEST,
+    SET,
+    Candidates,
+    Choice,
+    GraNet,
+    LayerView,
+    Method,
+    Needs,
+    Redistribution,
+    RigL,
+    Static,
+    unit_mean,
+)
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
 from rarefy.plan import Explanation, Plan
 from rarefy.rewiring import Rewirer
-from rarefy.schedules import Constant, Cosine, Linear, Schedule
+from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
+    "MEST",
     "SET",
     "AdamW",
     "Candidates",
     "Choice",
     "Constant",
     "Cosine",
+    "Cubic",
     "Explanation",
+    "GraNet",
     "LayerView",
     "Linear",
     "Method",
     "Needs",
     "Pattern",
     "Plan",
+    "Redistribution",
     "Rewirer",
     "RigL",
     "Schedule",
     "SparseLinear",
     "Static",
+    "Steps",
     "er",
     "erk",
     "export",

@@ -66,7 +66,13 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
         plan = plan.settled([decision.row() for decision in decisions])
-    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense, fused=fuse(model))
+    fresh = {d.name: d for d in decisions if d.is_sparse and not isinstance(modules[d.name], SparseLinear)}
+    budget = None
+    if fresh:
+        budget = plan.budget({name: d.shape for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
+    return Rewirer(
+        layers, plan.method, seed=plan.seed, plan=plan, budget=budget, left_dense=left_dense, fused=fuse(model)
+    )
 
 
 def _seed(plan: Plan, name: str) -> int:

@@ -71,30 +71,55 @@ def _proportional(shapes: Mapping[str, Sequence[int]], density: float, share) ->
         full |= over
 
 
-def exact_counts(densities: Mapping[str, float], sizes: Mapping[str, int], density: float) -> dict[str, int]:
+DISTRIBUTIONS = {"uniform": uniform, "er": er, "erk": erk}
+
+
+def exact_counts(
+    densities: Mapping[str, float],
+    sizes: Mapping[str, int],
+    density: float,
+    *,
+    least: Mapping[str, int] | None = None,
+    most: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Units per layer that sum to exactly round(density * sum of sizes), by largest remainder (rule 2.1).
 
     Args:
         densities: real density per layer, in [0, 1].
         sizes: n, the units that each layer's matrix has.
         density: overall density.
+        least, most: bounds of each layer's units, between which the total must lie; else 0 and n.
 
     Every layer keeps at least one unit as long as the total allows it. Ties between remainders: earlier layer first.
     """
-    total = round(density * sum(sizes.values()))
-    ideal = {name: densities[name] * sizes[name] for name in sizes}
-    counts = {name: min(int(ideal[name]), sizes[name]) for name in sizes}
-    order = sorted(sizes, key=lambda name: counts[name] - ideal[name])  # largest remainder first; sorted() is stable
+    return spread(
+        {name: densities[name] * sizes[name] for name in sizes},
+        round(density * sum(sizes.values())),
+        dict.fromkeys(sizes, 0) if least is None else least,
+        sizes if most is None else most,
+    )
+
+
+def spread(ideal: Mapping[str, float], total: int, least: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
+    """Integers near `ideal`, each between its bounds, that sum to exactly `total`, which lies between theirs.
+
+    By largest remainder, the earlier first where equal; none is 0 as long as total and bounds allow it.
+    """
+    counts = {name: min(max(int(ideal[name]), least[name]), most[name]) for name in ideal}
+    order = sorted(ideal, key=lambda name: counts[name] - ideal[name])  # largest remainder first; sorted() is stable
     missing = total - sum(counts.values())
     while missing:
-        # More than one round only when caps or rounding in the densities themselves left a larger gap.
-        movable = [n for n in order if (counts[n] < sizes[n] if missing > 0 else counts[n] > 0)]
-        for name in movable[: abs(missing)] if missing > 0 else movable[::-1][: abs(missing)]:
-            counts[name] += 1 if missing > 0 else -1
+        # More than one round only when bounds or rounding in the densities themselves left a larger gap.
+        up = missing > 0
+        room = {n: most[n] - counts[n] if up else counts[n] - least[n] for n in (order if up else order[::-1])}
+        movable = [n for n in room if room[n]][: abs(missing)]
+        each = abs(missing) // len(movable)
+        for name in movable:
+            counts[name] += min(each, room[name]) if up else -min(each, room[name])
         missing = total - sum(counts.values())
-    for name in [n for n in sizes if counts[n] == 0 and sizes[n]]:
-        richest = max(sizes, key=lambda n: counts[n])
-        if counts[richest] > 1:
+    for name in [n for n in counts if counts[n] == 0 and most[n]]:
+        richest = max(counts, key=lambda n: counts[n] - least[n] if counts[n] > 1 else 0)
+        if counts[richest] > max(1, least[richest]):
             counts[richest] -= 1
             counts[name] += 1
     return counts

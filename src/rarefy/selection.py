@@ -10,15 +10,20 @@ from torch import Tensor
 from rarefy.sampling import Generator, sample_without_replacement
 
 
-def num_to_replace(fraction: float, num_active: int, num_all: int) -> int:
-    """k = min(floor(fraction * K + 1/2), n - K): as many dropped as grown (5.1, 6.6).
+def round_half_up(fraction: float, num_active: int) -> int:
+    """floor(fraction * K + 1/2) (5.1).
 
     Raises:
         ValueError: the fraction is outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"a method's fraction must lie in [0, 1], got {fraction}")
-    return min(math.floor(fraction * num_active + 0.5), num_all - num_active)
+    return math.floor(fraction * num_active + 0.5)
+
+
+def num_to_replace(fraction: float, num_active: int, num_all: int) -> int:
+    """k = min(floor(fraction * K + 1/2), n - K): as many dropped as grown (5.1, 6.6). Raises as `round_half_up`."""
+    return min(round_half_up(fraction, num_active), num_all - num_active)
 
 
 def lowest(score: Tensor, k: int) -> Tensor:

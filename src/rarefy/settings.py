@@ -10,14 +10,21 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rarefy.methods import Method, registered
-from rarefy.schedules import Constant, Cosine, Linear, Schedule
+from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 
 T = TypeVar("T")
 
-_SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "linear": Linear}
+_SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "cubic": Cubic,
+    "linear": Linear,
+    "steps": Steps,
+}
 
 
 def to_plain(value: Any) -> Any:
@@ -66,6 +73,16 @@ def _value(kind: Any, item: Any, where: str) -> Any:
     for family, members in ((Method, registered()), (Schedule, _SCHEDULES)):
         if inspect.isclass(kind) and issubclass(kind, family):
             return item if isinstance(item, family) else _member(family, members, item, where)
+    if get_origin(kind) in (Union, UnionType) and isinstance(item, Mapping | Schedule | Method):
+        kind = next((part for part in get_args(kind) if inspect.isclass(part) and _is_ours(part)), kind)
+        if inspect.isclass(kind):
+            return _value(kind, item, where)
+    if (
+        get_origin(kind) is Mapping
+        and get_origin(get_args(kind)[1]) in (Union, UnionType)
+        and isinstance(item, Mapping)
+    ):
+        return {str(key): _value(get_args(kind)[1], part, f"{where}.{key}") for key, part in item.items()}
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
         return item if isinstance(item, kind) else from_plain(kind, item, where=where)
     from pydantic import TypeAdapter, ValidationError  # not needed to import rarefy, and slow to load
@@ -75,6 +92,11 @@ def _value(kind: Any, item: Any, where: str) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         raise ValueError(f"{where}: {problem['msg']}, got {problem['input']!r}") from None
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether `_value` reads the class itself, from a dict."""
+    return issubclass(kind, Method | Schedule) or dataclasses.is_dataclass(kind)
 
 
 def _member(family: type, members: Mapping[str, type], item: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rarefy.files import container, tree
 from rarefy.files.checkpoint import ARRAYS, VERSION, Checkpoint, key, read
 from rarefy.nn import SparseLinear
+from rarefy.nn.linear import resize
 from rarefy.pattern import Pattern
 
 
@@ -107,7 +108,8 @@ def load_into(
     """Load a file into a model of the same architecture and density, and what is given of its training, in place.
 
     Strict: every tensor of the model must be in the file and the reverse, with equal shape and dtype. Another pattern
-    of as many units is taken over. On any error everything is as it was before.
+    of as many units is taken over; of another number of units only with a rewirer whose layers change their size while
+    they train (9.4). On any error everything is as it was before.
 
     Args:
         model: sparsified with the plan of the saved one, if that was sparse.
@@ -120,13 +122,15 @@ def load_into(
     model = _unwrapped(model)
     found = read(path)
     try:
-        _check_model(found, model)
+        resizable = list(getattr(rewirer, "layers", {}).values()) if getattr(rewirer, "resizes", False) else []
+        _check_model(found, model, resizable)
         if optimizer is not None:
             _check_optimizer(found, model, optimizer)
         if rewirer is not None and found.rewirer is None:
             raise ValueError("it holds no rewiring state: it was saved without rewirer=")
         undo = _remember(model, rewirer, optimizer)
         try:
+            _make_room(found, model, resizable)
             model.load_state_dict(found.state_dict())
             if optimizer is not None and found.optimizer is not None:
                 _load_optimizer(optimizer, found.optimizer)
@@ -208,15 +212,26 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
     return plain
 
 
-def _check_model(found: Checkpoint, model: nn.Module) -> None:
+def _make_room(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLinear]) -> None:
+    """Storage of the file's sizes in the layers that may have them."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in found.patterns and any(module is layer for layer in resizable):
+            assert isinstance(module, SparseLinear)
+            module.make_room(found.patterns[name].num_units)
+
+
+def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLinear] = ()) -> None:
     """Whether every tensor of the file has its place in the model and the reverse.
 
+    Args:
+        resizable: layers whose number of units may be another one.
     Raises:
         ValueError: the first difference, by layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, pattern in found.patterns.items():
-        _check_layer(name or "the model", pattern, modules.get(name))
+        layer = modules.get(name)
+        _check_layer(name or "the model", pattern, layer, any(layer is other for other in resizable))
     for name, module in modules.items():
         if isinstance(module, SparseLinear) and name not in found.patterns:
             reason = "its pattern is missing from the file"
@@ -233,6 +248,10 @@ def _check_model(found: Checkpoint, model: nn.Module) -> None:
             raise ValueError(f"{name}: the model is on the meta device: call model.to_empty(device='cpu') first")
         if name.rpartition(".")[2] in ARRAYS[1:]:
             continue  # checked as a pattern; the width of indices is free
+        if key(name.rpartition(".")[0], "values") == name and any(
+            modules[name.rpartition(".")[0]] is layer for layer in resizable
+        ):
+            tensor = tensor.new_empty(()).expand(saved[name].shape)  # of the size that it will have
         if tuple(tensor.shape) != tuple(saved[name].shape):
             raise ValueError(
                 f"{name}: shape {tuple(saved[name].shape)} in the file, {tuple(tensor.shape)} in the model, "
@@ -248,7 +267,7 @@ def _check_model(found: Checkpoint, model: nn.Module) -> None:
             raise ValueError(f"{name}: the model, of another architecture, has no such parameter or buffer")
 
 
-def _check_layer(name: str, pattern: Pattern, module: nn.Module | None) -> None:
+def _check_layer(name: str, pattern: Pattern, module: nn.Module | None, resizable: bool) -> None:
     if module is None:
         raise ValueError(f"{name}: the model, of another architecture, has no such layer")
     if not isinstance(module, SparseLinear):
@@ -259,7 +278,7 @@ def _check_layer(name: str, pattern: Pattern, module: nn.Module | None) -> None:
     shape = (module.out_features, module.in_features)
     if pattern.shape != shape:
         raise ValueError(f"{name}: {pattern.shape} in the file, {shape} in the model, which is of another architecture")
-    if (pattern.block, pattern.num_units) != (module.block, module.num_units):
+    if pattern.block != module.block or (pattern.num_units != module.num_units and not resizable):
         (b_r, b_c), (m_r, m_c) = pattern.block, module.block
         raise ValueError(
             f"{name}: {pattern.num_units} units of {b_r}x{b_c} in the file, {module.num_units} of {m_r}x{m_c} in the "
@@ -332,7 +351,12 @@ def _remember(model: nn.Module, rewirer: Stateful | None, optimizer: Optimizer |
     # load_state_dict of an optimizer replaces these two and leaves the old ones alone
     stepping = None if optimizer is None else (optimizer.state, optimizer.param_groups)
 
+    values = [(layer, layer.values.data) for layer in layers]
+
     def undo() -> None:
+        for layer, storage in values:
+            if layer.values.shape != storage.shape:
+                resize(layer.values, storage)
         with torch.no_grad():
             for tensor, before in tensors:
                 tensor.copy_(before)

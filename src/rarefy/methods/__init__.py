@@ -2,8 +2,27 @@
 
 from rarefy.methods.base import LayerView, Method, Needs, registered, unit_mean
 from rarefy.methods.candidates import Candidates, Choice
+from rarefy.methods.gmp import GMP
+from rarefy.methods.granet import GraNet
+from rarefy.methods.mest import MEST
+from rarefy.methods.redistribution import Redistribution
 from rarefy.methods.rigl import RigL
 from rarefy.methods.set import SET
 from rarefy.methods.static import Static
 
-__all__ = ["SET", "Candidates", "Choice", "LayerView", "Method", "Needs", "RigL", "Static", "registered", "unit_mean"]
+__all__ = [
+    "GMP",
+    "MEST",
+    "SET",
+    "Candidates",
+    "Choice",
+    "GraNet",
+    "LayerView",
+    "Method",
+    "Needs",
+    "Redistribution",
+    "RigL",
+    "Static",
+    "registered",
+    "unit_mean",
+]

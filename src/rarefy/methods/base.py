@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from rarefy.methods.candidates import Candidates, Choice
+from rarefy.methods.redistribution import Redistribution
 from rarefy.pattern import Pattern
-from rarefy.schedules import Cosine, Schedule
+from rarefy.schedules import Cosine, Schedule, as_schedule
 from rarefy.selection import lowest
 
 
@@ -41,6 +44,8 @@ class LayerView:
     """Of the rewiring, from 0 at its begin to 1 at its end."""
     gradient: Tensor | None = None
     """Of the values, as the optimizer saw it (clipped, if the loop clips); None before the step."""
+    newborn: Tensor | None = None
+    """(K,) boolean, units that a change of density grew at this very step, which may not go at once (2.8); None: none."""
     seed: int = 0
     """Of the run: whatever a method draws is keyed by it, the step and the name (`rarefy.sampling`)."""
 
@@ -72,10 +77,19 @@ class Method:
     may_return: bool = False
     """Whether units dropped in a rewire are candidates for its growth; one that returns keeps value and state."""
 
+    density_interval: int | None = None
+    """Optimizer steps between two changes of density; None: `interval`."""
+
+    redistribute: Redistribution | None = None
+    """Move units between layers by salience, at each of those steps, with the total as it is; None: do not."""
+
     needs: ClassVar[Needs] = Needs.NOTHING
     rewires: ClassVar[bool] = True
     keeps_counts: ClassVar[bool] = True
     """Whether `choose` grows as many units as it drops. Of one that does not, layers change their size (2.2, 2.3)."""
+
+    budget_grows: ClassVar[bool] = True
+    """Whether a `budget` of its own may give a layer more units than it has: growth by gradient must know in time."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -84,6 +98,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"interval must be at least 1 step, got {self.interval}")
+        if self.density_interval is not None and self.density_interval < 1:
+            raise ValueError(f"density_interval must be at least 1 step, got {self.density_interval}")
         if self.begin < 0 or (self.end is not None and self.end < self.begin):
             raise ValueError(f"begin and end must satisfy 0 <= begin <= end, got begin={self.begin}, end={self.end}")
 
@@ -99,6 +115,31 @@ class Method:
         """
         return unit_mean(tile.abs())
 
+    def densities(self, asked: float | Schedule) -> Schedule:
+        """The schedule that a density asked for in a plan means. Here: a number stays, a schedule is what it says.
+
+        Methods that move the density by themselves take a number as the last one, and a schedule as it is.
+        """
+        return as_schedule(asked)
+
+    def replaced(self, progress: float) -> float:
+        """Part of a layer's units that a rewire replaces. Here: `fraction`."""
+        return self.fraction(progress)
+
+    def budget(self, views: Sequence[LayerView], total: int) -> dict[str, int] | None:
+        """How many units each of these layers shall have, `total` together; None: as the plan distributes them.
+
+        Called at each change of density where the total does not rise, of layers whose units have one size and whose
+        drop scores are none of them NaN. Here: None, or what `redistribute` says.
+        """
+        if self.redistribute is None:
+            return None
+        scores = [self.drop_score(view) for view in views]
+        counts = self.redistribute.counts(
+            scores, [view.pattern.num_unit_rows * view.pattern.num_unit_cols for view in views], total
+        )
+        return {view.name: count for view, count in zip(views, counts, strict=True)}
+
     def choose(self, view: LayerView, k: int, candidates: Candidates) -> Choice | None:
         """Which units go and which come; None: scores are not finite, and nothing changes.
 
@@ -113,6 +154,9 @@ class Method:
             )
         if bool(score.isnan().any()):
             return None
+        if view.newborn is not None:
+            score = score.masked_fill(view.newborn, math.inf)
+            k = min(k, int((~view.newborn).sum()))
         drop = lowest(score, k)
         grow = candidates.best(k, drop)
         return None if grow is None else Choice(drop, grow)

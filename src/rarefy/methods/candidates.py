@@ -45,6 +45,8 @@ class AtRandom:
     key: tuple[object, ...]
     """Of the draw: (seed, step, layer)."""
     may_return: bool
+    barred: Tensor | None = None
+    """Ascending units, none of them active, that a change of density dropped at this step; None: none."""
 
     def best(self, k: int, dropped: Tensor) -> Tensor:
         """See `Candidates`."""
@@ -53,6 +55,8 @@ class AtRandom:
             stays = torch.ones(present.numel(), dtype=torch.bool, device=present.device)
             stays[dropped] = False
             present = present[stays]
+        elif self.barred is not None:
+            present = torch.cat([present, self.barred]).sort().values
         return random_absent(present, self.num_all, min(k, self.num_all - present.numel()), keyed_generator(*self.key))
 
 

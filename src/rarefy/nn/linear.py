@@ -214,6 +214,21 @@ class SparseLinear(nn.Module):
             self.sink = new_sink().to(self.crow_indices.device)
         self.has_pattern = True
 
+    def make_room(self, num_units: int) -> None:
+        """Storage for so many units, for a state that is loaded next; the same Parameter object. Where the number is
+        another one, values become 0 at the first units of the matrix.
+
+        Raises:
+            ValueError: more units than the matrix has.
+        """
+        if num_units == self.num_units:
+            return
+        shape = (self.out_features, self.in_features)
+        pattern = Pattern.from_sorted_units(torch.arange(num_units, device=self.values.device), shape, self.block)
+        self.values.grad = None
+        resize(self.values, self.values.new_zeros(values_shape(pattern)))
+        self.set_pattern(pattern)
+
     @property
     def index(self) -> Index:
         """The index tensors, as the ops take them."""
@@ -349,6 +364,16 @@ class SparseLinear(nn.Module):
 def _viewed(buffers: Mapping[str, Tensor | None], source: torch.dtype, target: torch.dtype) -> dict[str, Tensor]:
     """Those of one dtype, seen as another of the same width."""
     return {name: b.view(target) for name, b in buffers.items() if b is not None and b.dtype == source}
+
+
+def resize(tensor: Tensor, content: Tensor) -> None:
+    """Give the same tensor object other memory, of another size."""
+    if tensor.requires_grad:
+        # The last loss may still hold the node that accumulates gradients of the old size; torch makes a new one only
+        # where the dtype changes.
+        tensor.data = content.to(torch.float64 if content.dtype != torch.float64 else torch.float32)
+    tensor.data = content.detach()
+    torch.autograd.graph.increment_version(tensor)  # a forward pass from before must not go backward now (7.5)
 
 
 def gather_units(weight: Tensor, pattern: Pattern) -> Tensor:

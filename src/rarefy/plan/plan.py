@@ -16,31 +16,32 @@ from typing import Any, Literal
 
 from torch import nn
 
+from rarefy.budget import Budget, check_densities
 from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
-from rarefy.distributions import er, erk, exact_counts, uniform
+from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit
 from rarefy.methods import Method, RigL
 from rarefy.nn import SparseLinear
-from rarefy.pattern import as_block, check_density, unit_grid
+from rarefy.pattern import as_block
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.filters import check_filters, why_left_dense
 from rarefy.plan.layers import Layer, find_layers
 from rarefy.plan.structure import choose_block
+from rarefy.schedules import Schedule
 from rarefy.settings import from_plain, to_plain, unknown
 
 ASSUMED_TOKENS = 2048
 """Rows of input that times are for where no sample says how many."""
-
-_DISTRIBUTIONS = {"uniform": uniform, "er": er, "erk": erk}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How a model is made sparse and trained. Everything a run needs to be made again."""
 
-    density: float
-    """Share of the units of the sparse layers that exist, in (0, 1]."""
+    density: float | Schedule
+    """Share of the units of the sparse layers that exist, in (0, 1]; a schedule moves it from the method's begin to its
+    end. A number is the last density of a method that moves it by itself, such as GMP."""
 
     method: Method = field(default_factory=RigL)
     """How the pattern is found during training."""
@@ -57,8 +58,8 @@ class Plan:
     keep_dense: tuple[str, ...] = ()
     """Glob patterns over module names: layers to leave dense; a container's name means all layers in it."""
 
-    overrides: Mapping[str, float] = field(default_factory=dict)
-    """Glob pattern -> density of its own, outside the shared budget; the first that matches counts."""
+    overrides: Mapping[str, float | Schedule] = field(default_factory=dict)
+    """Glob pattern -> density of its own, outside the shared budget, as `density`; the first that matches counts."""
 
     block_overrides: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
     """Glob pattern -> unit shape of its own; the first that matches counts."""
@@ -73,7 +74,6 @@ class Plan:
     """Of first patterns and random growth."""
 
     def __post_init__(self) -> None:
-        check_density(self.density)
         object.__setattr__(self, "block", _plain_block(self.block))
         own = {pattern: _plain_block(block) for pattern, block in self.block_overrides.items()}
         object.__setattr__(self, "block_overrides", own)
@@ -85,10 +85,11 @@ class Plan:
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         object.__setattr__(self, "overrides", dict(self.overrides))
-        for density in self.overrides.values():
-            check_density(density)
-        if self.distribution not in _DISTRIBUTIONS:
-            raise ValueError(f"distribution: {unknown(self.distribution, list(_DISTRIBUTIONS))}")
+        for density in (self.density, *self.overrides.values()):
+            check_densities(density)
+            check_densities(self.method.densities(density))
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution: {unknown(self.distribution, list(DISTRIBUTIONS))}")
         if self.init not in ("random", "balanced", "magnitude"):
             raise ValueError(f"init: {unknown(self.init, ['random', 'balanced', 'magnitude'])}")
 
@@ -241,7 +242,8 @@ class Plan:
         undecided = [name for name in sparse if fixed[name] is None]
         if undecided:
             assert costs is not None
-            densities = self._densities(sparse)
+            fresh = {name: layer.shape for name, layer in sparse.items() if not layer.adopted}
+            densities = self.budget(fresh, {}).densities(1.0)
             for name in undecided:
                 seen = tokens.get(name) or ASSUMED_TOKENS
                 blocks[name] = choose_block(costs, layers[name].shape, densities[name], seen)
@@ -254,34 +256,28 @@ class Plan:
                 return as_block(block)
         return None if isinstance(self.block, str) else as_block(self.block)
 
-    def _densities(self, layers: Mapping[str, Layer]) -> dict[str, float]:
-        """Real density per layer that is not sparse yet: its own if overridden, else its part of the shared budget."""
-        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
-        own = {name: density for name in fresh if (density := self._override(name)) is not None}
-        shared = {name: shape for name, shape in fresh.items() if name not in own}
-        return {**own, **(_DISTRIBUTIONS[self.distribution](shared, self.density) if shared else {})}
+    def budget(self, layers: Mapping[str, tuple[int, int]], blocks: Mapping[str, tuple[int, int]]) -> Budget:
+        """What the layers of these shapes, none of them sparse before, share, and how it moves."""
+        asked = {name: density for name in layers if (density := self._override(name)) is not None}
+        return Budget(
+            shapes=layers,
+            blocks={name: blocks.get(name, (1, 1)) for name in layers},
+            density=self.method.densities(self.density),
+            distribution=self.distribution,
+            own={name: self.method.densities(density) for name, density in asked.items()},
+        )
 
-    def _counts(self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-        """Exact units per layer: adopted ones keep theirs, overridden ones have their own, the others share the
-        budget (2.1). Layers with different units share it too, and round it within each kind of unit.
-        """
-        counts = {
+    def _counts(
+        self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]], progress: float = 0.0
+    ) -> dict[str, int]:
+        """Exact units per layer: adopted ones keep theirs, the others have what the budget gives them (2.1)."""
+        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
+        adopted = {
             name: layer.module.num_units for name, layer in layers.items() if isinstance(layer.module, SparseLinear)
         }
-        densities = self._densities(layers)
-        sharing: dict[tuple[int, int], dict[str, int]] = {}
-        for name, density in densities.items():
-            rows, cols = unit_grid(layers[name].shape, blocks[name])
-            if self._override(name) is not None:
-                counts[name] = min(max(1, round(density * rows * cols)), rows * cols)
-            else:
-                sharing.setdefault(blocks[name], {})[name] = rows * cols
-        for sizes in sharing.values():
-            part = sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
-            counts |= exact_counts(densities, sizes, self.density if len(sharing) == 1 else part)
-        return counts
+        return {**adopted, **(self.budget(fresh, blocks).counts(progress) if fresh else {})}
 
-    def _override(self, name: str) -> float | None:
+    def _override(self, name: str) -> float | Schedule | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
 
 

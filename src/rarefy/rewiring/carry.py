@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from rarefy.methods.candidates import Scored
+from rarefy.nn import SparseLinear
+from rarefy.nn.linear import resize
+from rarefy.pattern import Pattern
+from rarefy.selection import contains
 
 MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 """Optimizers whose state mixes units, so that no unit's part of it can be moved."""
@@ -95,9 +101,88 @@ def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:
         return
     moved = tensor.new_zeros((survives.numel(), *tensor.shape[1:]))
     moved[survives] = kept
-    if tensor.requires_grad:
-        # The last loss may still hold the node that accumulates gradients of the old size; torch makes a new one only
-        # where the dtype changes.
-        tensor.data = moved.to(torch.float64 if moved.dtype != torch.float64 else torch.float32)
-    tensor.data = moved
-    torch.autograd.graph.increment_version(tensor)  # a forward pass from before must not go backward now (7.5)
+    resize(tensor, moved)
+
+
+def exchange(
+    layer: SparseLinear,
+    companions: Sequence[SparseLinear],
+    optimizer: Optimizer | None,
+    drop: Tensor,
+    grown: Tensor,
+) -> Tensor:
+    """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending (7).
+
+    A grown unit that was just dropped never left: it stays a survivor. Where more or fewer come than go, the layer's
+    tensors and the optimizer's get another size; the parameter stays the same object.
+    """
+    active = layer.pattern.unit_indices()
+    leaving = active[drop]
+    newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
+    stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
+    stays[drop] = False
+    survivors = active[stays]
+    # Two ascending runs merge: a newborn's place is its rank among newborns plus the survivors before it.
+    born_at = torch.searchsorted(survivors, newborn) + torch.arange(newborn.numel(), device=active.device)
+    survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=active.device)
+    survives[born_at] = False
+    units = torch.empty(survives.numel(), dtype=active.dtype, device=active.device)
+    units[born_at], units[survives] = newborn, survivors
+    pattern = Pattern.from_sorted_units(units, (layer.out_features, layer.in_features), layer.block)
+    layer.values.grad = None
+    for owner in (layer, *companions):
+        for tensor in per_unit_tensors(optimizer if owner is layer else None, owner.values):
+            move_units(tensor, stays, survives)
+        owner.set_pattern(pattern)
+    return newborn
+
+
+class BeforeChange:
+    """What a layer was when the last backward pass saw it, while a change of density and a rewire follow it (2.8).
+
+    The backward pass kept scores and a gradient for that pattern, and the rewire is of another one.
+    """
+
+    def __init__(self, layer: SparseLinear) -> None:
+        self.units = layer.pattern.unit_indices()
+        """(K,) active then, ascending."""
+        self._gradient = layer.values.grad
+
+    def gradient_of(self, layer: SparseLinear) -> Tensor | None:
+        """The gradient of the units that are active now; 0 of those that were not."""
+        if self._gradient is None:
+            return None
+        active = layer.pattern.unit_indices()
+        known = contains(self.units, active)
+        gradient = torch.zeros_like(layer.values)
+        gradient[known] = self._gradient[torch.searchsorted(self.units, active[known])]
+        return gradient
+
+    def newborn_in(self, layer: SparseLinear) -> Tensor | None:
+        """(K,) boolean, units that are active now and were not; None: there are none."""
+        born = ~contains(self.units, layer.pattern.unit_indices())
+        return born if bool(born.any()) else None
+
+    def barred_in(self, layer: SparseLinear) -> Tensor:
+        """Units that were active and are not now, ascending."""
+        return self.units[~contains(layer.pattern.unit_indices(), self.units)]
+
+    def candidates(self, active: Tensor, units: Tensor, scores: Tensor, of_seen: Tensor | None) -> Scored:
+        """What may grow now.
+
+        Args:
+            active: units that exist now.
+            units, scores: of units that were absent.
+            of_seen: scores of the units that were active, if they may return.
+        """
+        free = ~contains(active, units)
+        units, scores = units[free], scores[free]
+        if of_seen is None:
+            return Scored(active, units, scores, None)
+        gone = ~contains(active, self.units)
+        units, scores = torch.cat([units, self.units[gone]]), torch.cat([scores, of_seen[gone].to(scores)])
+        # Units born at this step are not dropped at it, so no one asks for their score.
+        returning = of_seen.new_zeros(active.numel())
+        known = contains(self.units, active)
+        returning[known] = of_seen[torch.searchsorted(self.units, active[known])]
+        return Scored(active, units, scores, returning)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.budget import Budget
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, Scored
 from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
-from rarefy.pattern import Pattern
-from rarefy.rewiring import ranks
-from rarefy.rewiring.carry import check_carried, check_optimizer, move_units, per_unit_tensors
+from rarefy.rewiring import density, ranks
+from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange
 from rarefy.rewiring.track import Tracker
-from rarefy.selection import contains, num_to_replace
+from rarefy.selection import lowest, num_to_replace, round_half_up
+from rarefy.settings import unknown
 
 
 class Rewirer:
@@ -33,13 +34,15 @@ class Rewirer:
         method: scores and options.
         seed: of random growth.
         plan: the plan it came from, if any; kept for reports.
+        budget: how many units the layers have while the density moves; None: it stays.
         left_dense: module name -> why `sparsify` left it dense.
         fused: names of the modules that `sparsify` made run as one call (`rarefy.fuse`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
-        history: one record a rewire (10): step, layer, num_units, changed, churn, exploration, newborn_survival,
-            empty_rows, empty_cols, seconds, grown_by.
+        history: one record a change of a layer (10): step, layer, kind ("rewire"; "density" or "resize" where its size
+            changed, 2.5), num_units, changed, churn, exploration, newborn_survival, empty_rows, empty_cols, seconds,
+            grown_by.
         skipped: rewires skipped because values or scores were not finite, or a gradient could not be combined (8.3,
             6.4).
     """
@@ -51,6 +54,7 @@ class Rewirer:
         *,
         seed: int = 0,
         plan: Any = None,
+        budget: Budget | None = None,
         left_dense: Mapping[str, str] | None = None,
         fused: Sequence[str] = (),
     ) -> None:
@@ -58,6 +62,7 @@ class Rewirer:
         self.method = method
         self.seed = seed
         self.plan = plan
+        self.budget = budget
         self.left_dense = dict(left_dense or {})
         self.fused = list(fused)
         self.t = 0
@@ -69,6 +74,7 @@ class Rewirer:
         self._steps_inside = 0
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
         self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
+        self._before: dict[str, BeforeChange] = {}  # of layers whose size changed after this very step
         self._calls_per_step: dict[str, int] = {}
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
@@ -84,7 +90,8 @@ class Rewirer:
             total_steps: optimizer steps of the whole run; `end` is 75% of it unless the method says.
             hook: False: nothing is installed, and the loop calls `step()` after each applied `optimizer.step()`.
         Raises:
-            ValueError: the optimizer's state cannot be carried, it lacks a layer's values, or the end cannot be known.
+            ValueError: the optimizer's state cannot be carried, it lacks a layer's values, the end cannot be known, or
+                sizes will change under DistributedDataParallel.
         """
         check_optimizer(optimizer)
         held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -95,8 +102,10 @@ class Rewirer:
                     "create it after sparsify(), from model.parameters()"
                 )
             check_carried(optimizer, name, layer.values)
-        if self.method.rewires and self.method.end is None and total_steps is None:
+        if (self.method.rewires or self.resizes) and self.method.end is None and total_steps is None:
             raise ValueError("attach() needs total_steps= to know when to stop rewiring, or the method an end=")
+        if self.resizes:
+            ranks.refuse_ddp(self.layers)
         self._warn_about_decay(held)
         self.detach()
         self._optimizer, self.total_steps = optimizer, total_steps
@@ -157,6 +166,11 @@ class Rewirer:
             return self.method.end
         return int(0.75 * self.total_steps) if self.total_steps is not None else 0
 
+    @property
+    def resizes(self) -> bool:
+        """Whether layers ever get another number of units, by a moving density or by the method's choice."""
+        return not self.method.keeps_counts or density.changes(self.method, self.budget)
+
     def is_due(self, position: int, t: int) -> bool:
         """Whether the layer at this position rewires after step t (4.2)."""
         method = self.method
@@ -178,27 +192,52 @@ class Rewirer:
         span = self.end - self.method.begin
         return min(max((t - self.method.begin) / span, 0.0), 1.0) if span else 1.0
 
-    def _k(self, layer: SparseLinear, t: int) -> int:
-        return num_to_replace(self.method.fraction(self._progress(t)), layer.num_units, _num_all(layer))
+    def _fraction(self, t: int) -> float:
+        return self.method.replaced(self._progress(t))
+
+    def density_is_due(self, t: int) -> bool:
+        """Whether the numbers of units change after step t (2.5)."""
+        return density.is_due(self.method, self.budget, t, self.end)
 
     def _arm(self) -> None:
         """Have the backward passes before step t + 1 keep what the layers due then will need (6.2 to 6.4, 6.7)."""
         self._disarm()
         if self._optimizer is None or self.method.needs is not Needs.GRADIENT:
             return
-        for name in self.due(self.t + 1):
+        for name, k in self._wanted(self.t + 1).items():
             layer = self.layers[name]
-            k = self._k(layer, self.t + 1)
-            if not k:
-                continue
             alone = ranks.world_size() == 1 and self._calls_per_step.get(name) == 1
-            if alone:
+            if alone and k is not None:
                 score, active = self._score(name, layer), self.method.may_return
                 collector = sinks.BestUnits(layer.values, k, score, active=active)
             else:
                 collector = sinks.DenseGradient(layer.values)
             self._collectors[name] = collector
             sinks.arm(layer.sink, collector)
+
+    def _wanted(self, step: int) -> dict[str, int | None]:
+        """For the layers that grow after a step, how many candidates may be asked for at most; None: who knows.
+
+        A change of density comes first, and the rewire is of what it leaves (2.8).
+        """
+        now = {name: layer.num_units for name, layer in self.layers.items()}
+        most: dict[str, int | None] = {**now}
+        if self.budget is not None and self.density_is_due(step):
+            moving = {name: now[name] for name in self.budget.shapes if self.layers[name].values.requires_grad}
+            most |= density.upper_bounds(self.method, self.budget, moving, self._progress(step))
+        due = set(self.due(step))
+        wanted: dict[str, int | None] = {}
+        for name, layer in self.layers.items():
+            bound, absent = most[name], _num_all(layer) - now[name]
+            if bound is None:
+                wanted[name] = None
+                continue
+            # The rewire is of at most so many units, and may find the room for them that a shrinking layer leaves.
+            k = round_half_up(self._fraction(step), max(bound, now[name])) if name in due else 0
+            k = min(k, absent + max(now[name] - bound, 0))
+            if k and self.method.may_return or min(k, absent) or bound > now[name]:
+                wanted[name] = min(k + max(bound - now[name], 0), absent)
+        return wanted
 
     def _disarm(self) -> None:
         for name in self._collectors:
@@ -252,8 +291,11 @@ class Rewirer:
 
     def _step(self) -> None:
         self.t += 1
+        if self.density_is_due(self.t):
+            self._change_density()
         for name in self.due(self.t):
             self._rewire(name)
+        self._before = {}
         if self.method.needs is Needs.GRADIENT:
             for name, layer in self.layers.items():
                 calls = sinks.take_calls(layer.sink)
@@ -263,7 +305,10 @@ class Rewirer:
 
     def _view(self, name: str, step: int) -> LayerView:
         layer = self.layers[name]
-        gradient = layer.values.grad if step == self.t else None
+        gradient, newborn, before = None, None, self._before.get(name)
+        if step == self.t:
+            gradient = layer.values.grad if before is None else before.gradient_of(layer)
+            newborn = None if before is None else before.newborn_in(layer)
         return LayerView(
             name=name,
             pattern=layer.pattern,
@@ -271,6 +316,7 @@ class Rewirer:
             step=step,
             progress=self._progress(step),
             gradient=gradient,
+            newborn=newborn,
             seed=self.seed,
         )
 
@@ -280,8 +326,8 @@ class Rewirer:
     def _rewire(self, name: str) -> None:
         started = time.perf_counter()
         layer = self.layers[name]
-        k = self._k(layer, self.t)
         by_gradient = self.method.needs is Needs.GRADIENT
+        k = min(num_to_replace(self._fraction(self.t), layer.num_units, _num_all(layer)), self._room(name))
         if not k or (by_gradient and self._unused(name)):
             return
         assert self._optimizer is not None
@@ -294,21 +340,13 @@ class Rewirer:
             self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
             return
         self._check_choice(choice)
-        newborn = self._exchange(name, choice.drop, choice.grow.to(choice.drop.device))
-        pattern = layer.pattern
-        ranks.check_agreement(name, layer.values, pattern.digest() if ranks.world_size() > 1 else "")
-        self.history.append(
-            {
-                "step": self.t,
-                "layer": name,
-                "num_units": layer.num_units,
-                "changed": newborn.numel(),
-                "churn": newborn.numel() / max(num_before, 1),
-                **self._tracker(name).rewired(pattern, newborn),
-                "seconds": time.perf_counter() - started,
-                "grown_by": "gradient" if by_gradient else "random",
-            }
-        )
+        self._exchange(name, choice, num_before, "rewire", "gradient" if by_gradient else "random", started)
+
+    def _room(self, name: str) -> int:
+        """Candidates of a rewire: units that exist neither now nor did before this step's change of density (6.1, 6.6)."""
+        layer, before = self.layers[name], self._before.get(name)
+        barred = 0 if before is None or self.method.may_return else before.barred_in(layer).numel()
+        return _num_all(layer) - layer.num_units - barred
 
     def _check_choice(self, choice: Choice) -> None:
         if self.method.keeps_counts and choice.drop.numel() != choice.grow.numel():
@@ -329,51 +367,128 @@ class Rewirer:
         unused = collector is None or collector.calls == 0
         return ranks.any_rank(unused, self.layers[name].values.device)
 
-    def _candidates(self, view: LayerView) -> Candidates:
+    def _candidates(self, view: LayerView, *, at_random: bool = False) -> Candidates:
         """What may grow now: by the gradient that this step's backward passes left, or at random."""
         layer, method = self.layers[view.name], self.method
-        active = view.pattern.unit_indices()
-        if method.needs is not Needs.GRADIENT:
-            return AtRandom(active, _num_all(layer), (self.seed, self.t, view.name), method.may_return)
-        collector = self._collectors[view.name]
+        active, before = view.pattern.unit_indices(), self._before.get(view.name)
+        barred = None if before is None else before.barred_in(layer)
+        collector = self._collectors.get(view.name)
+        if method.needs is not Needs.GRADIENT or at_random:
+            key = (self.seed, self.t, view.name)
+            return AtRandom(active, _num_all(layer), key, method.may_return, None if method.may_return else barred)
         if isinstance(collector, sinks.BestUnits):
-            returning = method.grow_score(collector.active_gradient, view) if method.may_return else None
-            return Scored(active, collector.units, collector.scores, returning)
-        assert collector.gradient is not None
-        gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
-        everywhere = self._scores_of(gradient, layer, view).flatten()
-        absent = torch.ones_like(everywhere, dtype=torch.bool)
-        absent[active] = False
-        units = absent.nonzero().flatten()
-        return Scored(active, units, everywhere[units], everywhere[active] if method.may_return else None)
+            units, scores = collector.units, collector.scores
+            seen = active if before is None else before.units
+            of_seen = method.grow_score(collector.active_gradient, view) if method.may_return else None
+        else:
+            assert isinstance(collector, sinks.DenseGradient) and collector.gradient is not None
+            gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
+            everywhere = self._scores_of(gradient, layer, view).flatten()
+            absent = torch.ones_like(everywhere, dtype=torch.bool)
+            seen = active if before is None else before.units
+            absent[seen] = False
+            units = absent.nonzero().flatten()
+            scores, of_seen = everywhere[units], everywhere[seen] if method.may_return else None
+        if before is None:
+            return Scored(active, units, scores, of_seen)
+        return before.candidates(active, units, scores, of_seen)
 
-    def _exchange(self, name: str, drop: Tensor, grown: Tensor) -> Tensor:
-        """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending
-        (7).
-
-        A grown unit that was just dropped never left: it stays a survivor. Where more or fewer come than go, the
-        layer's tensors and the optimizer's get another size; the parameter stays the same object.
-        """
+    def _exchange(self, name: str, choice: Choice, num_before: int, kind: str, grown_by: str, started: float) -> None:
+        """Swap the chosen units, see that ranks agree, and write the record."""
         layer = self.layers[name]
-        active = layer.pattern.unit_indices()
-        leaving = active[drop]
-        newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
-        stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-        stays[drop] = False
-        survivors = active[stays]
-        # Two ascending runs merge: a newborn's place is its rank among newborns plus the survivors before it.
-        born_at = torch.searchsorted(survivors, newborn) + torch.arange(newborn.numel(), device=active.device)
-        survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=active.device)
-        survives[born_at] = False
-        units = torch.empty(survives.numel(), dtype=active.dtype, device=active.device)
-        units[born_at], units[survives] = newborn, survivors
-        pattern = Pattern.from_sorted_units(units, (layer.out_features, layer.in_features), layer.block)
-        layer.values.grad = None
-        for owner in (layer, *self._companions[name]):
-            for tensor in per_unit_tensors(self._optimizer if owner is layer else None, owner.values):
-                move_units(tensor, stays, survives)
-            owner.set_pattern(pattern)
-        return newborn
+        changed = max(choice.drop.numel(), choice.grow.numel())
+        newborn = exchange(
+            layer, self._companions[name], self._optimizer, choice.drop, choice.grow.to(choice.drop.device)
+        )
+        pattern = layer.pattern
+        ranks.check_agreement(name, layer.values, pattern.digest() if ranks.world_size() > 1 else "")
+        if kind == "rewire":
+            changed = newborn.numel()
+        if layer.num_units != num_before:
+            self._after_resize(name)
+        self.history.append(
+            {
+                "step": self.t,
+                "layer": name,
+                "kind": kind,
+                "num_units": layer.num_units,
+                "changed": changed,
+                "churn": changed / max(num_before, 1),
+                **self._tracker(name).rewired(pattern, newborn, keep=kind != "rewire"),
+                "seconds": time.perf_counter() - started,
+                "grown_by": grown_by,
+            }
+        )
+
+    def _after_resize(self, name: str) -> None:
+        """What follows a change of a layer's number of units: nothing yet."""
+
+    # -- other sizes --------------------------------------------------------------------------------------------------
+
+    def resize(self, num_units: Mapping[str, int]) -> None:
+        """Give layers other numbers of units now, between two steps: the lowest drop scores go, random units come (2.5).
+
+        Raises:
+            ValueError: not attached, a layer that is not there, or a number of units that it cannot have.
+        """
+        if self._optimizer is None:
+            raise ValueError("call rewirer.attach(optimizer, ...) first: resizing moves the optimizer's state too")
+        for name, k in num_units.items():
+            if name not in self.layers:
+                raise ValueError(f"resize: {unknown(name, list(self.layers))}")
+            if not 1 <= k <= _num_all(self.layers[name]):
+                raise ValueError(f"resize: {name} can have 1 to {_num_all(self.layers[name])} units, not {k}")
+        ranks.refuse_ddp(self.layers)
+        self._resize(num_units, "resize")
+        self._before = {}
+        self._arm()
+
+    @torch.no_grad()
+    def _change_density(self) -> None:
+        """All layers at once to the figures that the schedules and the method say (2.5, 2.6)."""
+        assert self.budget is not None
+        moving = [name for name in self.budget.shapes if self.layers[name].values.requires_grad]
+        views = {name: self._view(name, self.t) for name in moving}
+        if self._finite(views):
+            ranks.refuse_ddp(self.layers)
+            self._resize(density.targets(self.method, self.budget, views, self._progress(self.t)), "density")
+
+    def _finite(self, views: Mapping[str, LayerView]) -> bool:
+        """Whether values and drop scores allow a change on every rank (8.3)."""
+        fine = all(
+            bool(torch.isfinite(view.values).all()) and not bool(self.method.drop_score(view).isnan().any())
+            for view in views.values()
+        )
+        if not views or not ranks.any_rank(not fine, next(iter(views.values())).values.device):
+            return True
+        self._skip(f"the change of sizes at step {self.t} was skipped: values or scores are not all finite")
+        return False
+
+    @torch.no_grad()
+    def _resize(self, num_units: Mapping[str, int], kind: str) -> None:
+        """Exactly so many units in each layer, or, where a score is not finite, no change of any (2.5, 8.3)."""
+        assert self._optimizer is not None
+        views = {n: self._view(n, self.t) for n, k in num_units.items() if k != self.layers[n].num_units}
+        if not self._finite(views):
+            return
+        by_gradient = self.method.needs is Needs.GRADIENT and kind == "density"
+        for name, view in views.items():
+            started, layer = time.perf_counter(), self.layers[name]
+            check_carried(self._optimizer, name, layer.values)
+            num_before, more = layer.num_units, num_units[name] - layer.num_units
+            drop = lowest(self.method.drop_score(view), max(-more, 0))
+            grow, at_random = drop[:0], not by_gradient
+            if more > 0:
+                at_random = at_random or self._unused(name)
+                best = self._candidates(view, at_random=at_random).best(more, drop)
+                if ranks.any_rank(best is None or best.numel() < more, layer.values.device):
+                    # The figure must be met (2.5), if not by a signal.
+                    at_random, best = True, self._candidates(view, at_random=True).best(more, drop)
+                assert best is not None
+                grow = best
+            self._before[name] = BeforeChange(layer)
+            grown_by = "random" if at_random else "gradient"
+            self._exchange(name, Choice(drop, grow), num_before, kind, grown_by if more > 0 else "nothing", started)
 
     def _tracker(self, name: str) -> Tracker:
         if name not in self._trackers:
@@ -399,12 +514,13 @@ class Rewirer:
             "skipped": self.skipped,
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
+            "num_units": {name: layer.num_units for name, layer in self.layers.items()},
             "calls_per_step": dict(self._calls_per_step),
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; load model and optimizer too.
+        """Go on from a saved state; load model and optimizer too, after it if layers have another size by now (9.4).
 
         Raises:
             ValueError: the state is of other layers, another method or another length of run. Nothing was changed.
@@ -415,6 +531,8 @@ class Rewirer:
         for key, value in mine.items():
             if state[key] != value:
                 raise ValueError(f"the saved rewiring state has {key} {state[key]!r}, this run has {value!r}")
+        if self.resizes:
+            self._make_room(state.get("num_units", {}))
         known = {n: self._tracker(n) for n, layer in self.layers.items() if layer.has_pattern}
         for name, tracked in state["trackers"].items():
             if name in known:
@@ -427,6 +545,12 @@ class Rewirer:
             self.total_steps = state["total_steps"]
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._arm()
+
+    def _make_room(self, num_units: Mapping[str, int]) -> None:
+        """The sizes that layers had when they were saved, for a model's state that is loaded next (9.4)."""
+        for name, k in num_units.items():
+            if name in self.layers:
+                self.layers[name].make_room(int(k))
 
 
 def _num_all(layer: SparseLinear) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rarefy.nn import SparseLinear
 
 
 def world_size() -> int:
@@ -31,6 +36,27 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     anywhere = torch.tensor([int(flag)], device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     return bool(anywhere.item())
+
+
+def refuse_ddp(layers: Mapping[str, SparseLinear]) -> None:
+    """Whether sizes may change: not of parameters in DistributedDataParallel's buckets, which have the first sizes.
+
+    Raises:
+        ValueError: a DDP module holds values of one of the layers.
+    """
+    if world_size() == 1:
+        return
+    mine = {id(layer.values): name for name, layer in layers.items()}
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel):
+            held = next((mine[id(p)] for p in thing.module.parameters() if id(p) in mine), None)
+            if held is not None:
+                raise ValueError(
+                    f"DistributedDataParallel holds the values of {held}, whose number changes while training: its "
+                    "buckets have the first sizes for good. Train the module itself and average its gradients after "
+                    "backward (for p in model.parameters(): torch.distributed.all_reduce(p.grad), then divide by the "
+                    "number of ranks), or use a method and a density that stay"
+                )
 
 
 def check_agreement(name: str, values: Tensor, pattern_digest: str) -> None:

@@ -37,12 +37,17 @@ class Tracker:
         """Share of the sampled positions that were ever active."""
         return float(self.seen.float().mean()) if self.seen.numel() else 0.0
 
-    def rewired(self, pattern: Pattern, grown: Tensor) -> dict[str, Any]:
-        """Figures of a rewire that grew units `grown` and led to `pattern`."""
+    def rewired(self, pattern: Pattern, grown: Tensor, *, keep: bool = False) -> dict[str, Any]:
+        """Figures of a rewire that grew units `grown` and led to `pattern`.
+
+        Args:
+            keep: the newborns whose survival is asked for next are those of the rewire before, and `grown` as well.
+        """
         survival = None
         if self.newborns.numel():
             survival = float(contains(pattern.unit_indices().cpu(), self.newborns).float().mean())
-        self.newborns = grown.cpu()
+        born = torch.cat([self.newborns, grown.cpu()]).unique() if keep else grown.cpu()
+        self.newborns = born
         self._see(pattern)
         used_cols = torch.zeros(pattern.num_unit_cols, dtype=torch.bool)
         used_cols[pattern.col_indices.long().cpu()] = True

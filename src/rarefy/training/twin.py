@@ -147,8 +147,9 @@ class Twin:
         self.clock.optimizer_s -= rewire_s
         self.clock.rewire_s += rewire_s
         self.step = step
-        units = sum(record["num_units"] for record in rewires)
-        churn = sum(record["changed"] for record in rewires) / units if units else 0.0
+        swaps = [record for record in rewires if record["kind"] == "rewire"]
+        units = sum(record["num_units"] for record in swaps)
+        churn = sum(record["changed"] for record in swaps) / units if units else 0.0
         return StepResult(total, grad_norm, churn, rewires)
 
     def _check_finite(self, loss: float, grad_norm: float, step: int) -> None:
