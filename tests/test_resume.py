@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,26 @@ def test_a_damaged_run_is_refused(capsys, half, name):
 def test_what_is_no_run_is_refused(capsys, tmp_path):
     assert main(["train", "text", "--resume", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet"])
+def test_rule_9_4_a_run_killed_while_its_density_falls_resumes_bit_for_bit(tmp_path, text, method):
+    more = ("--no-twin", "--method", method)
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    assert main(flags(text, "--run", str(straight), *RUN, *more, steps=STEPS)) == 0
+    process = start(flags(text, "--run", str(folder), *RUN, *more, steps=STEPS), tmp_path)
+    while not at_step(15)(folder):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(timeout=60)
+    assert 0 < json.loads((folder / "latest.json").read_text())["twins"]["sparse"]["step"] < STEPS
+    assert main(["train", "text", "--resume", str(folder), "--no-report"]) == 0
+    for name in (f"checkpoint-sparse-{STEPS}.safetensors", "model.safetensors", "sample.txt"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    assert unclocked(folder, "sparse") == unclocked(straight, "sparse")
+    densities = [record["density"] for record in records(straight, "train")]
+    flops = [record["flops"] for record in records(straight, "train")]
+    per_step = [later - before for before, later in pairwise([0, *flops])]
+    assert densities[0] > 0.4 and densities[-1] == pytest.approx(0.1, abs=1e-4) and per_step[0] > per_step[-1]
+    assert {record["step"] % 4 for record in records(straight, "density")[:-1]} <= {0, 2}  # the last is at step 30

@@ -1104,7 +1104,7 @@ def test_rule_10_history_by_hand():
     ever = [{0: 4, 1: 2, 2: 0}[row] / 4, {0: 4, 1: 2, 2: 2}[row] / 4]
     seconds = [record.pop("seconds") for record in rewirer.history]
     assert all(value > 0 for value in seconds)
-    common = {"layer": "layer", "num_units": 4, "changed": 2, "churn": 0.5, "grown_by": "gradient"}
+    common = {"layer": "layer", "kind": "rewire", "num_units": 4, "changed": 2, "churn": 0.5, "grown_by": "gradient"}
     assert rewirer.history == [
         {**common, "step": 1, "exploration": ever[0], "newborn_survival": None, "empty_rows": 1, "empty_cols": 0},
         {**common, "step": 2, "exploration": ever[1], "newborn_survival": 0.0, "empty_rows": 1, "empty_cols": 2},

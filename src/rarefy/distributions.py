@@ -103,7 +103,7 @@ def exact_counts(
 def spread(ideal: Mapping[str, float], total: int, least: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
     """Integers near `ideal`, each between its bounds, that sum to exactly `total`, which lies between theirs.
 
-    By largest remainder, the earlier first where equal; none is 0 as long as total and bounds allow it.
+    By largest remainder, the earlier first where equal; none is 0 as long as the total allows it, which comes before `least`.
     """
     counts = {name: min(max(int(ideal[name]), least[name]), most[name]) for name in ideal}
     order = sorted(ideal, key=lambda name: counts[name] - ideal[name])  # largest remainder first; sorted() is stable
@@ -118,8 +118,8 @@ def spread(ideal: Mapping[str, float], total: int, least: Mapping[str, int], mos
             counts[name] += min(each, room[name]) if up else -min(each, room[name])
         missing = total - sum(counts.values())
     for name in [n for n in counts if counts[n] == 0 and most[n]]:
-        richest = max(counts, key=lambda n: counts[n] - least[n] if counts[n] > 1 else 0)
-        if counts[richest] > max(1, least[richest]):
+        richest = max(counts, key=lambda n: counts[n])
+        if counts[richest] > 1:
             counts[richest] -= 1
             counts[name] += 1
     return counts

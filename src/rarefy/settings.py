@@ -18,6 +18,8 @@ from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 
 T = TypeVar("T")
 
+_UNIONS = (Union, UnionType)
+
 _SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "cosine": Cosine,
@@ -73,15 +75,14 @@ def _value(kind: Any, item: Any, where: str) -> Any:
     for family, members in ((Method, registered()), (Schedule, _SCHEDULES)):
         if inspect.isclass(kind) and issubclass(kind, family):
             return item if isinstance(item, family) else _member(family, members, item, where)
-    if get_origin(kind) in (Union, UnionType) and isinstance(item, Mapping | Schedule | Method):
-        kind = next((part for part in get_args(kind) if inspect.isclass(part) and _is_ours(part)), kind)
-        if inspect.isclass(kind):
-            return _value(kind, item, where)
-    if (
-        get_origin(kind) is Mapping
-        and get_origin(get_args(kind)[1]) in (Union, UnionType)
-        and isinstance(item, Mapping)
-    ):
+    if get_origin(kind) in _UNIONS:
+        ours = next((part for part in get_args(kind) if inspect.isclass(part) and _is_ours(part)), None)
+        if ours is not None and isinstance(item, ours):
+            return item
+        if ours is not None and isinstance(item, Mapping):
+            return _value(ours, item, where)
+        kind = Union[tuple(part for part in get_args(kind) if part is not ours)]  # noqa: UP007
+    if get_origin(kind) is Mapping and get_origin(get_args(kind)[1]) in _UNIONS and isinstance(item, Mapping):
         return {str(key): _value(get_args(kind)[1], part, f"{where}.{key}") for key, part in item.items()}
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
         return item if isinstance(item, kind) else from_plain(kind, item, where=where)

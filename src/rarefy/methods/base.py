@@ -45,7 +45,7 @@ class LayerView:
     gradient: Tensor | None = None
     """Of the values, as the optimizer saw it (clipped, if the loop clips); None before the step."""
     newborn: Tensor | None = None
-    """(K,) boolean, units that a change of density grew at this very step, which may not go at once (2.8); None: none."""
+    """(K,) boolean, units that a change of density grew at this step, which may not go at once (2.8)."""
     seed: int = 0
     """Of the run: whatever a method draws is keyed by it, the step and the name (`rarefy.sampling`)."""
 

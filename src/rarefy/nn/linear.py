@@ -342,7 +342,8 @@ class SparseLinear(nn.Module):
             if tuple(values.shape) != tuple(self.values.shape):
                 raise ValueError(
                     f"{tuple(values.shape)} values do not fit this layer's {tuple(self.values.shape)}: "
-                    "it was made with another density or block"
+                    "it was made with another density or block (or its density moved: then load the rewirer's state "
+                    "first)"
                 )
             assigns = local_metadata.get("assign_to_params_buffers", False)
             if crow.device.type != "meta" and (assigns or self.values.device.type != "meta"):

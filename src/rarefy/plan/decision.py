@@ -23,7 +23,10 @@ class Decision:
     tokens: int | None
     """Rows of the layer's input in the sample, or those that its time is for; None without either."""
     cost: LayerCost | None
-    """Times on this machine, forward and backward together, measured or predicted; None: not asked for."""
+    """Times on this machine, forward and backward together, measured or predicted, with the last units; None: not asked
+    for."""
+    last_units: int | None = None
+    """K at the end of a density that moves; None, or `units`: it stays."""
 
     @property
     def is_sparse(self) -> bool:
@@ -41,6 +44,14 @@ class Decision:
         size = self.shape[0] * self.shape[1]
         units = self.units or 0
         return (units * self.block[0] * self.block[1] if units else self.nnz) / size if size else 0.0
+
+    @property
+    def last_density(self) -> float:
+        """Density at the end of one that moves."""
+        size = self.shape[0] * self.shape[1]
+        if not self.is_sparse or self.last_units is None or not size:
+            return self.density
+        return self.last_units * self.block[0] * self.block[1] / size
 
     @property
     def speedup(self) -> float | None:
@@ -63,6 +74,7 @@ class Decision:
             "kind": "sparse" if self.is_sparse else "dense",
             "reason": self.why_dense,
             "density": self.density if self.is_sparse else 1.0,
+            "last_density": self.last_density if self.is_sparse else 1.0,
             "block": list(self.block),
             "units": units,
             "nnz": self.nnz,

@@ -21,13 +21,15 @@ class Explanation:
     method: Method
     assumed_tokens: int | None = None
     """Rows of input that times are for where no sample said how many; None: it did, or there are no times."""
+    asked_last: float | None = None
+    """Density at the end, where it moves; None: it stays. Bytes and FLOPs are those of the start, times of the end."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a layer: name, shape, kind, reason, density, block, units, nnz, bytes (indices included),
-        dense_bytes, flops and dense_flops (per token, forward and both gradients), tokens, sparse_ms, dense_ms,
-        speedup, times ("measured" or "predicted"), precision (of those times), options (the layer sparse and dense in
-        each precision: ms, bytes, training_bytes) and best (names of the options that are least by each).
+        """One dict a layer: name, shape, kind, reason, density, last_density, block, units, nnz, bytes (with
+        indices), dense_bytes, flops and dense_flops (per token, forward and both gradients), tokens, sparse_ms,
+        dense_ms, speedup, times ("measured" or "predicted"), precision (of those times), options (the layer sparse and
+        dense in each precision: ms, bytes, training_bytes) and best (names of the options that are least by each).
         """
         return [decision.row() for decision in self.decisions]
 
@@ -52,6 +54,9 @@ class Explanation:
             **sums,
             "asked_density": self.asked_density,
             "density": realised,
+            "last_density": sum(row["last_density"] * row["shape"][0] * row["shape"][1] for row in sparse) / size
+            if size
+            else 1.0,
             "sparse_layers": len(sparse),
             "layers": len(rows),
             "timed_layers": len(timed),
@@ -92,6 +97,11 @@ class Explanation:
             f"{totals['sparse_layers']} of {totals['layers']} layers sparse, "
             f"density {totals['density']:.4f} (asked {self.asked_density:g})"
         ]
+        if self.asked_last is not None:
+            lines.append(
+                f"density moves to {totals['last_density']:.4f} (asked {self.asked_last:g}) at the end of its "
+                "schedule: bytes and FLOPs here are those of the start, times those of the end"
+            )
         if totals["timed_layers"]:
             sources = {row["times"] for row in self.rows if row["times"]}
             how = "timed" if sources == {"measured"} else "predicted"

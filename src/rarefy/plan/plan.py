@@ -180,14 +180,17 @@ class Plan:
         while True:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
-            counts = self._counts(sparse, blocks)
+            counts, last = self._counts(sparse, blocks), self._counts(sparse, blocks, 1.0)
             decisions = []
             for name, layer in layers.items():
                 units, block = counts.get(name), blocks[name]
                 if name in counts or name not in found:
-                    found[name] = cost_of(layer, units, block) if timed else None
+                    # The last size counts: it is what most steps see, and the smallest where density falls.
+                    found[name] = cost_of(layer, last.get(name), block) if timed else None
                 seen = tokens.get(name)
-                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name]))
+                decisions.append(
+                    Decision(name, layer.shape, why_dense[name], block, units, seen, found[name], last.get(name))
+                )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
                 return decisions
@@ -195,7 +198,7 @@ class Plan:
                 assert d.cost is not None
                 why_dense[d.name] = (
                     f"sparse would be slower here: {d.cost.sparse_ms:.2f} ms against {d.cost.dense_ms:.2f} ms dense"
-                    f"{', predicted' if d.cost.source == 'predicted' else ''}, at density {d.density:.3g} and "
+                    f"{', predicted' if d.cost.source == 'predicted' else ''}, at density {d.last_density:.3g} and "
                     f"{d.tokens} tokens"
                 )
 
@@ -211,7 +214,12 @@ class Plan:
         """What `sparsify(model, plan, sample)` would do: `print` it. Arguments and errors as for `decide`."""
         decisions = self.decide(model, sample, measure=measure, precisions=precisions, costs=costs)
         assumed = ASSUMED_TOKENS if sample is None and any(d.cost for d in decisions) else None
-        return Explanation(self.density, decisions, self.method, assumed)
+        first, last = self.density_at(0.0), self.density_at(1.0)
+        return Explanation(first, decisions, self.method, assumed, None if first == last else last)
+
+    def density_at(self, progress: float) -> float:
+        """Density that the layers without one of their own are to share, at a progress of the schedule."""
+        return self.method.densities(self.density)(progress)
 
     def settled(self, layers: Sequence[Mapping[str, Any]]) -> Plan:
         """The plan with what was decided: what was found slower sparse is dense for good, structures are fixed.

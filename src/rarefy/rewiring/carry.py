@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,27 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 f"{kind.__name__} keeps {key!r} of shape {tuple(tensor.shape)} for {_TRIAL_UNITS} units: "
                 f"that pairs units, and cannot be moved with one; {_INSTEAD}"
             )
+
+
+def warn_about_decay(layers: Mapping[str, SparseLinear], held: Mapping[int, dict[str, Any]]) -> None:
+    """Warn where weight decay spares the sparse values alone, as they are one-dimensional.
+
+    Args:
+        held: id of each parameter of the optimizer -> its group.
+    """
+    decays = {bool(group.get("weight_decay")) for group in held.values()}
+    spared = [
+        name
+        for name, layer in layers.items()
+        if id(layer.values) in held and not held[id(layer.values)].get("weight_decay")
+    ]
+    if decays == {True, False} and spared:
+        warnings.warn(
+            f"weight decay is on for some parameters, but off for the values of {len(spared)} sparse layers "
+            f"(first: {spared[0]}): values are one-dimensional, which 'decay if dim >= 2' recipes skip. "
+            "rarefy.param_groups(model, lr=..., weight_decay=...) gives the usual groups",
+            stacklevel=3,
+        )
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -20,10 +20,10 @@ def redistributes(method: Method) -> bool:
 
 
 def is_due(method: Method, budget: Budget | None, t: int, end: int) -> bool:
-    """Whether the numbers of units change after step t: every so many steps, and at the end, to the last figure (2.5)."""
-    if not changes(method, budget) or not (0 < t and method.begin <= t <= end):
+    """Whether the numbers of units change after step t: every so many steps, and at the end (2.5)."""
+    if budget is None or not changes(method, budget) or not (t > 0 and method.begin <= t <= end):
         return False
-    return (t - method.begin) % (method.density_interval or method.interval) == 0 or t == end
+    return (t - method.begin) % (method.density_interval or method.interval) == 0 or (t == end and budget.moves)
 
 
 def targets(method: Method, budget: Budget, views: Mapping[str, LayerView], progress: float) -> dict[str, int]:
@@ -58,7 +58,7 @@ def upper_bounds(method: Method, budget: Budget, counts: Mapping[str, int], prog
         return {name: max(planned[name], math.ceil((1 + method.redistribute.most) * k)) for name, k in counts.items()}
     if redistributes(method) and method.budget_grows:
         return dict.fromkeys(counts)
-    return planned
+    return {**planned}
 
 
 def _planned(budget: Budget, now: Mapping[str, int], progress: float) -> dict[str, int]:

@@ -19,10 +19,10 @@ from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, Scored
 from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
-from rarefy.rewiring import density, ranks
-from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange
+from rarefy.rewiring import density, ranks, resizing
+from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
 from rarefy.rewiring.track import Tracker
-from rarefy.selection import lowest, num_to_replace, round_half_up
+from rarefy.selection import num_to_replace, round_half_up
 from rarefy.settings import unknown
 
 
@@ -106,7 +106,7 @@ class Rewirer:
             raise ValueError("attach() needs total_steps= to know when to stop rewiring, or the method an end=")
         if self.resizes:
             ranks.refuse_ddp(self.layers)
-        self._warn_about_decay(held)
+        warn_about_decay(self.layers, held)
         self.detach()
         self._optimizer, self.total_steps = optimizer, total_steps
         if hook:
@@ -123,21 +123,6 @@ class Rewirer:
             hook.remove()
         self._hooks, self._optimizer = [], None
         self._disarm()
-
-    def _warn_about_decay(self, held: Mapping[int, dict[str, Any]]) -> None:
-        decays = {bool(group.get("weight_decay")) for group in held.values()}
-        spared = [
-            name
-            for name, layer in self.layers.items()
-            if id(layer.values) in held and not held[id(layer.values)].get("weight_decay")
-        ]
-        if decays == {True, False} and spared:
-            warnings.warn(
-                f"weight decay is on for some parameters, but off for the values of {len(spared)} sparse layers "
-                f"(first: {spared[0]}): values are one-dimensional, which 'decay if dim >= 2' recipes skip. "
-                "rarefy.param_groups(model, lr=..., weight_decay=...) gives the usual groups",
-                stacklevel=3,
-            )
 
     def register_companion(self, model: nn.Module) -> None:
         """Keep a copy of the model (EMA, SWA) in step: layers of the same name rewire with this one's (7.4).
@@ -235,7 +220,7 @@ class Rewirer:
             # The rewire is of at most so many units, and may find the room for them that a shrinking layer leaves.
             k = round_half_up(self._fraction(step), max(bound, now[name])) if name in due else 0
             k = min(k, absent + max(now[name] - bound, 0))
-            if k and self.method.may_return or min(k, absent) or bound > now[name]:
+            if (k and self.method.may_return) or min(k, absent) or bound > now[name]:
                 wanted[name] = min(k + max(bound - now[name], 0), absent)
         return wanted
 
@@ -292,7 +277,7 @@ class Rewirer:
     def _step(self) -> None:
         self.t += 1
         if self.density_is_due(self.t):
-            self._change_density()
+            resizing.change_density(self)
         for name in self.due(self.t):
             self._rewire(name)
         self._before = {}
@@ -343,7 +328,7 @@ class Rewirer:
         self._exchange(name, choice, num_before, "rewire", "gradient" if by_gradient else "random", started)
 
     def _room(self, name: str) -> int:
-        """Candidates of a rewire: units that exist neither now nor did before this step's change of density (6.1, 6.6)."""
+        """Candidates of a rewire: units that exist neither now nor before this step's change of density (6.1, 2.8)."""
         layer, before = self.layers[name], self._before.get(name)
         barred = 0 if before is None or self.method.may_return else before.barred_in(layer).numel()
         return _num_all(layer) - layer.num_units - barred
@@ -426,7 +411,7 @@ class Rewirer:
     # -- other sizes --------------------------------------------------------------------------------------------------
 
     def resize(self, num_units: Mapping[str, int]) -> None:
-        """Give layers other numbers of units now, between two steps: the lowest drop scores go, random units come (2.5).
+        """Give layers other numbers of units between two steps: the lowest drop scores go, random units come (2.7).
 
         Raises:
             ValueError: not attached, a layer that is not there, or a number of units that it cannot have.
@@ -439,56 +424,9 @@ class Rewirer:
             if not 1 <= k <= _num_all(self.layers[name]):
                 raise ValueError(f"resize: {name} can have 1 to {_num_all(self.layers[name])} units, not {k}")
         ranks.refuse_ddp(self.layers)
-        self._resize(num_units, "resize")
+        resizing.resize(self, num_units, "resize")
         self._before = {}
         self._arm()
-
-    @torch.no_grad()
-    def _change_density(self) -> None:
-        """All layers at once to the figures that the schedules and the method say (2.5, 2.6)."""
-        assert self.budget is not None
-        moving = [name for name in self.budget.shapes if self.layers[name].values.requires_grad]
-        views = {name: self._view(name, self.t) for name in moving}
-        if self._finite(views):
-            ranks.refuse_ddp(self.layers)
-            self._resize(density.targets(self.method, self.budget, views, self._progress(self.t)), "density")
-
-    def _finite(self, views: Mapping[str, LayerView]) -> bool:
-        """Whether values and drop scores allow a change on every rank (8.3)."""
-        fine = all(
-            bool(torch.isfinite(view.values).all()) and not bool(self.method.drop_score(view).isnan().any())
-            for view in views.values()
-        )
-        if not views or not ranks.any_rank(not fine, next(iter(views.values())).values.device):
-            return True
-        self._skip(f"the change of sizes at step {self.t} was skipped: values or scores are not all finite")
-        return False
-
-    @torch.no_grad()
-    def _resize(self, num_units: Mapping[str, int], kind: str) -> None:
-        """Exactly so many units in each layer, or, where a score is not finite, no change of any (2.5, 8.3)."""
-        assert self._optimizer is not None
-        views = {n: self._view(n, self.t) for n, k in num_units.items() if k != self.layers[n].num_units}
-        if not self._finite(views):
-            return
-        by_gradient = self.method.needs is Needs.GRADIENT and kind == "density"
-        for name, view in views.items():
-            started, layer = time.perf_counter(), self.layers[name]
-            check_carried(self._optimizer, name, layer.values)
-            num_before, more = layer.num_units, num_units[name] - layer.num_units
-            drop = lowest(self.method.drop_score(view), max(-more, 0))
-            grow, at_random = drop[:0], not by_gradient
-            if more > 0:
-                at_random = at_random or self._unused(name)
-                best = self._candidates(view, at_random=at_random).best(more, drop)
-                if ranks.any_rank(best is None or best.numel() < more, layer.values.device):
-                    # The figure must be met (2.5), if not by a signal.
-                    at_random, best = True, self._candidates(view, at_random=True).best(more, drop)
-                assert best is not None
-                grow = best
-            self._before[name] = BeforeChange(layer)
-            grown_by = "random" if at_random else "gradient"
-            self._exchange(name, Choice(drop, grow), num_before, kind, grown_by if more > 0 else "nothing", started)
 
     def _tracker(self, name: str) -> Tracker:
         if name not in self._trackers:
@@ -520,7 +458,7 @@ class Rewirer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; load model and optimizer too, after it if layers have another size by now (9.4).
+        """Go on from a saved state; load model and optimizer too, after it, if layers change their size (9.4).
 
         Raises:
             ValueError: the state is of other layers, another method or another length of run. Nothing was changed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rarefy.cost import training_bytes
 from rarefy.training.twin import StepData, Twin
@@ -28,6 +28,14 @@ class Trial:
     """Seconds of one evaluation, taken to be forward passes."""
     training_bytes: dict[str, int]
     """Bytes by part once the optimizer has its state."""
+
+    def mixed(self, later: Trial, share: float) -> Trial:
+        """What a step costs on average if it changes to what `later` says; `share` of the way, on average."""
+        times = {
+            name: (1 - share) * getattr(self, name) + share * getattr(later, name)
+            for name in ("step_s", "rewire_s", "eval_s")
+        }
+        return replace(self, **times)
 
 
 def try_out(

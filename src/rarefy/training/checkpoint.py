@@ -28,7 +28,7 @@ def save_checkpoint(folder: Path, twins: Sequence[Twin]) -> None:
     entries = {}
     for twin in twins:
         name = f"checkpoint-{twin.name}-{twin.step}.safetensors"
-        extra = {"step": twin.step}
+        extra = {"step": twin.step, "flops": twin.flops}
         save(twin.model, folder / name, rewirer=twin.rewirer, optimizer=twin.optimizer, extra=extra)
         entries[twin.name] = {"file": name, "step": twin.step, "clock": twin.clock.parts()}
     atomic_write(folder / LATEST, (json.dumps({"twins": entries}, indent=1) + "\n").encode())
@@ -88,5 +88,5 @@ def load_checkpoint(folder: Path, twins: Sequence[Twin]) -> None:
             raise ValueError(
                 f"{path} is not of step {entry['step']}, as {folder / LATEST} says: they do not belong together"
             )
-        twin.step = entry["step"]
+        twin.step, twin.flops = entry["step"], int(found.extra.get("flops", 0))
         twin.clock = Clock(**entry["clock"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,8 +75,8 @@ class Loop:
     train_data: StepData
     valid_data: Iterable[tuple[Tensor, Tensor]]
     settings: LoopSettings
-    flops_per_token: dict[str, int]
-    """Twin name -> FLOPs of training on one token, forward and backward."""
+    flops_per_token: Callable[[Twin], int]
+    """FLOPs of training on one token as the twin is now, forward and backward."""
     folder: Path
     """Where checkpoints go."""
     log: MetricsLog
@@ -131,10 +131,12 @@ class Loop:
         settings = self.settings
         rate = settings.rate(twin.step + 1)
         before_s = twin.clock.train_s
+        flops = settings.tokens_per_step * self.flops_per_token(twin)
         result = twin.train_step(self.train_data, rate=rate, accumulate=settings.accumulate, clip=settings.clip)
+        twin.flops += flops  # with the weights that the step had: its own rewires come after it
         about = {"twin": twin.name, "step": twin.step}
         tokens = twin.step * settings.tokens_per_step
-        progress = {"train_s": twin.clock.train_s, "flops": tokens * self.flops_per_token[twin.name]}
+        progress = {"train_s": twin.clock.train_s, "flops": twin.flops}
         if twin.step % max(1, settings.steps // LOGGED_STEPS) == 0 or twin.step == settings.steps:
             self.log.write(
                 "train",
@@ -147,6 +149,7 @@ class Loop:
                 **progress,
                 tokens_per_s=settings.tokens_per_step / (twin.clock.train_s - before_s),
                 churn=result.churn,
+                density=twin.density,
             )
             self.log.write("time", **about, **twin.clock.parts())
         for record in result.rewires:

@@ -101,6 +101,8 @@ class Twin:
         self.seed = seed
         self.step = 0
         """Optimizer steps applied."""
+        self.flops = 0
+        """Of training so far, as the loop counts them; they follow the weights that exist at each step."""
         self.clock = Clock()
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.device = next(model.parameters()).device

@@ -178,7 +178,7 @@ def load_network(folder: Path, name: str = SPARSE) -> GPT:
     twin = (
         make_dense(settings) if name == DENSE else make_sparse(settings, settled_plan(settings.plan, read_plan(folder)))
     )
-    load_into(folder / entries[name]["file"], twin.model)
+    load_into(folder / entries[name]["file"], twin.model, rewirer=twin.rewirer)
     return _gpt(twin)
 
 
@@ -206,7 +206,6 @@ def _go(
         slice_steps=settings.slice_steps,
         checkpoint_s=settings.checkpoint_s,
     )
-    flops = {twin.name: flops_per_token(_gpt(twin)) for twin in twins}
     listener.begin(twins, settings.steps, settings.tokens_per_step)
     try:
         with MetricsLog(folder) as log, StopRequest() as stop:
@@ -215,7 +214,7 @@ def _go(
                 train_data=data,
                 valid_data=windows,
                 settings=loop_settings,
-                flops_per_token=flops,
+                flops_per_token=lambda twin: flops_per_token(_gpt(twin)),
                 folder=folder,
                 log=log,
                 watcher=listener,

@@ -196,7 +196,7 @@ class TextSettings:
 
     def settled(self, steps: int) -> TextSettings:
         """Nothing left open: folded, for a run of `steps`."""
-        density = self.folded_plan().density
+        density = self.folded_plan().density_at(0.0)
         return dataclasses.replace(
             dataclasses.replace(self, interval=self.auto_interval(steps)).folded(),
             steps=steps,
@@ -212,14 +212,23 @@ class TextSettings:
 
 
 def _with_method(old: Method, name: str) -> Method:
-    """The method of that name, with the old one's options where it has the same ones."""
+    """The method of that name, with the options that the old one was given where it has the same ones."""
     members = registered()
     if name.lower() not in members:
         raise ValueError(f"method: {unknown(name.lower(), [key for key in members if key != 'method'])}")
     cls = members[name.lower()]
     if type(old) is cls:
         return old
-    return cls(**{f.name: getattr(old, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(old, f.name)})
+    chosen = {
+        field.name: getattr(old, field.name)
+        for field in dataclasses.fields(old)
+        if field.init and getattr(old, field.name) != _default(field)
+    }
+    return cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.init and f.name in chosen})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rarefy.models import GPT
+from rarefy.plan import Plan
 from rarefy.recipes.text.networks import DENSE, SPARSE, make_dense, make_sparse, settled_plan
 from rarefy.recipes.text.settings import DEFAULT_MINUTES, TextSettings
 from rarefy.training.batches import Batches, Windows
@@ -25,6 +26,12 @@ TRIAL_SHARE = 0.05
 
 TOKENS_TO_MEASURE = 2048
 """Layers are timed on so many rows of input, rounded up to whole windows, or on a micro-batch where that is smaller."""
+
+AT_END = "sparse at its last density"
+"""A second trial, where the density moves."""
+
+SCHEDULE_POINTS = 200
+"""The density's way is averaged over so many steps of the run."""
 
 Say = Callable[[str], None]
 """Takes a line for people."""
@@ -61,6 +68,7 @@ def settle(
         name: try_out(make, data, seconds=seconds, accumulate=settings.accumulate, eval_batches=eval_batches)
         for name, make in makers.items()
     }
+    at_end = trials.pop(AT_END, trials[SPARSE])
     if settings.steps is not None:
         return settings.settled(settings.steps), trials
     writing_s = trials[SPARSE].eval_s * settings.sample_bytes * settings.context / settings.eval_bytes
@@ -74,8 +82,12 @@ def settle(
         end = min(method.end if method.end is not None else int(0.75 * steps), steps)
         return _num_sparse(layers) * max(0, end - method.begin) // method.interval if method.rewires else 0
 
-    steps = steps_within(spare_s, trials.values(), evaluations=evaluations, rewires=rewires)
-    pace = ", ".join(f"{name} {trial.step_s * 1e3:,.0f} ms" for name, trial in trials.items())
+    steps = 1_000
+    for _ in range(3):  # how long the density is where depends on the steps, unless the method leaves its end open
+        share = _share_of_end(settings.settled(steps).plan, steps)
+        average = {**trials, SPARSE: trials[SPARSE].mixed(at_end, share)}
+        steps = steps_within(spare_s, average.values(), evaluations=evaluations, rewires=rewires)
+    pace = ", ".join(f"{name} {trial.step_s * 1e3:,.0f} ms" for name, trial in average.items())
     say(f"a step takes {pace}: {steps:,} steps of each fit into {minutes:g} minute{'' if minutes == 1 else 's'}")
     return settings.settled(steps), trials
 
@@ -86,11 +98,34 @@ def _trial_makers(settings: TextSettings, layers: list[dict[str, Any]]) -> dict[
     plan = settled_plan(rehearsal.plan, layers)
     often = dataclasses.replace(plan.method, interval=2 * max(1, _num_sparse(layers)), begin=0, end=None, stagger=True)
     makers: dict[str, Callable[[], Twin]] = {
-        SPARSE: lambda: make_sparse(rehearsal, dataclasses.replace(plan, method=often))
+        SPARSE: lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 0.0)
     }
+    if plan.density_at(0.0) != plan.density_at(1.0):
+        makers[AT_END] = lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 1.0)
     if settings.twin:
         makers[DENSE] = lambda: make_dense(rehearsal)
     return makers
+
+
+def _held(twin: Twin, progress: float) -> Twin:
+    """The network with the density of that progress of its schedule, for good."""
+    assert twin.rewirer is not None
+    if twin.rewirer.budget is not None:
+        twin.rewirer.resize(twin.rewirer.budget.counts(progress))
+        twin.rewirer.budget = None
+    return twin
+
+
+def _share_of_end(plan: Plan, steps: int) -> float:
+    """How far, on average over a run's steps, the density is on its way from its first to its last value."""
+    first, last = plan.density_at(0.0), plan.density_at(1.0)
+    if first == last:
+        return 0.0
+    method = plan.method
+    end = method.end if method.end is not None else int(0.75 * steps)
+    points = [steps * i / SCHEDULE_POINTS for i in range(SCHEDULE_POINTS)]
+    progress = [(t - method.begin) / max(end - method.begin, 1) for t in points]
+    return sum((first - plan.density_at(p)) / (first - last) for p in progress) / SCHEDULE_POINTS
 
 
 def _num_sparse(layers: list[dict[str, Any]]) -> int:
