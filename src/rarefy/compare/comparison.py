@@ -69,6 +69,8 @@ def compare(
     check_device(task.base.device)
     if task.base.threads is not None:
         torch.set_num_threads(task.base.threads)
+    elif asked.at_once > 1:  # as many as there are, shared
+        torch.set_num_threads(max(1, torch.get_num_threads() // asked.at_once))
     contenders = parse_contenders(asked.plans, task)
     choose_baseline([contender.label for contender in contenders], asked.against)
     jobs(task, contenders, asked.seeds, lambda _: 100)  # refuses what it refuses before anything is timed

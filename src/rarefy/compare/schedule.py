@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
-import os
-import signal
+import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +14,12 @@ from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, failed_record, find_record, write_record
 from rarefy.compare.run import run_job
 from rarefy.compare.task import Task
+from rarefy.compare.worker import INTERRUPTED, start
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.twin import StepResult, Twin
 
-INTERRUPTED = 130
-"""Exit status of a process that was asked to stop and saved."""
+POLL_S = 0.1
+"""Between two looks at what the processes do."""
 
 
 class Listener(Protocol):
@@ -92,70 +91,31 @@ def _at_once(
     task: Task, missing: Sequence[Job], jobs: Sequence[Job], folder: Path, listener: Listener, at_once: int
 ) -> dict[str, dict[str, Any]]:
     """As many processes as asked for, each with one run, until all have been made or a signal has come."""
-    context = multiprocessing.get_context("spawn")
-    waiting, going, done = list(missing), {}, {}
+    waiting, going, done = list(missing), list[tuple[subprocess.Popen[str], Job]](), dict[str, dict[str, Any]]()
     with StopRequest() as stop:
+        told = False
         while going or (waiting and not stop.asked):
             while waiting and len(going) < at_once and not stop.asked:
                 job = waiting.pop(0)
-                arguments = (type(task), task.base, job, folder, os.getpid())
-                process = context.Process(target=_work, args=arguments)
-                process.start()
-                going[process.sentinel] = (process, job)
+                going.append((start(task, job, folder), job))
                 listener.begin(job, jobs.index(job) + 1, len(jobs))
-            ended = wait(list(going), timeout=0.5)
-            if stop.asked:
-                for process, _ in going.values():  # a Control-C has reached them already; a second asks no more of them
-                    if process.pid and process.is_alive():
-                        _ask_to_stop(process.pid)
-            for sentinel in ended:
-                process, job = going.pop(sentinel)
-                process.join()
-                if process.exitcode == INTERRUPTED and not stop.asked:
-                    stop.asked = True
-                if process.exitcode == INTERRUPTED:
-                    continue
+            if stop.asked and not told:
+                told = True
+                for process, _ in going:
+                    process.terminate()
+            time.sleep(POLL_S)
+            for process, job in [one for one in going if one[0].poll() is not None]:
+                going.remove((process, job))
                 record = find_record(folder, job.digest)
-                if process.exitcode or record is None:
-                    record = failed_record(task, job, f"its process ended with status {process.exitcode}")
+                made = process.returncode == 0 and record is not None
+                if not made and (stop.asked or process.returncode == INTERRUPTED):
+                    stop.asked = True
+                    continue
+                if not made or record is None:
+                    record = failed_record(task, job, f"its process ended with status {process.returncode}")
                     write_record(folder, job, record)
                 done[job.digest] = record
                 listener.end(job, record)
     if waiting or stop.asked:
         raise Interrupted
     return done
-
-
-def _ask_to_stop(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGUSR1)
-
-
-class _Quiet:
-    """Watches over a run in a process of its own, and ends it when its parent is gone: the parent's successor may be
-    about to make the same run.
-    """
-
-    def __init__(self, parent: int) -> None:
-        self._parent = parent
-
-    def stepped(self, twin: Twin, result: StepResult) -> None:
-        if os.getppid() != self._parent:
-            os._exit(1)
-
-    def evaluated(self, twin: Twin, loss: float) -> None:
-        pass
-
-
-def _work(kind: Any, base: Any, job: Job, folder: Path, parent: int) -> None:
-    """What a process does: one run, whose record it writes."""
-    with StopRequest() as stop:
-
-        def asked(*_: object) -> None:
-            stop.asked = True
-
-        signal.signal(signal.SIGUSR1, asked)
-        try:
-            run_job(kind(base), job, folder, _Quiet(parent), stop)
-        except Interrupted:
-            os._exit(INTERRUPTED)
