@@ -574,15 +574,19 @@ def data_of(finals: dict[str, dict[int, float | None]]) -> tuple[dict[str, Any],
     }, records  # fmt: skip
 
 
-def test_the_headline_follows_from_means_and_spread():
+def test_the_headline_follows_from_differences_by_seed():
     data, _ = data_of(FINALS)
-    assert best(data) == ["static", "set"]  # 0.2 apart, spreads 0.2 and 0.1: not shown to differ ...
-    lines = headline(data)
-    assert lines[0].startswith("set is best, with 2.000 ± 0.100 bits per byte; static is within the spread")
-    assert lines[1] == "Better than static by more than the spread of the difference: set."  # ... but by seed it is
+    assert best(data) == ["set"]  # 0.2 apart with spreads of 0.2 and 0.1, but 0.1, 0.2 and 0.3 by seed
+    assert headline(data) == [
+        "set is best, with 2.000 ± 0.100 bits per byte.",
+        "Better than static by more than the spread of the difference: set.",
+    ]
+    level, _ = data_of({"set": {0: 1.0, 1: 1.4}, "rigl": {0: 1.3, 1: 1.2}})
+    assert best(level) == ["set", "rigl"]
+    assert headline(level) == [
+        "set is best, with 1.200 ± 0.283 bits per byte; rigl is within the spread of the difference."
+    ]
     assert headline(data_of({"rigl": {0: None}})[0]) == ["No run has finished."]
-    clear, _ = data_of({"set": {0: 1.0, 1: 1.01}, "static": {0: 2.0, 1: 2.01}})
-    assert best(clear) == ["set"]
 
 
 def test_curves_are_means_at_shared_evaluations():

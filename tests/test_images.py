@@ -140,6 +140,7 @@ def test_an_mlp_is_what_its_layers_say():
     model = MLP(MLPConfig(inputs=6, hidden=(5, 4), classes=3), torch.Generator().manual_seed(0))
     x = torch.randn(7, 2, 3)
     first, second = model.layers
+    assert isinstance(first, torch.nn.Linear) and isinstance(second, torch.nn.Linear)
     hidden = torch.relu(torch.relu(x.flatten(1) @ first.weight.T + first.bias) @ second.weight.T + second.bias)
     torch.testing.assert_close(model(x), hidden @ model.head.weight.T + model.head.bias)
     assert [name for name, _ in model.named_modules() if name.count(".") or name == "head"] == [

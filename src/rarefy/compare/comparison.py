@@ -126,6 +126,7 @@ def _machines(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _shared(task: Task) -> dict[str, Any]:
     """The recipe's settings that all contenders share, but for where the data lies."""
     plain = {name: value for name, value in to_plain(task.base).items() if name not in NOT_DEFINING}
+    plain["plan"] = {name: value for name, value in plain["plan"].items() if name not in ("method", "seed")}
     return without_none({**plain, "steps": None, "seed": None})
 
 

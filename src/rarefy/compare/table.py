@@ -77,6 +77,7 @@ def make_table(
                 "step_s": _over(runs, lambda record: record["clock"]["step_s"]),
                 "rewire_share": _over(runs, lambda record: record["clock"]["rewire_share"]),
                 "final": _over(runs, lambda record: record["final"]),
+                "finals": {str(seed): record["final"] for seed, record in runs.items()},
                 "difference": mean_and_spread(pairs),
                 "exploration": _pattern(runs, "exploration"),
                 "churn": _pattern(runs, "churn"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from rarefy.files import atomic_write
@@ -153,7 +154,7 @@ def legend(data: Data) -> list[str]:
 
 
 def best(data: Data) -> list[str]:
-    """Labels of the best sparse contender, and of those within its spread: none of them is shown to be better."""
+    """Labels of the contender of the best mean, and of those that are not shown to be worse, in the table's order."""
     known = [row for row in data["table"]["rows"] if row["final"] is not None]
     if not known:
         return []
@@ -163,11 +164,9 @@ def best(data: Data) -> list[str]:
 
 
 def _level(row: Data, first: Data) -> bool:
-    """Whether two means are closer than their spreads together; never said of single seeds."""
-    both = (row["final"]["spread"], first["final"]["spread"])
-    if None in both:
-        return False
-    return abs(row["final"]["mean"] - first["final"]["mean"]) <= math.hypot(*both)
+    """Whether the mean difference by seed is within its spread; never said of fewer than two seeds."""
+    differences = [value - first["finals"][seed] for seed, value in row["finals"].items() if seed in first["finals"]]
+    return len(differences) > 1 and abs(fmean(differences)) <= stdev(differences)
 
 
 def headline(data: Data) -> list[str]:
@@ -181,7 +180,7 @@ def headline(data: Data) -> list[str]:
     unit = "%" if data["metric"]["percent"] else f" {data['metric']['title']}"
     first = f"{ahead[0]} is best, with {spread(data, rows[ahead[0]]['final'])}{unit}"
     if len(ahead) > 1:
-        first += f"; {_listed(ahead[1:])} {'is' if len(ahead) == 2 else 'are'} within the spread"
+        first += f"; {_listed(ahead[1:])} {'is' if len(ahead) == 2 else 'are'} within the spread of the difference"
     lines = [first + "."]
     against = data["table"]["against"]
     beyond = [
