@@ -18,7 +18,6 @@ from rarefy.compare.contenders import Contender
 from rarefy.compare.jobs import make_job
 from rarefy.compare.task import Task
 from rarefy.files import atomic_write
-from rarefy.methods import Needs
 from rarefy.training.calibrate import lower_quartile
 from rarefy.training.machine import machine
 from rarefy.training.twin import Diverged, Twin
@@ -85,9 +84,11 @@ def steps_of(budget: Budget, paces: Mapping[str, Pace], contender: Contender) ->
 
 
 def num_rewires(contender: Contender, steps: int, layers: int) -> int:
-    """Rewires of single layers in a run of so many steps."""
+    """Rewires of single layers in a run of so many steps, if the method rewires; of one that moves its density alone,
+    the changes of single layers. What they cost is 0 where a rehearsal saw none.
+    """
     method = contender.settled(0, steps).plan.method
-    if contender.dense or not method.rewires:
+    if contender.dense:
         return 0
     end = min(method.end if method.end is not None else int(0.75 * steps), steps)
     return layers * max(0, end - method.begin) // method.interval
@@ -157,6 +158,8 @@ class _Rehearsal:
         self.plain: list[tuple[int, float]] = []
         self.rewired: list[tuple[int, float, int]] = []
         """(step, seconds, layers)."""
+        self.scans = False
+        """Whether growth looked at dense gradients."""
         self.flops: list[int] = []
         self.over = False
 
@@ -175,6 +178,7 @@ class _Rehearsal:
         taken, step = self.twin.clock.train_s - before, self.twin.step
         if result.rewires:
             self.rewired.append((step, taken, len(result.rewires)))
+            self.scans |= any(record.get("grown_by") == "gradient" for record in result.rewires)
         else:
             self.plain.append((step, taken))
 
@@ -187,7 +191,7 @@ class _Rehearsal:
         extra = [(t - (by_part[(step - 1) // size] or step_s)) / n for step, t, n in self.rewired if step > WARM_UP]
         layers = list(self.twin.rewirer.layers.values()) if self.twin.rewirer else []
         scanned = 0.0
-        if self.twin.rewirer and self.twin.rewirer.method.needs is Needs.GRADIENT and layers:
+        if self.scans:
             size_all = fmean(layer.out_features * layer.in_features for layer in layers)
             scanned = 2 * size_all * self.loop.tokens_per_step
         return Pace(

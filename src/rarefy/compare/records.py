@@ -69,8 +69,8 @@ def make_record(
     """
     tokens = task.loop(job.settings).tokens_per_step
     evals = [record for record in log if record["kind"] == "eval"]
-    rewires = [record for record in log if record["kind"] == "rewire"]
-    flops, scanned = flops_at([record["step"] for record in evals] + [twin.step], start, rewires, tokens)
+    changes = [record for record in log if "num_units" in record and "layer" in record]
+    flops, scanned = flops_at([record["step"] for record in evals] + [twin.step], start, changes, tokens)
     key = task.metric.key
     return {
         **about(task, job),
@@ -89,7 +89,7 @@ def make_record(
             "loss": [record["loss"] for record in evals],
             **({key: [record[key] for record in evals]} if key != "loss" else {}),
         },
-        "pattern": pattern_figures(start, rewires, twin),
+        "pattern": pattern_figures(start, changes, twin),
         "warnings": [{k: v for k, v in record.items() if k not in ("kind", "twin")} for record in log
                      if record["kind"] == "guard"],
         "clock": clock_figures(twin.clock, twin.step, [record["train_s"] for record in evals], log),
@@ -118,16 +118,17 @@ def about(task: Task, job: Job) -> dict[str, Any]:
 
 
 def flops_at(
-    steps: Sequence[int], start: Mapping[str, Any], rewires: Sequence[Mapping[str, Any]], tokens: int
+    steps: Sequence[int], start: Mapping[str, Any], changes: Sequence[Mapping[str, Any]], tokens: int
 ) -> tuple[list[int], int]:
     """FLOPs of training up to each of ascending steps, and those of them that were spent on dense gradients for growth.
 
-    Layers change their number of units with their rewires, whose records say what it was from then on.
+    Args:
+        changes: the engine's records of rewires and of densities that moved, each with the number of units from then on.
     """
     units = {name: layer["units"] for name, layer in start["layers"].items()}
     a_token, at, total, scanned = start["flops_per_token"], 0, 0, 0
     found: list[int] = []
-    left = sorted(rewires, key=lambda record: record["step"])
+    left = sorted(changes, key=lambda record: record["step"])
     for step in steps:
         while left and left[0]["step"] <= step:
             record = left.pop(0)
@@ -145,16 +146,17 @@ def flops_at(
 
 
 def pattern_figures(
-    start: Mapping[str, Any], rewires: Sequence[Mapping[str, Any]], twin: Twin
+    start: Mapping[str, Any], changes: Sequence[Mapping[str, Any]], twin: Twin
 ) -> dict[str, Any] | None:
     """What the pattern did, over all sparse layers; None for a dense network.
 
     exploration: share of the units that were ever active, weighted by size; churn: mean share replaced at a rewire;
-    empty_rows, empty_cols: at the end.
+    changes: of any kind, rewires and densities that moved; empty_rows, empty_cols: at the end.
     """
     if twin.rewirer is None:
         return None
-    last = {record["layer"]: record for record in rewires}
+    rewires = [record for record in changes if record["kind"] == "rewire"]
+    last = {record["layer"]: record for record in changes}
     sizes = {name: layer["size"] for name, layer in start["layers"].items()}
     seen = {
         name: _number(last[name].get("exploration")) if name in last else layer["units"] * layer["unit"] / layer["size"]
@@ -162,6 +164,7 @@ def pattern_figures(
     }
     return {
         "rewires": len(rewires),
+        "changes": len(changes),
         "changed": sum(record["changed"] for record in rewires),
         "churn": fmean(record["churn"] for record in rewires) if rewires else 0.0,
         "exploration": sum(seen[name] * sizes[name] for name in sizes) / max(1, sum(sizes.values())),

@@ -24,7 +24,7 @@ def folded(plan: Plan, *, method: str | None, interval: int | None, seed: int, *
 
 
 def with_method(old: Method, name: str) -> Method:
-    """The method of that name, with the old one's options where it has the same ones.
+    """The method of that name, with the options that the old one was given where it has the same ones.
 
     Raises:
         ValueError: there is none of that name; the nearest is named.
@@ -35,7 +35,13 @@ def with_method(old: Method, name: str) -> Method:
     cls = members[name.lower()]
     if type(old) is cls:
         return old
-    return cls(**{f.name: getattr(old, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(old, f.name)})
+    fields = [field for field in dataclasses.fields(old) if field.init]
+    given = {field.name: getattr(old, field.name) for field in fields if getattr(old, field.name) != _default(field)}
+    return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def short_interval(steps: int) -> int:
