@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,3 +86,21 @@ def records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
+
+
+def write_images(folder: Path, *, suffix: str = "", seed: int = 0) -> Path:
+    """A folder in the layout of MNIST: 64 and 20 noisy images of 6 x 6, whose brightest row says what they are."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    for part, count in (("train", 64), ("t10k", 20)):
+        labels = [at % 6 for at in range(count)]
+        pixels = bytes(
+            min(255, rng.randrange(60) + 180 * (row == label)) for label in labels for row in range(6) for _ in range(6)
+        )
+        for name, shape, entries in (
+            (f"{part}-images-idx3-ubyte", (count, 6, 6), pixels),
+            (f"{part}-labels-idx1-ubyte", (count,), bytes(labels)),
+        ):
+            raw = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + entries
+            (folder / (name + suffix)).write_bytes(gzip.compress(raw) if suffix == ".gz" else raw)
+    return folder

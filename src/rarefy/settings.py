@@ -101,7 +101,13 @@ def _is_ours(kind: type) -> bool:
 
 
 def _member(family: type, members: Mapping[str, type], item: Any, where: str) -> Any:
-    """A member of a family, from its name alone or a dict with "name" and fields."""
+    """A member of a family, from its name alone or a dict with "name" and fields; a number is a constant schedule."""
+    if family is Schedule and isinstance(item, int | float) and not isinstance(item, bool):
+        return Constant(float(item))
+    if not isinstance(item, str | Mapping):
+        raise ValueError(
+            f"{where}: expected the name of a {family.__name__.lower()}, or its name and fields, got {item!r}"
+        )
     item = {"name": item} if isinstance(item, str) else dict(item)
     name = str(item.pop("name", "")).lower()
     if name not in members:

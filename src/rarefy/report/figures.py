@@ -105,7 +105,7 @@ def loss(field: Sequence[Contender]) -> Figure | None:
         reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
         layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
         layout["yaxis"]["tickformat"] = ".2~f"
-        layout["yaxis"]["range"] = _loss_range(heights)
+        layout["yaxis"]["range"] = loss_range(heights)
         if axis != "flops" and len(field) > 1:
             _mark_equal(layout, field, axis, scale)
         views.append(View(label, data, layout))
@@ -170,7 +170,7 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
     return traces
 
 
-def _loss_range(heights: list[float]) -> list[float] | None:
+def loss_range(heights: list[float]) -> list[float] | None:
     """From the best value up to where nearly all values lie: the first steps would flatten everything else."""
     finite = sorted(y for y in heights if math.isfinite(y))
     if not finite:

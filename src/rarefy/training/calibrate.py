@@ -63,16 +63,17 @@ def try_out(
         if twin.step > WARM_UP:
             (rewired if result.rewires else plain).append(twin.clock.train_s - train_s)
             forward.append((twin.clock.forward_s - forward_s) / accumulate)
-    step_s = _lower_quartile(plain or rewired)
+    step_s = lower_quartile(plain or rewired)
     return Trial(
         step_s=step_s,
-        rewire_s=max(0.0, _lower_quartile(rewired) - step_s) if rewired else 0.0,
-        eval_s=eval_batches * _lower_quartile(forward),
+        rewire_s=max(0.0, lower_quartile(rewired) - step_s) if rewired else 0.0,
+        eval_s=eval_batches * lower_quartile(forward),
         training_bytes=training_bytes(twin.model, twin.optimizer),
     )
 
 
-def _lower_quartile(times: Sequence[float]) -> float:
+def lower_quartile(times: Sequence[float]) -> float:
+    """What a quarter of the times stay below; 0 without any."""
     return sorted(times)[len(times) // 4] if times else 0.0
 
 

@@ -156,8 +156,9 @@ class Loop:
             self.log.write(**{**record, **about})
         self.watcher.stepped(twin, result)
         if twin.step % settings.eval_interval == 0 or twin.step == settings.steps:
-            loss = twin.evaluate(self.valid_data)
-            self.log.write("eval", **about, **progress, loss=loss, bits_per_byte=loss / math.log(2))
+            found = twin.assess(self.valid_data)
+            loss = found["loss"]
+            self.log.write("eval", **about, **progress, **found, bits_per_byte=loss / math.log(2))
             self.watcher.evaluated(twin, loss)
 
     def _end(self, reason: str) -> None:

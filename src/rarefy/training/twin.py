@@ -19,6 +19,9 @@ from rarefy.sampling import keyed_generator
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Model, inputs, targets -> mean loss, a scalar."""
 
+Assess = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+"""Model, inputs, targets -> means over the targets by name, "loss" among them."""
+
 
 class StepData(Protocol):
     """What a step trains on follows from the step alone: see `rarefy.training.batches.Batches`."""
@@ -85,19 +88,29 @@ class Twin:
         model, optimizer: of each group, "lr" at the time of the call is its full rate; `step` scales it.
         rewirer: attached to the optimizer; None for a dense network.
         loss: how far the model is off.
+        assess: what an evaluation reports; None: the loss alone.
         seed: of whatever the model draws while it trains (dropout): each step draws from its own seed, so that a
         resumed run and
             a network trained alone see the same.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, optimizer: Optimizer, rewirer: Rewirer | None, loss: Loss, *, seed: int = 0
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rewirer: Rewirer | None,
+        loss: Loss,
+        *,
+        assess: Assess | None = None,
+        seed: int = 0,
     ) -> None:
         self.name = name
         self.model = model
         self.optimizer = optimizer
         self.rewirer = rewirer
         self.loss = loss
+        self._assess = assess if assess is not None else lambda *batch: {"loss": loss(*batch)}
         self.seed = seed
         self.step = 0
         """Optimizer steps applied."""
@@ -160,15 +173,21 @@ class Twin:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Diverged(f"the {what} of the {self.name} network is {value} at step {step:,}")
 
-    @torch.no_grad()
     def evaluate(self, windows: Iterable[tuple[Tensor, Tensor]]) -> float:
         """Mean loss over the windows, each target counting alike. The clock stands still."""
+        return self.assess(windows)["loss"]
+
+    @torch.no_grad()
+    def assess(self, windows: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """As `evaluate`, all that this network is judged by: name -> mean."""
         self.model.eval()
-        total, count = 0.0, 0
+        totals: dict[str, float] = {}
+        count = 0
         for inputs, targets in windows:
-            total += self.loss(self.model, inputs.to(self.device), targets.to(self.device)).item() * targets.numel()
+            for name, mean in self._assess(self.model, inputs.to(self.device), targets.to(self.device)).items():
+                totals[name] = totals.get(name, 0.0) + mean.item() * targets.numel()
             count += targets.numel()
-        return total / count
+        return {name: total / count for name, total in totals.items()}
 
     def is_finite(self) -> bool:
         """Whether every parameter is a number."""

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from rarefy.methods import Method, registered
 from rarefy.models import GPTConfig
 from rarefy.plan import Plan
-from rarefy.settings import unknown
+from rarefy.recipes.plans import folded, short_interval
 
 DEFAULT_PLAN = Plan(density=0.1, keep_dense=("head",))
 DEFAULT_MINUTES = 3.0
@@ -172,13 +171,15 @@ class TextSettings:
 
     def folded_plan(self) -> Plan:
         """The plan with what the options say on top of it."""
-        changes: dict[str, Any] = {
-            name: value for name in ("density", "distribution", "block") if (value := getattr(self, name)) is not None
-        }
-        method = self.plan.method if self.method is None else _with_method(self.plan.method, self.method)
-        if self.interval is not None:
-            method = dataclasses.replace(method, interval=self.interval)
-        return dataclasses.replace(self.plan, method=method, seed=self.seed, **changes)
+        return folded(
+            self.plan,
+            method=self.method,
+            interval=self.interval,
+            seed=self.seed,
+            density=self.density,
+            distribution=self.distribution,
+            block=self.block,
+        )
 
     def folded(self) -> TextSettings:
         """The same settings, said with the plan alone, and with the data's whole path."""
@@ -189,10 +190,10 @@ class TextSettings:
         return dataclasses.replace(self, plan=self.folded_plan(), data=data, **unset)
 
     def auto_interval(self, steps: int) -> int:
-        """Steps between two rewires of a layer in a run of `steps`: a short run needs them closer together."""
+        """Steps between two rewires of a layer in a run of `steps`."""
         if self.interval is not None or self.plan != DEFAULT_PLAN:
             return self.folded_plan().method.interval
-        return max(10, min(100, steps // 20))
+        return short_interval(steps)
 
     def settled(self, steps: int) -> TextSettings:
         """Nothing left open: folded, for a run of `steps`."""
@@ -209,26 +210,6 @@ class TextSettings:
             else max(MIN_EVAL_INTERVAL, round(steps / EVALUATIONS)),
             threads=self.threads if self.threads is not None else torch.get_num_threads(),
         )
-
-
-def _with_method(old: Method, name: str) -> Method:
-    """The method of that name, with the options that the old one was given where it has the same ones."""
-    members = registered()
-    if name.lower() not in members:
-        raise ValueError(f"method: {unknown(name.lower(), [key for key in members if key != 'method'])}")
-    cls = members[name.lower()]
-    if type(old) is cls:
-        return old
-    chosen = {
-        field.name: getattr(old, field.name)
-        for field in dataclasses.fields(old)
-        if field.init and getattr(old, field.name) != _default(field)
-    }
-    return cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.init and f.name in chosen})
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:

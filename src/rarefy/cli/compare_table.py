@@ -1,0 +1,33 @@
+"""The table of `rarefy compare`, and the lines below it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rarefy.report.comparison import cells, columns, legend
+
+WIDE = 140
+"""Columns of text that a pipe gets."""
+
+
+def show(data: Mapping[str, Any], console: Console) -> None:
+    """The table, what went wrong, and what the columns mean."""
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for at, (name, under) in enumerate(columns(data)):
+        drawn.add_column(f"{name}\n{under}" if under else name, justify="right" if at else "left", no_wrap=True)
+    for row in data["table"]["rows"]:
+        label, *rest = cells(data, row)
+        drawn.add_row(Text(label, style="bold"), *(Text(cell) for cell in rest))
+    console.print(drawn)
+    for row in data["table"]["rows"]:
+        for message in row["messages"]:
+            console.print(Text(f"{row['label']}, {message}", style="red"), soft_wrap=True)
+    for line in legend(data):
+        console.print(Text(line, style="dim"), soft_wrap=True)

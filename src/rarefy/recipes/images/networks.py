@@ -1,0 +1,71 @@
+"""The networks of an image run, with what trains them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from rarefy.convert import sparsify
+from rarefy.models import MLP
+from rarefy.nn import SparseLinear
+from rarefy.optim import AdamW, param_groups
+from rarefy.plan import Plan
+from rarefy.recipes.images.settings import ImageSettings
+from rarefy.training.twin import Twin
+
+
+def image_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats an image; images (B, H, W) float, labels (B,) int64."""
+    return F.cross_entropy(model(images), labels)
+
+
+def assess(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean loss, and accuracy, the share of images whose likeliest class is their label."""
+    logits = model(images)
+    return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+def make_model(settings: ImageSettings, pixels: int) -> MLP:
+    """The dense network with the first weights that the seed draws."""
+    return MLP(settings.mlp(pixels), torch.Generator().manual_seed(settings.seed)).to(settings.device)
+
+
+def make_sparse(settings: ImageSettings, plan: Plan, pixels: int) -> Twin:
+    """The sparse network of settled settings, its optimizer, and the engine attached to it."""
+    model = make_model(settings, pixels)
+    rewirer = sparsify(model, plan)
+    optimizer = _optimizer(model, settings, sparse=True)
+    rewirer.attach(optimizer, total_steps=settings.steps)
+    return Twin("sparse", model, optimizer, rewirer, image_loss, assess=assess, seed=settings.seed)
+
+
+def make_dense(settings: ImageSettings, pixels: int) -> Twin:
+    """The dense network of settled settings."""
+    model = make_model(settings, pixels)
+    optimizer = _optimizer(model, settings, sparse=False)
+    return Twin("dense", model, optimizer, None, image_loss, assess=assess, seed=settings.seed)
+
+
+def flops_per_image(model: nn.Module) -> int:
+    """FLOPs of training on one image: a multiply and an add a weight, forward and twice backward."""
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return 6 * (weights + sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLinear)))
+
+
+def _optimizer(model: nn.Module, settings: ImageSettings, *, sparse: bool) -> Optimizer:
+    lr = settings.lr if sparse else settings.dense_lr
+    assert lr is not None, "settled"
+    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay)
+    values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
+    if values:
+        faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]
+        groups = [group for group in (faster, *groups) if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum)
+    betas = (0.9, settings.beta2)
+    if sparse and settings.optimizer == "rarefy":
+        return AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
