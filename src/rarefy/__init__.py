@@ -4,6 +4,7 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
+from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens, Signal, Sketch
 from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, Static, unit_mean
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
@@ -21,16 +22,22 @@ __all__ = [
     "Choice",
     "Constant",
     "Cosine",
+    "Exact",
     "Explanation",
     "LayerView",
     "Linear",
     "Method",
+    "Momentum",
     "Needs",
+    "NormProduct",
     "Pattern",
     "Plan",
     "Rewirer",
     "RigL",
+    "SampledTokens",
     "Schedule",
+    "Signal",
+    "Sketch",
     "SparseLinear",
     "Static",
     "er",

@@ -1,7 +1,7 @@
 """Settings as plain data: frozen dataclasses to and from what YAML and JSON can hold, with errors that help.
 
-An object whose class is one of a family (methods, schedules) is written as {"name": class name in lower case,
-fields...}.
+An object whose class is one of a family (methods, schedules, growth signals) is written as {"name": class name in
+lower case, fields...}.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from rarefy.methods import Method, registered
+from rarefy.growth import Signal
+from rarefy.growth import registered as signals
+from rarefy.methods import Method
+from rarefy.methods import registered as methods
 from rarefy.schedules import Constant, Cosine, Linear, Schedule
 
 T = TypeVar("T")
@@ -24,7 +27,7 @@ def to_plain(value: Any) -> Any:
     """Dicts, lists, strings, numbers, booleans and None that say the same."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        tagged = isinstance(value, Method | Schedule)
+        tagged = isinstance(value, Method | Schedule | Signal)
         return {"name": type(value).__name__.lower(), **fields} if tagged else fields
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
@@ -63,7 +66,11 @@ def unknown(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -
 
 
 def _value(kind: Any, item: Any, where: str) -> Any:
-    for family, members in ((Method, registered()), (Schedule, _SCHEDULES)):
+    if type(None) in (options := get_args(kind)) and len(options) == 2:
+        if item is None:
+            return None
+        kind = next(option for option in options if option is not type(None))
+    for family, members in ((Method, methods()), (Schedule, _SCHEDULES), (Signal, signals())):
         if inspect.isclass(kind) and issubclass(kind, family):
             return item if isinstance(item, family) else _member(family, members, item, where)
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind):

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from rarefy.growth import Exact, Signal
 from rarefy.methods.candidates import Candidates, Choice
 from rarefy.pattern import Pattern
 from rarefy.schedules import Cosine, Schedule
@@ -71,6 +72,9 @@ class Method:
 
     may_return: bool = False
     """Whether units dropped in a rewire are candidates for its growth; one that returns keeps value and state."""
+
+    signal: Signal = field(default_factory=Exact)
+    """What growth by gradient looks at: the exact dense gradient, or something cheaper; random growth ignores it."""
 
     needs: ClassVar[Needs] = Needs.NOTHING
     rewires: ClassVar[bool] = True

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.growth import Collector, Request
+from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, Scored
 from rarefy.nn import SparseLinear
@@ -68,7 +70,7 @@ class Rewirer:
         self._hooks: list[Any] = []
         self._steps_inside = 0
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
-        self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
+        self._collectors: dict[str, Collector] = {}
         self._calls_per_step: dict[str, int] = {}
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
@@ -182,42 +184,54 @@ class Rewirer:
         return num_to_replace(self.method.fraction(self._progress(t)), layer.num_units, _num_all(layer))
 
     def _arm(self) -> None:
-        """Have the backward passes before step t + 1 keep what the layers due then will need (6.2 to 6.4, 6.7)."""
-        self._disarm()
-        if self._optimizer is None or self.method.needs is not Needs.GRADIENT:
-            return
-        for name in self.due(self.t + 1):
+        """Have the backward passes before step t + 1 keep what the layers due then, or soon, will need (6.2 to 6.4,
+        6.7).
+        """
+        wanted = self._next_rewires()
+        for name, collector in list(self._collectors.items()):
+            if wanted.get(name) != collector.request.step:
+                sinks.disarm(self.layers[name].sink)
+                del self._collectors[name]
+        for name, step in wanted.items():
             layer = self.layers[name]
-            k = self._k(layer, self.t + 1)
-            if not k:
+            k = self._k(layer, step)
+            if not k or name in self._collectors:
                 continue
-            alone = ranks.world_size() == 1 and self._calls_per_step.get(name) == 1
-            if alone:
-                score, active = self._score(name, layer), self.method.may_return
-                collector = sinks.BestUnits(layer.values, k, score, active=active)
-            else:
-                collector = sinks.DenseGradient(layer.values)
-            self._collectors[name] = collector
+            request = Request(
+                name=name,
+                step=step,
+                seed=self.seed,
+                values=layer.values,
+                k=k,
+                returns=self.method.may_return,
+                calls=self._calls_per_step.get(name),
+                ranks=ranks,
+                grow_score=self._grow_score(name, self.t + 1),
+            )
+            self._collectors[name] = collector = self.method.signal.collector(request)
             sinks.arm(layer.sink, collector)
+
+    def _next_rewires(self) -> dict[str, int]:
+        """Layer -> the step that it rewires after, if the method's signal looks at step t + 1 for it."""
+        if self._optimizer is None or self.method.needs is not Needs.GRADIENT:
+            return {}
+        found: dict[str, int] = {}
+        for step in range(self.t + 1, self.t + 1 + self.method.signal.lead):
+            for name in self.due(step):
+                found.setdefault(name, step)
+        return found
 
     def _disarm(self) -> None:
         for name in self._collectors:
             sinks.disarm(self.layers[name].sink)
         self._collectors = {}
 
-    def _score(self, name: str, layer: SparseLinear) -> sinks.Score | None:
-        """The method's score on tiles of the dense gradient; None: the default, mean |g|, which has a kernel."""
+    def _grow_score(self, name: str, step: int) -> GrowScore | None:
+        """The method's score of gradients; None: the default, mean |g|, which has a kernel."""
         if type(self.method).grow_score is Method.grow_score:
             return None
-        view = self._view(name, self.t + 1)
-        return lambda gradient: self._scores_of(gradient, layer, view)
-
-    def _scores_of(self, gradient: Tensor, layer: SparseLinear, view: LayerView) -> Tensor:
-        """(unit rows, unit columns) scores of whole unit rows of a dense gradient (rows, I)."""
-        (b_r, b_c), (rows, cols) = layer.block, gradient.shape
-        tile = gradient.reshape(rows // b_r, b_r, cols // b_c, b_c).transpose(1, 2).reshape(-1, b_r, b_c)
-        scores = self.method.grow_score(tile.flatten() if layer.block == (1, 1) else tile, view)
-        return scores.to(torch.float32).view(rows // b_r, cols // b_c)
+        view = self._view(name, step)
+        return lambda tile: self.method.grow_score(tile, view)
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -259,6 +273,9 @@ class Rewirer:
                 calls = sinks.take_calls(layer.sink)
                 if calls:
                     self._calls_per_step[name] = calls
+        for name, collector in self._collectors.items():
+            if collector.request.step > self.t:
+                collector.step_applied(self.layers[name].index)
         self._arm()
 
     def _view(self, name: str, step: int) -> LayerView:
@@ -320,7 +337,7 @@ class Rewirer:
     def _unused(self, name: str) -> bool:
         """Whether this step left no gradient to grow by: the layer took no part, or one that cannot be used."""
         collector = self._collectors.get(name)
-        if isinstance(collector, sinks.BestUnits) and collector.calls > 1:
+        if collector is not None and collector.calls > 1 and not collector.combines:
             self._skip(
                 f"{name} was used {collector.calls} times in this step, after once in the one before: "
                 f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
@@ -330,22 +347,13 @@ class Rewirer:
         return ranks.any_rank(unused, self.layers[name].values.device)
 
     def _candidates(self, view: LayerView) -> Candidates:
-        """What may grow now: by the gradient that this step's backward passes left, or at random."""
+        """What may grow now: by what the method's signal kept of the gradient, or at random."""
         layer, method = self.layers[view.name], self.method
         active = view.pattern.unit_indices()
         if method.needs is not Needs.GRADIENT:
             return AtRandom(active, _num_all(layer), (self.seed, self.t, view.name), method.may_return)
-        collector = self._collectors[view.name]
-        if isinstance(collector, sinks.BestUnits):
-            returning = method.grow_score(collector.active_gradient, view) if method.may_return else None
-            return Scored(active, collector.units, collector.scores, returning)
-        assert collector.gradient is not None
-        gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
-        everywhere = self._scores_of(gradient, layer, view).flatten()
-        absent = torch.ones_like(everywhere, dtype=torch.bool)
-        absent[active] = False
-        units = absent.nonzero().flatten()
-        return Scored(active, units, everywhere[units], everywhere[active] if method.may_return else None)
+        found = self._collectors[view.name].found(layer.index, self._grow_score(view.name, self.t))
+        return Scored(active, *found)
 
     def _exchange(self, name: str, drop: Tensor, grown: Tensor) -> Tensor:
         """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending
@@ -400,6 +408,7 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "calls_per_step": dict(self._calls_per_step),
+            "collectors": {n: state for n, c in self._collectors.items() if (state := c.state_dict())},
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -426,7 +435,11 @@ class Rewirer:
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
+        self._disarm()
         self._arm()
+        for name, kept in state.get("collectors", {}).items():
+            if name in self._collectors:
+                self._collectors[name].load_state_dict(kept)
 
 
 def _num_all(layer: SparseLinear) -> int:
