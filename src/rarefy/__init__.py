@@ -4,7 +4,7 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
-from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens, Signal, Sketch
+from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens, Signal
 from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, Static, unit_mean
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
@@ -37,7 +37,6 @@ __all__ = [
     "SampledTokens",
     "Schedule",
     "Signal",
-    "Sketch",
     "SparseLinear",
     "Static",
     "er",

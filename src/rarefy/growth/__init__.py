@@ -4,7 +4,6 @@ from rarefy.growth.exact import Exact
 from rarefy.growth.momentum import Momentum
 from rarefy.growth.norms import NormProduct
 from rarefy.growth.signal import Collector, Found, Request, Signal, registered
-from rarefy.growth.sketch import Sketch
 from rarefy.growth.tokens import SampledTokens
 
 __all__ = [
@@ -16,6 +15,5 @@ __all__ = [
     "Request",
     "SampledTokens",
     "Signal",
-    "Sketch",
     "registered",
 ]

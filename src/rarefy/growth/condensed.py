@@ -55,4 +55,8 @@ class Condensed(Collector):
         returning = None
         if self.request.returns:
             returning = unit_scores(torch.ops.rarefy.sddmm(*index, dy, x), grow_score)
-        return Found(*scan(index, dy, x, self.request.k, grow_score), returning)
+        return Found(*self.best(index, dy, x, grow_score), returning)
+
+    def best(self, index: Index, dy: Tensor, x: Tensor, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
+        """At least the k best absent units of dy^T x, and their scores."""
+        return scan(index, dy, x, self.request.k, grow_score)
