@@ -196,7 +196,7 @@ def grows(method: RigL, pushes: list[Tensor], active: dict[int, float], shape=(2
 def test_momentum_is_the_exponential_mean_by_hand(beta, steps, grown):
     """Units 4 to 7 over three steps; the pool is all four absent ones, so only the mean decides.
 
-    With 0.5 and three steps: unit 4 .125 * 8 - .25 * 4 + 0 = 0, 5 .125 * 8 + .25 * 8 + .5 * 8 = 7, 6 .5, 7 .5 * 9 = 4.5.
+    With 0.5 and three steps: 4 has .125 * 8 - .25 * 4 = 0, 5 has .125 * 8 + .25 * 8 + .5 * 8 = 7, 6 has .5, 7 has 4.5.
     """
     pushes = [torch.tensor([0.0] * 4 + row) for row in ([8.0, 8, 0, 0], [-4.0, 8, 0, 0], [0.0, 8, 1, 9])]
     if beta == 0.9:
