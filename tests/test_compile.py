@@ -11,7 +11,19 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rarefy import SET, Constant, Plan, Rewirer, RigL, SparseLinear, sparsify
+from rarefy import (
+    SET,
+    Constant,
+    Exact,
+    Momentum,
+    NormProduct,
+    Plan,
+    Rewirer,
+    RigL,
+    SampledTokens,
+    SparseLinear,
+    sparsify,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +59,10 @@ def train(run, optimizer: torch.optim.Optimizer, *, micro_batches: int = 1, auto
 
 
 METHODS = {
-    "RigL": RigL(interval=2, end=90, fraction=Constant(0.3)),
+    "RigL": RigL(interval=2, end=90, fraction=Constant(0.3), signal=Exact()),
+    "RigL-tokens": RigL(interval=2, end=90, fraction=Constant(0.3), signal=SampledTokens(tokens=3)),
+    "RigL-norms": RigL(interval=2, end=90, fraction=Constant(0.3), signal=NormProduct()),
+    "RigL-momentum": RigL(interval=2, end=90, fraction=Constant(0.3), signal=Momentum(source=NormProduct())),
     "RigL-may-return": RigL(interval=2, end=90, fraction=Constant(0.3), may_return=True, stagger=False),
     "SET": SET(interval=2, end=90, fraction=Constant(0.3)),
 }

@@ -14,12 +14,16 @@ from rarefy import (
     Choice,
     Constant,
     Cosine,
+    Exact,
     LayerView,
     Method,
+    Momentum,
     Needs,
+    NormProduct,
     Plan,
     Rewirer,
     RigL,
+    SampledTokens,
     SparseLinear,
     Static,
     sparsify,
@@ -107,14 +111,26 @@ def test_static_never_rewires():
 
 # -- what every registered method has --
 
+SIGNALS = {
+    "rigl exact": Exact(),
+    "rigl of tokens": SampledTokens(tokens=5),
+    "rigl of tokens by norm": SampledTokens(tokens=5, by="norm"),
+    "rigl of norms": NormProduct(),
+    "rigl of momentum": Momentum(steps=4),
+    "rigl of two steps": Momentum(steps=2, pool=3, source=NormProduct()),
+}
 ALL = sorted(name for name, method in registered().items() if method.__module__.startswith("rarefy."))
+ALL += sorted(SIGNALS)
 BLOCKS = [1, 4, (2, 3)]
 
 
 def model_and_plan(name: str, block, **options) -> tuple[nn.Module, Plan]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 12))
-    method = registered()[name](**{"interval": 2, "end": 40, "fraction": Constant(0.4), **options})
+    options = {"interval": 2, "end": 40, "fraction": Constant(0.4), **options}
+    if name in SIGNALS:
+        options["signal"] = SIGNALS[name]
+    method = registered()[name.partition(" ")[0]](**options)
     # A schedule, which a method that moves the density by itself takes as it is: here the density stays.
     return model, Plan(density=Constant(0.3), method=method, block=block, seed=3)
 
@@ -153,7 +169,7 @@ def test_every_method_keeps_the_invariants(name, block, optimizer_name, stagger)
                 check_nothing_changed(before[n], layer, optimizer)
         optimizer.zero_grad()
     assert {n: layer.num_units for n, layer in rewirer.layers.items()} == counts
-    if registered()[name].rewires:
+    if plan.method.rewires:
         assert {record["layer"] for record in rewirer.history} == set(counts)
 
 
@@ -169,9 +185,12 @@ def test_fraction_zero_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_same_after_save_and_load(name):
+@pytest.mark.parametrize("interval", [2, 7])
+def test_same_after_save_and_load(name, interval):
+    """Saved between two rewires: after step 9, when those of interval 7 have watched candidates for some steps."""
+
     def build(steps: range, saved=None):
-        model, plan = model_and_plan(name, 1)
+        model, plan = model_and_plan(name, 1, interval=interval)
         rewirer = sparsify(model, plan)
         optimizer = OPTIMIZERS["rarefy.AdamW"](model.parameters())
         rewirer.attach(optimizer, total_steps=40)
@@ -213,7 +232,7 @@ def test_a_fraction_outside_zero_to_one_is_refused():
 
 
 def test_presets_say_what_the_papers_do():
-    assert RigL.paper() == RigL(may_return=True, stagger=False)
+    assert RigL.paper() == RigL(may_return=True, stagger=False, signal=Exact())
     assert SET.paper(interval=7, end=9) == SET(interval=7, end=9, fraction=Constant(0.3), stagger=False)
     assert SET.itop() == SET(interval=1500, fraction=Constant(0.5))
     assert RigL().fraction == Cosine(start=0.3) and RigL().interval == 100

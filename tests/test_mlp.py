@@ -19,10 +19,13 @@ from torch.nn import functional as F
 from cases import gather, scatter
 from near import Near, activated, dense_activation
 from rarefy import Constant, Pattern, Plan, RigL, SparseLinear, sparsify
+from rarefy.growth import Request
+from rarefy.growth.exact import DenseGradient
 from rarefy.models import GPT, GPTConfig
 from rarefy.nn import gated_mlp, mlp
 from rarefy.ops import Index, available, sink, using
 from rarefy.ops.mlp import ACTIVATIONS, pack, unpack
+from rarefy.rewiring import ranks
 
 OPS = torch.ops.rarefy
 IN, HIDDEN, OUT = 48, 64, 32
@@ -541,6 +544,10 @@ def test_compiles_to_one_graph(gated, precision):
 # -- growth -----------------------------------------------------------------------------------------------------------
 
 
+def request(name: str, layer: SparseLinear) -> Request:
+    return Request(name=name, step=1, seed=0, values=layer.values, k=1, returns=False, calls=None, ranks=ranks)
+
+
 @GATED
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_armed_collector_sees_what_it_sees_of_layers(gated, autocast):
@@ -548,7 +555,7 @@ def test_an_armed_collector_sees_what_it_sees_of_layers(gated, autocast):
     for fused in (True, False):
         model = Block(gated, fused=fused)
         layers = {name: layer for name, layer in model.named_children() if isinstance(layer, SparseLinear)}
-        collectors = {name: sink.DenseGradient(layer.values) for name, layer in layers.items()}
+        collectors = {name: DenseGradient(request(name, layer)) for name, layer in layers.items()}
         for name, layer in layers.items():
             sink.arm(layer.sink, collectors[name])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
-from rarefy import SET, Constant, Plan, Rewirer, RigL, SparseLinear, sparsify
+from rarefy import (
+    SET,
+    Constant,
+    Exact,
+    Momentum,
+    NormProduct,
+    Plan,
+    Rewirer,
+    RigL,
+    SampledTokens,
+    SparseLinear,
+    sparsify,
+)
 
 RANKS = 2
 STEPS = 12
@@ -39,8 +51,12 @@ def batch(step: int) -> Tensor:
 def methods() -> dict[str, rarefy.Method]:
     common = {"interval": 3, "end": 50, "fraction": Constant(0.3)}
     return {
-        "RigL": RigL(**common),
-        "RigL all at once": RigL(**common, stagger=False, may_return=True),
+        "RigL": RigL(**common, signal=Exact()),
+        "RigL all at once": RigL(**common, signal=Exact(), stagger=False, may_return=True),
+        "RigL of tokens": RigL(**common, signal=SampledTokens(tokens=32)),
+        "RigL of norms": RigL(**common, signal=NormProduct(), may_return=True),
+        "RigL of momentum": RigL(**common, signal=Momentum(steps=3), may_return=True),
+        "RigL of two steps": RigL(**common, signal=Momentum(steps=2, pool=3, source=NormProduct())),
         "SET": SET(**common),
     }
 
@@ -89,6 +105,13 @@ def same_as_one_rank(rank: int, name: str, micro_batches: int) -> dict[str, Any]
         "patterns": patterns,
         "values": sum(float(layer.values.detach().sum()) for layer in rewirer.layers.values()),
     }
+
+
+def sampled(rank: int) -> dict[str, Any]:
+    """Each rank draws rows of its own, and of another number; both choose by all of them."""
+    method = RigL(interval=3, end=50, fraction=Constant(0.3), signal=SampledTokens(tokens=6, by="norm"))
+    model, rewirer = build(method)
+    return {"patterns": train(DistributedDataParallel(model), rewirer, rank, RANKS), "skipped": rewirer.skipped}
 
 
 def with_no_sync(rank: int) -> dict[str, Any]:
@@ -174,6 +197,7 @@ SCENES = {
         for name in methods()
         for parts in (1, 2)
     },
+    "sampled": sampled,
     "no_sync": with_no_sync,
     "buffers": lambda rank: buffers_stay(rank, False),
     "buffers, compiled": lambda rank: buffers_stay(rank, True),
@@ -221,6 +245,12 @@ def test_rule_8_2_two_ranks_rewire_as_one_with_the_whole_batch(found, name, micr
         assert rank[f"{name} x{micro_batches}"]["patterns"] == alone
         values = sum(float(layer.values.detach().sum()) for layer in rewirer.layers.values())
         assert rank[f"{name} x{micro_batches}"]["values"] == pytest.approx(values, rel=1e-9)
+
+
+def test_rule_8_2_ranks_that_sample_rows_agree(found):
+    first, second = (rank["sampled"] for rank in found)
+    assert first == second and first["skipped"] == 0
+    assert len({json.dumps(patterns) for patterns in first["patterns"]}) >= STEPS // 3
 
 
 def test_rule_6_4_accumulation_under_no_sync(found):

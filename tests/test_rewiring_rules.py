@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rarefy
 from rarefy import SET, Constant, Cosine, Linear, Pattern, Plan, Rewirer, RigL, SparseLinear, sparsify
+from rarefy.growth import exact
 from rarefy.init import magnitude_pattern
 from rarefy.ops import sink as sinks
 from rarefy.selection import highest, lowest, num_to_replace
@@ -497,7 +498,7 @@ def test_rule_6_2_the_gradient_is_exact_under_autocast():
 def test_rule_6_3_one_micro_batch_keeps_no_dense_gradient(monkeypatch):
     """From the second step on, when it is known that a step is one backward."""
     made: list[str] = []
-    for kind in (sinks.BestUnits, sinks.DenseGradient):
+    for kind in (exact.BestUnits, exact.DenseGradient):
         add = kind.add
         monkeypatch.setattr(
             kind, "add", lambda self, *given, add=add, kind=kind: (made.append(kind.__name__), add(self, *given))[1]
@@ -657,7 +658,7 @@ def test_rule_6_6_fewer_candidates_make_k_smaller(method, may_return):
 def test_rule_6_7_other_steps_pay_nothing(monkeypatch):
     """No collector, no scan: growth is asked for at the steps that rewire, and by the layers that do."""
     asked: list[int] = []
-    for kind in (sinks.BestUnits, sinks.DenseGradient):
+    for kind in (exact.BestUnits, exact.DenseGradient):
         monkeypatch.setattr(kind, "add", lambda self, *given, add=kind.add: (asked.append(t), add(self, *given))[1])
     layer = SparseLinear(16, 16, density=0.2)
     _, optimizer = engine(layer, RigL(interval=5, end=10, fraction=Constant(0.3)))

@@ -4,6 +4,7 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
+from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens, Signal
 from rarefy.methods import (
     GMP,
     MEST,
@@ -38,18 +39,23 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Exact",
     "Explanation",
     "GraNet",
     "LayerView",
     "Linear",
     "Method",
+    "Momentum",
     "Needs",
+    "NormProduct",
     "Pattern",
     "Plan",
     "Redistribution",
     "Rewirer",
     "RigL",
+    "SampledTokens",
     "Schedule",
+    "Signal",
     "SparseLinear",
     "Static",
     "Steps",

@@ -1,7 +1,7 @@
 """Settings as plain data: frozen dataclasses to and from what YAML and JSON can hold, with errors that help.
 
-An object whose class is one of a family (methods, schedules) is written as {"name": class name in lower case,
-fields...}.
+An object whose class is one of a family (methods, schedules, growth signals) is written as {"name": class name in
+lower case, fields...}.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rarefy.methods import Method, registered
+from rarefy.growth import Signal
+from rarefy.growth import registered as signals
+from rarefy.methods import Method
+from rarefy.methods import registered as methods
 from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 
 T = TypeVar("T")
@@ -33,7 +36,7 @@ def to_plain(value: Any) -> Any:
     """Dicts, lists, strings, numbers, booleans and None that say the same."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        tagged = isinstance(value, Method | Schedule)
+        tagged = isinstance(value, Method | Schedule | Signal)
         return {"name": type(value).__name__.lower(), **fields} if tagged else fields
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
@@ -72,7 +75,11 @@ def unknown(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -
 
 
 def _value(kind: Any, item: Any, where: str) -> Any:
-    for family, members in ((Method, registered()), (Schedule, _SCHEDULES)):
+    if type(None) in (options := get_args(kind)) and len(options) == 2:
+        if item is None:
+            return None
+        kind = next(option for option in options if option is not type(None))
+    for family, members in ((Method, methods()), (Schedule, _SCHEDULES), (Signal, signals())):
         if inspect.isclass(kind) and issubclass(kind, family):
             return item if isinstance(item, family) else _member(family, members, item, where)
     if get_origin(kind) in _UNIONS:
@@ -97,7 +104,7 @@ def _value(kind: Any, item: Any, where: str) -> Any:
 
 def _is_ours(kind: type) -> bool:
     """Whether `_value` reads the class itself, from a dict."""
-    return issubclass(kind, Method | Schedule) or dataclasses.is_dataclass(kind)
+    return issubclass(kind, Method | Schedule | Signal) or dataclasses.is_dataclass(kind)
 
 
 def _member(family: type, members: Mapping[str, type], item: Any, where: str) -> Any:

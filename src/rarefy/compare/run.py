@@ -59,7 +59,7 @@ def _run(task: Task, job: Job, folder: Path, watcher: Watcher, stop: StopRequest
                 train_data=data,
                 valid_data=valid,
                 settings=task.loop(job.settings),
-                flops_per_token={twin.name: start["flops_per_token"]},
+                flops_per_token=lambda twin: task.flops_per_token(twin.model),
                 folder=here,
                 log=log,
                 watcher=watcher,

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from rarefy.growth import Exact, Signal
 from rarefy.methods.candidates import Candidates, Choice
 from rarefy.methods.redistribution import Redistribution
 from rarefy.pattern import Pattern
@@ -82,6 +83,9 @@ class Method:
 
     redistribute: Redistribution | None = None
     """Move units between layers by salience, at each of those steps, with the total as it is; None: do not."""
+
+    signal: Signal = field(default_factory=Exact)
+    """What growth by gradient looks at: the exact dense gradient, or something cheaper; random growth ignores it."""
 
     needs: ClassVar[Needs] = Needs.NOTHING
     rewires: ClassVar[bool] = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from rarefy.growth import Exact
 from rarefy.methods.base import Method, Needs
 
 
@@ -21,5 +22,5 @@ class RigL(Method):
 
     @classmethod
     def paper(cls, *, interval: int = 100, end: int | None = None) -> Self:
-        """The authors' way: dropped units may return at once, and all layers rewire together."""
-        return cls(interval=interval, end=end, may_return=True, stagger=False)
+        """The authors' way: the exact gradient, dropped units may return at once, and all layers rewire together."""
+        return cls(interval=interval, end=end, may_return=True, stagger=False, signal=Exact())

@@ -240,4 +240,6 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
         library.rarefy_grow_free(selection)
     if nonfinite.value:  # the engine skips a rewire whose scores are not all finite (rewiring rule 8.3)
         scores.fill_(torch.inf)
+        if not found and k:  # none was: one must show
+            units[0], found = 0, 1
     return units[:found], scores[:found]

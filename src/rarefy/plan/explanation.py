@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rarefy.growth import Exact
 from rarefy.methods import Method, Needs
 from rarefy.plan.decision import Decision
 from rarefy.plan.precisions import best, summed
 from rarefy.plan.tables import layers_table, precisions_table, verdict
+from rarefy.selection import num_to_replace
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,23 @@ class Explanation:
 
     @property
     def growth_bytes(self) -> int:
-        """Most bytes of dense gradient held at one step that rewires, with several micro-batches or ranks (rule 6.4).
+        """Most bytes that growth by gradient holds at one step, in fp32: what the method's signal keeps of the layers
+        that rewire at it, or soon (rule 6.4).
 
-        With one of each the gradient is streamed, and only a tile of it exists.
+        For the exact signal that is the dense gradient, with several micro-batches or ranks; with one of each it is
+        streamed, and only a tile of it exists.
         """
-        if self.method.needs is not Needs.GRADIENT:
+        method = self.method
+        if method.needs is not Needs.GRADIENT:
             return 0
-        sizes = sorted((4 * d.shape[0] * d.shape[1] for d in self.decisions if d.is_sparse), reverse=True)
-        at_once = -(-len(sizes) // self.method.interval) if self.method.stagger else len(sizes)
-        return sum(sizes[:at_once])
+        sizes = []
+        for d in self.decisions:
+            if d.is_sparse and d.units is not None:
+                entries = d.block[0] * d.block[1]
+                k = num_to_replace(method.fraction(0.0), d.units, d.shape[0] * d.shape[1] // entries)
+                sizes.append(method.signal.held_bytes(d.shape, k, entries))
+        at_once = -(-len(sizes) * method.signal.lead // method.interval) if method.stagger else len(sizes)
+        return sum(sorted(sizes, reverse=True)[:at_once])
 
     def to_json(self) -> dict[str, Any]:
         """{"layers": rows, "totals": totals}."""
@@ -112,8 +122,7 @@ class Explanation:
         if self.assumed_tokens is not None:
             lines.append(f"times are for {self.assumed_tokens} tokens a step, assumed, as no sample says how many")
         if self.growth_bytes:
-            lines.append(
-                f"growth by gradient: streamed; with several micro-batches or ranks up to {self.growth_bytes:,} "
-                "bytes of dense gradient at a step that rewires"
-            )
+            exact = isinstance(self.method.signal, Exact)
+            how = "streamed; with several micro-batches or ranks" if exact else type(self.method.signal).__name__ + ","
+            lines.append(f"growth by gradient: {how} up to {self.growth_bytes:,} bytes held at a step that rewires")
         return "\n".join(lines)

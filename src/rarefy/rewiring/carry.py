@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rarefy.methods.candidates import Scored
 from rarefy.nn import SparseLinear
 from rarefy.nn.linear import resize
+from rarefy.ops import Index
 from rarefy.pattern import Pattern
 from rarefy.selection import contains
 
@@ -168,6 +169,7 @@ class BeforeChange:
     def __init__(self, layer: SparseLinear) -> None:
         self.units = layer.pattern.unit_indices()
         """(K,) active then, ascending."""
+        self.index = Index.of(layer.pattern)
         self._gradient = layer.values.grad
 
     def gradient_of(self, layer: SparseLinear) -> Tensor | None:

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from rarefy.budget import Budget
+from rarefy.growth import Collector, Request
+from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, Scored
 from rarefy.nn import SparseLinear
@@ -73,7 +75,7 @@ class Rewirer:
         self._hooks: list[Any] = []
         self._steps_inside = 0
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
-        self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
+        self._collectors: dict[str, Collector] = {}
         self._before: dict[str, BeforeChange] = {}  # of layers whose size changed after this very step
         self._calls_per_step: dict[str, int] = {}
         self._trackers = {
@@ -185,20 +187,42 @@ class Rewirer:
         return density.is_due(self.method, self.budget, t, self.end)
 
     def _arm(self) -> None:
-        """Have the backward passes before step t + 1 keep what the layers due then will need (6.2 to 6.4, 6.7)."""
-        self._disarm()
-        if self._optimizer is None or self.method.needs is not Needs.GRADIENT:
-            return
-        for name, k in self._wanted(self.t + 1).items():
+        """Have the backward passes before step t + 1 keep what the layers due then, or soon, will need (6.2 to 6.4,
+        6.7).
+        """
+        wanted = self._next_growth()
+        for name, collector in list(self._collectors.items()):
+            if name not in wanted or wanted[name][0] != collector.request.step:
+                self._forget(name)
+        for name, (step, k) in wanted.items():
+            if name in self._collectors:
+                continue
             layer = self.layers[name]
-            alone = ranks.world_size() == 1 and self._calls_per_step.get(name) == 1
-            if alone and k is not None:
-                score, active = self._score(name, layer), self.method.may_return
-                collector = sinks.BestUnits(layer.values, k, score, active=active)
-            else:
-                collector = sinks.DenseGradient(layer.values)
-            self._collectors[name] = collector
+            request = Request(
+                name=name,
+                step=step,
+                seed=self.seed,
+                values=layer.values,
+                k=_num_all(layer) if k is None else k,
+                returns=self.method.may_return,
+                calls=None if k is None else self._calls_per_step.get(name),
+                ranks=ranks,
+                grow_score=self._grow_score(name, self.t + 1),
+            )
+            self._collectors[name] = collector = self.method.signal.collector(request)
             sinks.arm(layer.sink, collector)
+
+    def _next_growth(self) -> dict[str, tuple[int, int | None]]:
+        """Layer -> the step after which it grows and how many it may want, if the method's signal looks at step t + 1
+        for it.
+        """
+        if self._optimizer is None or self.method.needs is not Needs.GRADIENT:
+            return {}
+        found: dict[str, tuple[int, int | None]] = {}
+        for step in range(self.t + 1, self.t + 1 + self.method.signal.lead):
+            for name, k in self._wanted(step).items():
+                found.setdefault(name, (step, k))
+        return found
 
     def _wanted(self, step: int) -> dict[str, int | None]:
         """For the layers that grow after a step, how many candidates may be asked for at most; None: who knows.
@@ -224,24 +248,20 @@ class Rewirer:
                 wanted[name] = min(k + max(bound - now[name], 0), absent)
         return wanted
 
-    def _disarm(self) -> None:
-        for name in self._collectors:
-            sinks.disarm(self.layers[name].sink)
-        self._collectors = {}
+    def _forget(self, name: str) -> None:
+        sinks.disarm(self.layers[name].sink)
+        del self._collectors[name]
 
-    def _score(self, name: str, layer: SparseLinear) -> sinks.Score | None:
-        """The method's score on tiles of the dense gradient; None: the default, mean |g|, which has a kernel."""
+    def _disarm(self) -> None:
+        for name in list(self._collectors):
+            self._forget(name)
+
+    def _grow_score(self, name: str, step: int) -> GrowScore | None:
+        """The method's score of gradients; None: the default, mean |g|, which has a kernel."""
         if type(self.method).grow_score is Method.grow_score:
             return None
-        view = self._view(name, self.t + 1)
-        return lambda gradient: self._scores_of(gradient, layer, view)
-
-    def _scores_of(self, gradient: Tensor, layer: SparseLinear, view: LayerView) -> Tensor:
-        """(unit rows, unit columns) scores of whole unit rows of a dense gradient (rows, I)."""
-        (b_r, b_c), (rows, cols) = layer.block, gradient.shape
-        tile = gradient.reshape(rows // b_r, b_r, cols // b_c, b_c).transpose(1, 2).reshape(-1, b_r, b_c)
-        scores = self.method.grow_score(tile.flatten() if layer.block == (1, 1) else tile, view)
-        return scores.to(torch.float32).view(rows // b_r, cols // b_c)
+        view = self._view(name, step)
+        return lambda tile: self.method.grow_score(tile, view)
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -286,6 +306,9 @@ class Rewirer:
                 calls = sinks.take_calls(layer.sink)
                 if calls:
                     self._calls_per_step[name] = calls
+        for name, collector in self._collectors.items():
+            if collector.request.step > self.t:
+                collector.step_applied(self.layers[name].index)
         self._arm()
 
     def _view(self, name: str, step: int) -> LayerView:
@@ -343,7 +366,7 @@ class Rewirer:
     def _unused(self, name: str) -> bool:
         """Whether this step left no gradient to grow by: the layer took no part, or one that cannot be used."""
         collector = self._collectors.get(name)
-        if isinstance(collector, sinks.BestUnits) and collector.calls > 1:
+        if collector is not None and collector.calls > 1 and not collector.combines:
             self._skip(
                 f"{name} was used {collector.calls} times in this step, after once in the one before: "
                 f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
@@ -353,30 +376,16 @@ class Rewirer:
         return ranks.any_rank(unused, self.layers[name].values.device)
 
     def _candidates(self, view: LayerView, *, at_random: bool = False) -> Candidates:
-        """What may grow now: by the gradient that this step's backward passes left, or at random."""
+        """What may grow now: by what the method's signal kept of the gradient, or at random."""
         layer, method = self.layers[view.name], self.method
         active, before = view.pattern.unit_indices(), self._before.get(view.name)
-        barred = None if before is None else before.barred_in(layer)
-        collector = self._collectors.get(view.name)
         if method.needs is not Needs.GRADIENT or at_random:
             key = (self.seed, self.t, view.name)
-            return AtRandom(active, _num_all(layer), key, method.may_return, None if method.may_return else barred)
-        if isinstance(collector, sinks.BestUnits):
-            units, scores = collector.units, collector.scores
-            seen = active if before is None else before.units
-            of_seen = method.grow_score(collector.active_gradient, view) if method.may_return else None
-        else:
-            assert isinstance(collector, sinks.DenseGradient) and collector.gradient is not None
-            gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
-            everywhere = self._scores_of(gradient, layer, view).flatten()
-            absent = torch.ones_like(everywhere, dtype=torch.bool)
-            seen = active if before is None else before.units
-            absent[seen] = False
-            units = absent.nonzero().flatten()
-            scores, of_seen = everywhere[units], everywhere[seen] if method.may_return else None
-        if before is None:
-            return Scored(active, units, scores, of_seen)
-        return before.candidates(active, units, scores, of_seen)
+            barred = None if before is None or method.may_return else before.barred_in(layer)
+            return AtRandom(active, _num_all(layer), key, method.may_return, barred)
+        index = layer.index if before is None else before.index
+        found = self._collectors[view.name].found(index, self._grow_score(view.name, self.t))
+        return Scored(active, *found) if before is None else before.candidates(active, *found)
 
     def _exchange(self, name: str, choice: Choice, num_before: int, kind: str, grown_by: str, started: float) -> None:
         """Swap the chosen units, see that ranks agree, and write the record."""
@@ -406,7 +415,9 @@ class Rewirer:
         )
 
     def _after_resize(self, name: str) -> None:
-        """What follows a change of a layer's number of units: nothing yet."""
+        """What follows a change of a layer's number of units: who watches its units for a later step begins anew."""
+        if name in self._collectors and self._collectors[name].request.step > self.t:
+            self._forget(name)
 
     # -- other sizes --------------------------------------------------------------------------------------------------
 
@@ -454,6 +465,7 @@ class Rewirer:
             "layers": list(self.layers),
             "num_units": {name: layer.num_units for name, layer in self.layers.items()},
             "calls_per_step": dict(self._calls_per_step),
+            "collectors": {n: state for n, c in self._collectors.items() if (state := c.state_dict())},
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -482,7 +494,11 @@ class Rewirer:
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
+        self._disarm()
         self._arm()
+        for name, kept in state.get("collectors", {}).items():
+            if name in self._collectors:
+                self._collectors[name].load_state_dict(kept)
 
     def _make_room(self, num_units: Mapping[str, int]) -> None:
         """The sizes that layers had when they were saved, for a model's state that is loaded next (9.4)."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.nn import SparseLinear
@@ -17,6 +18,23 @@ from rarefy.nn import SparseLinear
 def world_size() -> int:
     """Ranks that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one's number."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def rows_of_ranks(rows: Tensor) -> Tensor:
+    """All ranks' (m, F) rows, in the order of ranks, the same on each; m may differ, and then zeros fill up."""
+    if world_size() == 1:
+        return rows
+    most = torch.tensor([rows.shape[0]], device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    mine = F.pad(rows, (0, 0, 0, int(most) - rows.shape[0])).contiguous()
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.cat(everyone)
 
 
 def mean_over_ranks(gradient: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class ImageSettings:
             **unset,
             plan=plan,
             steps=steps,
-            sparse_lr=self.sparse_lr if self.sparse_lr is not None else self.lr / plan.density**0.3,
+            sparse_lr=self.sparse_lr if self.sparse_lr is not None else self.lr / plan.density_at(0.0) ** 0.3,
             dense_lr=self.dense_lr if self.dense_lr is not None else self.lr,
             warmup=self.warmup if self.warmup is not None else max(1, min(100, steps // 10)),
             eval_interval=self.eval_interval if self.eval_interval is not None else max(1, round(steps / EVALUATIONS)),
