@@ -139,8 +139,8 @@ void gradients_of(const Gradient *gradients, int num, const Chunks &chunks, int6
     }
     tiles.shape(SIDE, 16, SIDE);
     for (int i = 0; i < num; ++i) {
-      add_columns<SIDE>(gradients[i].side, begin, end, gradients[i].dy_rows, out * kTokens, x_words, x_panel, count, first > 0,
-                        gradients[i].dvalues);
+      const Gradient &g = gradients[i];
+      add_columns<SIDE>(g.side, begin, end, g.dy_rows, out * kTokens, x_words, x_panel, count, first > 0, g.dvalues);
     }
   }
 }
@@ -300,7 +300,9 @@ int mlp_backward(const rarefy_mlp *mlp, const T *dy, const T *x, const bf16 *z, 
   {
     const FlushDenormals flush;
     Tiles tiles;
-    for (int i = 0; i < inner.count && dx != nullptr; ++i) convert_side<SIDE>(g[i].side, inner.layers[i]->values, true, g[i].blocks);
+    for (int i = 0; i < inner.count && dx != nullptr; ++i) {
+      convert_side<SIDE>(g[i].side, inner.layers[i]->values, true, g[i].blocks);
+    }
     convert_side<SIDE>(down.side, mlp->down.values, true, down.blocks);
     word *words = buffers + omp_get_thread_num() * own;
     float *sums = reinterpret_cast<float *>(words + group * max64(x_panel, h_panel));
