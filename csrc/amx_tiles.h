@@ -94,14 +94,24 @@ void convert_side(const Side &side, const float *values, bool transposed, bf16 *
   }
 }
 
-// sums[r - begin][SIDE][64] of the block rows [begin, end) over one panel of words[input / 2][64].
+// sums[r - begin][SIDE][64] of the block rows [begin, end) over one panel of words[input / 2][64], on top of what is there
+// if `add`.
 template <int SIDE>
-void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, float *sums) {
+void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int64_t begin, int64_t end, bool add,
+                   float *sums) {
   for (int64_t r = begin; r < end; ++r) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    float *out = sums + (r - begin) * SIDE * kTokens;
+    if (add) {
+      _tile_loadd(0, out, kTokens * 4);
+      _tile_loadd(1, out + 16, kTokens * 4);
+      _tile_loadd(2, out + 32, kTokens * 4);
+      _tile_loadd(3, out + 48, kTokens * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t k = side.ptr[r]; k < side.ptr[r + 1]; ++k) {
       const word *x = words + side.cols[k] * (SIDE / 2 * kTokens);
       _tile_loadd(4, blocks + k * (SIDE * SIDE), SIDE * 2);
@@ -114,7 +124,6 @@ void multiply_rows(const Side &side, const bf16 *blocks, const word *words, int6
       _tile_loadd(7, x + 48, kTokens * 4);
       _tile_dpbf16ps(3, 4, 7);
     }
-    float *out = sums + (r - begin) * SIDE * kTokens;
     _tile_stored(0, out, kTokens * 4);
     _tile_stored(1, out + 16, kTokens * 4);
     _tile_stored(2, out + 32, kTokens * 4);

@@ -21,7 +21,8 @@ template <int RB, int CB, int NV, bool WT, int ROWS>
 inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const float *values, const float *tile,
                               float *sums) {
   constexpr int P = NV * VL;
-  constexpr int RT = min_int(RB, kBudget);
+  // Where the rows of a unit do not fit at once, fewer rows by more vectors: a third fewer loads, measured to be faster.
+  constexpr int RT = RB <= kBudget ? RB : kBudget / 2;
   constexpr int VT = max_int(1, min_int(NV, kBudget / RT));
   const int64_t length = segments[0].length;
   for (int r0 = 0; r0 < RB; r0 += RT) {

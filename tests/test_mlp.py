@@ -253,6 +253,28 @@ def test_the_same_bits_from_run_to_run_and_whatever_the_threads(backend, gated, 
         assert all(torch.equal(mine, first) for mine, first in zip(run, runs[0], strict=True))
 
 
+@GATED
+@pytest.mark.parametrize("block", [(8, 8), (16, 16)], ids=str)
+def test_large_blocks_in_bf16_give_the_same_bits_whatever_the_threads_and_without_dx(backend, gated, block):
+    p = problem(200, gated=gated, blocks=(block, block), sizes=(96, 704, 64), dtype=torch.bfloat16)
+    needs = [False] + [True] * (2 * len(p.values))
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            if count > 1 and backend in ("reference", "tiled"):
+                continue  # dense matmuls of torch, which may add in another order
+            torch.set_num_threads(count)
+            y, z = p.forward("silu", torch.bfloat16)
+            whole, part = p.backward(z, "silu"), p.backward(z, "silu", needs)
+            assert part[0].numel() == 0
+            assert all(torch.equal(a, b) for a, b in zip(whole[1:], part[1:], strict=True))
+            runs.append((y, unpack(z, 200), *whole))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(run, runs[0], strict=True))
+
+
 def test_what_is_kept_is_in_groups_of_64_tokens():
     z = torch.arange(130.0 * 3).view(130, 3)
     packed = pack(z, torch.float32)
