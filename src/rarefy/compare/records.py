@@ -123,7 +123,7 @@ def flops_at(
     """FLOPs of training up to each of ascending steps, and those of them that were spent on dense gradients for growth.
 
     Args:
-        changes: the engine's records of rewires and of densities that moved, each with the number of units from then on.
+        changes: the engine's records of rewires and of densities that moved, with the number of units from then on.
     """
     units = {name: layer["units"] for name, layer in start["layers"].items()}
     a_token, at, total, scanned = start["flops_per_token"], 0, 0, 0
