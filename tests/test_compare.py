@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import time
 from html.parser import HTMLParser
@@ -276,7 +277,7 @@ def made(tmp_path_factory, text) -> Path:
 
 def test_a_record_says_all_that_a_run_did(made):
     records = kept(made)
-    assert len(records) == 8 and not list((made / "partial").iterdir())
+    assert len(records) == 8 and list((made / "partial").iterdir()) == [made / "partial" / ".lock"]
     by = {(record["label"], record["seed"]): record for record in records.values()}
     rigl, static, dense = by["rigl:interval=3", 0], by["static", 0], by["dense", 0]
     assert rigl["curve"]["step"] == [4, 8, 12] and rigl["final"] == rigl["curve"]["bits_per_byte"][-1]
@@ -300,8 +301,6 @@ def test_what_has_been_made_is_not_made_again(made, text, monkeypatch):
 
 
 def test_a_seed_or_a_plan_more_makes_only_what_is_missing(made, text, tmp_path, monkeypatch):
-    import shutil
-
     from rarefy.compare import schedule
 
     out = tmp_path / "out"
@@ -319,8 +318,6 @@ def test_a_seed_or_a_plan_more_makes_only_what_is_missing(made, text, tmp_path, 
 
 
 def test_another_label_for_the_same_run_takes_it_over(made, text, tmp_path):
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(made, out)
     (tmp_path / "mine.yaml").write_text("density: 0.1\nmethod: {name: set, interval: 3}\nkeep_dense: [head]\n")
@@ -328,25 +325,32 @@ def test_another_label_for_the_same_run_takes_it_over(made, text, tmp_path):
     assert len(kept(out)) == len(kept(made))
 
 
+def second_run_is_at(out: Path, step: int) -> bool:
+    """Whether a run is kept, and another one has logged that step."""
+    done = {record["digest"] for record in kept(out).values()}
+    going = [path for path in out.glob("partial/*/metrics.jsonl") if path.parent.name not in done]
+    return bool(done and going) and f'"step": {step},' in going[0].read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_comparison_cut_short_goes_on_to_the_same_bytes(text, tmp_path, number):
-    plans = ["--plans", "set:interval=3", "rigl:interval=3", "--seeds", "0", "1", "--checkpoint-s", "0"]
+    plans = ["--plans", "set:interval=3", "rigl:interval=3", "--seeds", "1", "--checkpoint-s", "0"]
     straight, out = tmp_path / "straight", tmp_path / "out"
-    assert main(arguments(text, straight, *plans, "--no-report", steps=60)) == 0
-    process = start(arguments(text, out, *plans, "--no-report", steps=60), tmp_path)
+    assert main(arguments(text, straight, *plans, "--no-report", steps=150)) == 0
+    process = start(arguments(text, out, *plans, "--no-report", steps=150), tmp_path)
     deadline = time.monotonic() + 120
-    while not any('"step": 23,' in log.read_text() for log in out.glob("partial/*/metrics.jsonl") if kept(out)):
+    while not second_run_is_at(out, 23):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
     process.send_signal(number)
     said, err = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
-    (partial,) = (out / "partial").iterdir()
-    assert 0 < len(kept(out)) < 4 and (partial / "latest.json").is_file()
-    assert main(arguments(text, out, *plans, "--no-report", steps=60)) == 0
+    (partial,) = (path for path in (out / "partial").iterdir() if path.is_dir())
+    assert len(kept(out)) == 1 and (partial / "latest.json").is_file()
+    assert main(arguments(text, out, *plans, "--no-report", steps=150)) == 0
     assert unclocked(out) == unclocked(straight)
-    assert not list((out / "partial").iterdir())
+    assert list((out / "partial").iterdir()) == [out / "partial" / ".lock"]
 
 
 def test_several_at_once_make_the_same(made, text, tmp_path):
@@ -388,8 +392,6 @@ def test_a_run_that_breaks_is_told_of_and_tried_again(text, tmp_path, capsys, mo
 
 
 def test_a_damaged_record_and_a_damaged_checkpoint(made, text, tmp_path, capsys):
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(made, out)
     path = next((out / "runs").glob("static-s0-*"))
@@ -398,11 +400,17 @@ def test_a_damaged_record_and_a_damaged_checkpoint(made, text, tmp_path, capsys)
     said = failure(capsys, arguments(text, out, *plans))
     assert path.name in said and "remove it" in said
     path.unlink()
+    (out / "partial" / next((out / "runs").iterdir()).stem.rsplit("-", 1)[1]).mkdir()  # left by a kill after its record
     partial = out / "partial" / path.stem.rsplit("-", 1)[1]
     partial.mkdir()
     (partial / "latest.json").write_text("nonsense")
-    assert main(arguments(text, out, *plans)) == 0
-    assert unclocked(out) == unclocked(made)
+    assert (
+        main(
+            arguments(text, out, "--plans", "static", "set:interval=3", "rigl:interval=3", "dense", "--seeds", "0", "1")
+        )
+        == 0
+    )
+    assert unclocked(out) == unclocked(made) and [path.name for path in (out / "partial").iterdir()] == [".lock"]
 
 
 def test_two_comparisons_do_not_share_a_folder_at_once(text, tmp_path, capsys):
@@ -618,6 +626,27 @@ def test_the_page_says_what_the_table_says_and_asks_for_nothing(tmp_path):
     seen = Elements(page).seen
     assert seen.count("script") == 3 and "i" not in seen
     assert "default-src 'none'" in page
+
+
+def test_the_page_can_be_made_again_from_what_is_kept(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    (out / "compare.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "compare.html")
+    assert (out / "compare.html").read_text().count("set:interval=3") > 3
+    gone = next((out / "runs").iterdir())
+    gone.unlink()
+    assert f"{gone.name} is missing" in failure(capsys, ["report", str(out)])
+    (out / "comparison.json").write_text("[]")
+    assert "comparison.json is damaged" in failure(capsys, ["report", str(out)])
+
+
+def test_what_was_asked_is_kept_as_a_config_file(made, text, tmp_path):
+    assert "text.txt" not in (made / "compare.yaml").read_text()
+    given = ["--config", str(made / "compare.yaml"), "--data", str(text), "--out", str(tmp_path / "out")]
+    assert main(["compare", "text", *given, "--no-report"]) == 0
+    assert unclocked(tmp_path / "out") == unclocked(made)
 
 
 @pytest.mark.skipif(check_report.find_browser() is None, reason=check_report.INSTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,44 @@ from rarefy.report.page import flat, render_page
 
 Data = Mapping[str, Any]
 
-PAGE = "compare.html"
+PAGE, DATA = "compare.html", "comparison.json"
 
 
-def build_comparison(folder: Path, data: Data, records: Mapping[str, Data]) -> Path:
-    """Write compare.html in the folder, whole or not at all, and return its path.
+def is_comparison(folder: Path) -> bool:
+    """Whether `rarefy compare` has left its figures there."""
+    return (folder / DATA).is_file()
+
+
+def rebuild_comparison(folder: Path, out: Path | None = None) -> Path:
+    """The page again, from the files of a comparison; see `build_comparison`.
+
+    Raises:
+        ValueError: one of them is missing or damaged.
+    """
+    path = folder / DATA
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        records = {}
+        for run in data["runs"]:
+            path = folder / "runs" / Path(run["file"]).name
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records[record["digest"]] = record
+        return build_comparison(folder, data, records, out)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, which {folder / DATA} names: make it again with rarefy compare") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again with rarefy compare") from error
+
+
+def build_comparison(folder: Path, data: Data, records: Mapping[str, Data], out: Path | None = None) -> Path:
+    """Write the page, whole or not at all, and return its path.
 
     Args:
         data: what comparison.json says.
         records: digest -> record.
+        out: the file; None: compare.html in the folder.
     """
-    path = folder / PAGE
+    path = folder / PAGE if out is None else out
     atomic_write(path, comparison_page(folder.name, data, records).encode())
     return path
 
