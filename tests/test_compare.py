@@ -25,7 +25,7 @@ from rarefy.compare.records import flops_at, num_nonzeros
 from rarefy.compare.table import make_table, mean_and_spread
 from rarefy.methods import SET
 from rarefy.recipes.images import ImageSettings
-from rarefy.report.comparison import best, build_comparison, headline
+from rarefy.report.comparison import best, build_comparison, disturbed, headline
 from rarefy.report.comparison_figures import mean_curve
 from rarefy.schedules import Constant
 from tiny import SHAPE, one_thread, settings, start, write_images, write_text
@@ -593,6 +593,17 @@ def test_the_headline_follows_from_differences_by_seed():
         "set is best, with 1.200 ± 0.283 bits per byte; rigl is within the spread of the difference."
     ]
     assert headline(data_of({"rigl": {0: None}})[0]) == ["No run has finished."]
+
+
+def test_times_that_were_disturbed_are_pointed_out():
+    data, _ = data_of({"static": {0: 2.0, 1: 2.1}, "set": {0: 2.0, 1: 2.1}})  # 2 and 3 seconds
+    assert "static and set are more than 15% off" in disturbed(data)
+    data["budget"] = {"by": "minutes", "amount": 2.5 / 60}
+    for row in data["table"]["rows"]:
+        row["train_s"]["spread"] = 0.3
+    assert disturbed(data) == ""
+    data["table"]["rows"][1]["train_s"]["mean"] = 2.9
+    assert "times of set are" in disturbed(data)
 
 
 def test_curves_are_means_at_shared_evaluations():

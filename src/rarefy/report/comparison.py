@@ -18,6 +18,9 @@ Data = Mapping[str, Any]
 
 PAGE, DATA = "compare.html", "comparison.json"
 
+DISTURBED = 0.15
+"""Training time off the budget, or its spread over seeds, by more than this share is pointed out."""
+
 
 def is_comparison(folder: Path) -> bool:
     """Whether `rarefy compare` has left its figures there."""
@@ -226,10 +229,30 @@ def _notes(data: Data) -> list[str]:
     notes = [f"{row['label']}, {message}" for row in rows for message in row["messages"]]
     if len(data["machines"]) > 1:
         notes.append("These runs come from different machines, threads or versions: their times do not compare.")
+    notes += [disturbed(data)] if disturbed(data) else []
     if len(data["seeds"]) < 3:
         notes.append(f"{_seeds(data).capitalize()}: three are the least that a claim can rest on.")
     notes += [f"{row['label']}: {row['warnings']} warnings, see its records." for row in rows if row["warnings"]]
     return notes
+
+
+def disturbed(data: Data) -> str:
+    """A sentence when times differ by more than chance would have them; empty otherwise."""
+    meant = 60 * data["budget"]["amount"] if data["budget"]["by"] == "minutes" else None
+    off = []
+    for row in data["table"]["rows"]:
+        found = row["train_s"]
+        if found is None:
+            continue
+        target = meant if meant is not None else found["mean"]
+        if max(abs(found["mean"] - target), found["spread"] or 0.0) > DISTURBED * target:
+            off.append(row["label"])
+    if not off:
+        return ""
+    return (
+        f"The times of {_listed(off)} are more than {say.percent(DISTURBED)} off the budget, or apart from seed to "
+        "seed: something else used the machine. Steps and results are not touched by it; the seconds are."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
