@@ -232,7 +232,11 @@ def _notes(data: Data) -> list[str]:
     notes += [disturbed(data)] if disturbed(data) else []
     if len(data["seeds"]) < 3:
         notes.append(f"{_seeds(data).capitalize()}: three are the least that a claim can rest on.")
-    notes += [f"{row['label']}: {row['warnings']} warnings, see its records." for row in rows if row["warnings"]]
+    notes += [
+        f"{row['label']}: {row['warnings']} warnings of the guard rails, in its records."
+        for row in rows
+        if row["warnings"]
+    ]
     return notes
 
 
