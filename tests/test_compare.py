@@ -375,6 +375,14 @@ def test_a_diverged_run_is_kept_and_ends_no_other(text, tmp_path, capsys, monkey
     assert main(arguments(text, out, *plans)) == 0
 
 
+def test_a_loss_that_only_held_out_data_shows_to_be_no_number(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rarefy.training.twin.Twin.assess", lambda self, windows: {"loss": math.nan})
+    assert main(arguments(text, tmp_path / "out", "--plans", "static", "--seeds", "0")) == 0
+    (record,) = kept(tmp_path / "out").values()
+    assert (record["state"], record["final"]) == ("diverged", None)
+    assert "the loss on held-out data is not a number at step 12" in capsys.readouterr().out
+
+
 def test_a_run_that_breaks_is_told_of_and_tried_again(text, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     plans = ["--plans", "set:interval=3", "static", "--seeds", "0"]
