@@ -47,7 +47,11 @@ def _curves(data: Data, runs: Mapping[str, Sequence[Data]]) -> Figure | None:
     views = []
     for key, title in quantities:
         for label, axis, described, ticks in AXES:
-            name = label if len(quantities) == 1 else f"{title.capitalize()}, {label.lower()}"
+            name = (
+                label
+                if len(quantities) == 1
+                else f"{title.capitalize()}, {label if label == 'FLOPs' else label.lower()}"
+            )
             views.append(_curve_view(name, runs, key, title, axis, described, ticks))
     caption = (
         "Means over seeds at each evaluation on held-out data; the band is one standard deviation to either side. "
