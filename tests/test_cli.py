@@ -64,7 +64,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"rarefy {rarefy.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [["train", "text"], ["generate"], ["report"], ["bench"], ["plan"], ["export"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "text"], ["compare", "text"], ["compare", "images"], ["generate"], ["report"], ["bench"], ["plan"],
+        ["export"],
+    ],
+)  # fmt: skip
 def test_every_command_has_help_that_names_the_settings_file(capsys, command):
     assert main([*command, "--help"]) == 0
     assert "--config" in capsys.readouterr().out

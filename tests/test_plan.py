@@ -300,6 +300,11 @@ def test_a_short_file_is_enough(tmp_path):
     assert Plan.from_yaml(file) == Plan(density=0.1, method=RigL(), block=(4, 1), keep_dense=("*head*",))
 
 
+def test_a_number_is_a_constant_schedule():
+    plan = Plan.from_dict({"density": 0.1, "method": {"name": "set", "fraction": 0.3}})
+    assert plan.method == SET(fraction=Constant(0.3))
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
@@ -310,6 +315,11 @@ def test_a_short_file_is_enough(tmp_path):
         ({"density": 0.1, "method": {"name": "rigl", "interval": "often"}}, "plan.method.interval: .* got 'often'"),
         ({"density": 0.1, "method": {"name": "rigl", "interval": 0}}, "interval must be at least 1 step, got 0"),
         ({"density": 0.1, "method": {"name": "set", "fraction": "cosin"}}, "no 'cosin'; did you mean 'cosine'?"),
+        (
+            {"density": 0.1, "method": {"name": "set", "fraction": [0.3]}},
+            "expected the name of a schedule, or its name",
+        ),
+        ({"density": 0.1, "method": 3}, "expected the name of a method, or its name and fields, got 3"),
         ({"density": "much"}, "plan.density: .* got 'much'"),
         ({"density": 0.1, "distribution": "earl"}, "plan.distribution: .* got 'earl'"),
         ({"density": 0.1, "init": "magnitud"}, "plan.init: .* got 'magnitud'"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rarefy.report.comparison import cells, columns, legend
+from rarefy.report.comparison import cells, columns, disturbed, legend
 
 WIDE = 140
 """Columns of text that a pipe gets."""
@@ -29,5 +29,10 @@ def show(data: Mapping[str, Any], console: Console) -> None:
     for row in data["table"]["rows"]:
         for message in row["messages"]:
             console.print(Text(f"{row['label']}, {message}", style="red"), soft_wrap=True)
+        if row["warnings"]:
+            text = f"{row['label']}: {row['warnings']} warnings of the guard rails, in its records"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+    if line := disturbed(data):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
     for line in legend(data):
         console.print(Text(line, style="dim"), soft_wrap=True)

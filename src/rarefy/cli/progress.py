@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +28,8 @@ class Progress:
         self._steps = 0
         self._loss = math.nan
         self._begun = self._printed = time.monotonic()
-        self._first = 0
+        self._first = self._left = 0
+        self._took: list[float] = []
 
     def say(self, line: str) -> None:
         """A line of its own."""
@@ -36,7 +38,7 @@ class Progress:
     def begin(self, job: Job, place: int, count: int) -> None:
         """A run begins."""
         self._head, self._steps, self._loss = f"{place} of {count}: {job.label}, seed {job.seed}", job.steps, math.nan
-        self._begun, self._first = time.monotonic(), -1
+        self._begun, self._first, self._left = time.monotonic(), -1, count - place
         if self.console.is_terminal and self._live is None:
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -58,6 +60,7 @@ class Progress:
     def end(self, job: Job, record: dict[str, Any]) -> None:
         """A run has its record."""
         self._printed = time.monotonic()
+        self._took.append(self._printed - self._begun)
         if record["state"] != "finished":
             self.say(f"{job.label}, seed {job.seed}: {record['state']}: {record['message']}")
             return
@@ -73,7 +76,8 @@ class Progress:
     def _line(self, twin: Twin) -> str:
         taken = max(1, twin.step - self._first)
         left = (time.monotonic() - self._begun) / taken * (self._steps - twin.step)
+        later = f", {say.seconds(left + self._left * fmean(self._took))} of all" if self._took else ""
         return (
             f"{self._head} · step {twin.step:,}/{self._steps:,} · loss {self._loss:.3f} · density {twin.density:.3g} · "
-            f"{say.seconds(left)} left of this run"
+            f"{say.seconds(left)} left of this run{later}"
         )

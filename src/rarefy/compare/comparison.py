@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from rarefy.compare.contenders import parse_contenders
 from rarefy.compare.jobs import Job, jobs, without_none
@@ -23,6 +25,12 @@ from rarefy.settings import to_plain
 from rarefy.training.machine import check_device
 
 FILE = "comparison.json"
+
+SETTINGS = "compare.yaml"
+"""What was asked for, as --config reads it, but for where the data lies."""
+
+NOT_ASKED = ("data", "steps", "minutes", "seed", "plan", "method", "twin", "measure", "slice_steps", "sample_bytes")
+"""Settings of a recipe that a comparison says in another way, or has no use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,7 @@ def compare(
     say(f"data: {task.source}")
     with alone_in(folder):
         (folder / RECORDS).mkdir(exist_ok=True)
+        atomic_write(folder / SETTINGS, yaml.safe_dump(_as_asked(task, asked), sort_keys=False).encode())
         for place in (folder, folder / RECORDS):
             remove_leftovers(place)
         known = {} if asked.budget.by == "steps" else paces(folder, task, contenders, say)
@@ -112,6 +121,19 @@ def _summary(
         "runs": [{"label": job.label, "seed": job.seed, "file": f"{RECORDS}/{job.file}"} for job in found],
         "table": make_table(found, records, key=task.metric.key, against=asked.against),
     }
+
+
+def _as_asked(task: Task, asked: Comparison) -> dict[str, Any]:
+    """What differs from the defaults."""
+    changed = {
+        field.name: to_plain(getattr(task.base, field.name))
+        for field in dataclasses.fields(task.base)
+        if field.name not in NOT_ASKED and getattr(task.base, field.name) != field.default
+    }
+    amount = asked.budget.amount
+    whole = int(amount) if asked.budget.by == "steps" else amount
+    against = {} if asked.against is None else {"against": asked.against}
+    return {"plans": list(asked.plans), "seeds": list(asked.seeds), asked.budget.by: whole, **against, **changed}
 
 
 def _machines(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -66,7 +66,11 @@ def _run(task: Task, job: Job, folder: Path, watcher: Watcher, stop: StopRequest
             ).run(stop)
     except Diverged as error:
         state, message = DIVERGED, str(error)
-    return make_record(task, job, start, _read_log(here), twin, state=state, message=message)
+    log = _read_log(here)
+    last = [record["loss"] for record in log if record["kind"] == "eval"][-1:]
+    if state == FINISHED and last == [None]:  # the log has no name for what is not a number
+        state, message = DIVERGED, f"the loss on held-out data is not a number at step {twin.step:,}"
+    return make_record(task, job, start, log, twin, state=state, message=message)
 
 
 def _where_it_was(task: Task, job: Job, here: Path) -> tuple[Twin, Mapping[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, failed_record, find_record, write_record
-from rarefy.compare.run import run_job
+from rarefy.compare.run import PARTIAL, run_job
 from rarefy.compare.task import Task
 from rarefy.compare.worker import INTERRUPTED, start
 from rarefy.training.interrupt import Interrupted, StopRequest
@@ -55,6 +56,8 @@ def make_all(
     found = {job.digest: record for job in jobs if (record := find_record(folder, job.digest)) is not None}
     done = {digest: record for digest, record in found.items() if record["state"] in (FINISHED, DIVERGED)}
     missing = [job for job in jobs if job.digest not in done]
+    for digest in done:  # a kill may have come between a record and the end of what it was made from
+        shutil.rmtree(folder / PARTIAL / digest, ignore_errors=True)
     if at_once == 1 or len(missing) < 2:
         with StopRequest() as stop:
             for job in missing:
@@ -74,7 +77,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: there is another.
     """
-    with (folder / ".lock").open("w") as file:
+    (folder / PARTIAL).mkdir(exist_ok=True)
+    with (folder / PARTIAL / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

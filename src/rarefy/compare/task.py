@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from rarefy.plan import Plan
 from rarefy.training.loop import LoopSettings
 from rarefy.training.twin import StepData, Twin
-
-S = TypeVar("S", contravariant=True)
 
 NOT_DEFINING = frozenset(
     {"data", "minutes", "twin", "measure", "slice_steps", "checkpoint_s", "sample_bytes", "threads"}
@@ -45,26 +42,6 @@ class DataName:
 
     name: str
     digest: str
-
-
-class Settings(Protocol):
-    """What all recipes' settings have; they are frozen dataclasses."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def interval(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def threads(self) -> int | None: ...
-    def folded_plan(self) -> Plan:
-        """The plan with what the options say on top of it."""
-        ...
-
-    def settled(self, steps: int) -> Any:
-        """Nothing left open, for a run of `steps`."""
-        ...
 
 
 class Task(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,47 @@ from rarefy.report.page import flat, render_page
 
 Data = Mapping[str, Any]
 
-PAGE = "compare.html"
+PAGE, DATA = "compare.html", "comparison.json"
+
+DISTURBED = 0.15
+"""Training time off the budget, or its spread over seeds, by more than this share is pointed out."""
 
 
-def build_comparison(folder: Path, data: Data, records: Mapping[str, Data]) -> Path:
-    """Write compare.html in the folder, whole or not at all, and return its path.
+def is_comparison(folder: Path) -> bool:
+    """Whether `rarefy compare` has left its figures there."""
+    return (folder / DATA).is_file()
+
+
+def rebuild_comparison(folder: Path, out: Path | None = None) -> Path:
+    """The page again, from the files of a comparison; see `build_comparison`.
+
+    Raises:
+        ValueError: one of them is missing or damaged.
+    """
+    path = folder / DATA
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        records = {}
+        for run in data["runs"]:
+            path = folder / "runs" / Path(run["file"]).name
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records[record["digest"]] = record
+        return build_comparison(folder, data, records, out)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, which {folder / DATA} names: make it again with rarefy compare") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again with rarefy compare") from error
+
+
+def build_comparison(folder: Path, data: Data, records: Mapping[str, Data], out: Path | None = None) -> Path:
+    """Write the page, whole or not at all, and return its path.
 
     Args:
         data: what comparison.json says.
         records: digest -> record.
+        out: the file; None: compare.html in the folder.
     """
-    path = folder / PAGE
+    path = folder / PAGE if out is None else out
     atomic_write(path, comparison_page(folder.name, data, records).encode())
     return path
 
@@ -198,10 +229,34 @@ def _notes(data: Data) -> list[str]:
     notes = [f"{row['label']}, {message}" for row in rows for message in row["messages"]]
     if len(data["machines"]) > 1:
         notes.append("These runs come from different machines, threads or versions: their times do not compare.")
+    notes += [disturbed(data)] if disturbed(data) else []
     if len(data["seeds"]) < 3:
         notes.append(f"{_seeds(data).capitalize()}: three are the least that a claim can rest on.")
-    notes += [f"{row['label']}: {row['warnings']} warnings, see its records." for row in rows if row["warnings"]]
+    notes += [
+        f"{row['label']}: {row['warnings']} warnings of the guard rails, in its records."
+        for row in rows
+        if row["warnings"]
+    ]
     return notes
+
+
+def disturbed(data: Data) -> str:
+    """A sentence when times differ by more than chance would have them; empty otherwise."""
+    meant = 60 * data["budget"]["amount"] if data["budget"]["by"] == "minutes" else None
+    off = []
+    for row in data["table"]["rows"]:
+        found = row["train_s"]
+        if found is None:
+            continue
+        target = meant if meant is not None else found["mean"]
+        if max(abs(found["mean"] - target), found["spread"] or 0.0) > DISTURBED * target:
+            off.append(row["label"])
+    if not off:
+        return ""
+    return (
+        f"The times of {_listed(off)} are more than {say.percent(DISTURBED)} off the budget, or apart from seed to "
+        "seed: something else used the machine. Steps and results are not touched by it; the seconds are."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -47,7 +47,11 @@ def _curves(data: Data, runs: Mapping[str, Sequence[Data]]) -> Figure | None:
     views = []
     for key, title in quantities:
         for label, axis, described, ticks in AXES:
-            name = label if len(quantities) == 1 else f"{title.capitalize()}, {label.lower()}"
+            name = (
+                label
+                if len(quantities) == 1
+                else f"{title.capitalize()}, {label if label == 'FLOPs' else label.lower()}"
+            )
             views.append(_curve_view(name, runs, key, title, axis, described, ticks))
     caption = (
         "Means over seeds at each evaluation on held-out data; the band is one standard deviation to either side. "
@@ -67,16 +71,16 @@ def _curve_view(
     rising = key == "accuracy"
     layout = plot_layout(430, x=described, y=title, legend=True)
     layout["xaxis"].update(tickformat=ticks, rangemode="tozero")
-    layout["yaxis"]["range"] = None if rising else loss_range(heights)
+    layout["yaxis"]["range"] = _upper_range(heights) if rising else loss_range(heights)
     layout["yaxis"]["tickformat"] = ".1%" if rising else ".2~f"
-    if rising:
-        layout["yaxis"]["range"] = _upper_range(heights)
     return View(name, traces, layout)
 
 
-def _upper_range(heights: Sequence[float]) -> list[float]:
+def _upper_range(heights: Sequence[float]) -> list[float] | None:
     """From where nearly all values lie up to the best: the first evaluations would flatten everything else."""
     ordered = sorted(heights)
+    if not ordered:
+        return None
     low, high = ordered[int(0.1 * (len(ordered) - 1))], ordered[-1]
     span = max(high - low, 0.005)
     return [max(0.0, low - 0.15 * span), min(1.0, high + 0.1 * span)]
