@@ -110,6 +110,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.batches, self.rounds = arguments.batches, arguments.rounds
+        self.signals = {label: SIGNALS[label] for label in arguments.signals}
         self.points = sorted(arguments.points)
         steps = self.points[-1]
         plan = Plan(
@@ -131,12 +132,12 @@ class Study:
 
     def run(self) -> None:
         """Train, and look at the points."""
-        lead = max(signal.lead for signal in SIGNALS.values())
+        lead = max(signal.lead for signal in self.signals.values())
         for point in self.points:
             self.train(point - lead)
             watched = {
                 (label, fraction, name): signal.collector(request(name, layer, point, self.k(layer, fraction)))
-                for label, signal in SIGNALS.items()
+                for label, signal in self.signals.items()
                 for fraction in FRACTIONS
                 for name, layer in self.layers.items()
                 if signal.lead > 1
@@ -183,7 +184,7 @@ class Study:
                 k, row = self.k(layer, fraction), {"step": point, "layer": name, "fraction": fraction}
                 choices = {"random": random_choice(by["truth"][0], k)}
                 choices["as many other batches"] = highest(absent_scores(again[name], index)[1], by["truth"][0], k)
-                for label, signal in SIGNALS.items():
+                for label, signal in self.signals.items():
                     collector = watched.get((label, fraction, name))
                     collector = collector or signal.collector(request(name, layer, point, k))
                     collector.add(index, dy, x)
@@ -200,14 +201,14 @@ class Study:
         spent: dict[str, list[float]] = defaultdict(list)
         for round_ in range(self.rounds + 1):
             total: dict[str, float] = defaultdict(float)
-            contenders = ["dense", *SIGNALS]
+            contenders = ["dense", *self.signals]
             for label in contenders if round_ % 2 else contenders[::-1]:
                 for name, layer in self.layers.items():
                     index, dy, x = seen[name]
                     if label == "dense":
                         total[label] += timed(lambda dy=dy, x=x: dy.T @ x)
                     else:
-                        total[label] += self.one(SIGNALS[label], name, layer, index, dy, x)
+                        total[label] += self.one(self.signals[label], name, layer, index, dy, x)
             if round_:
                 for label, seconds in total.items():
                     spent[label].append(seconds)
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--signals", nargs="+", choices=list(SIGNALS), default=list(SIGNALS))
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     study = Study(arguments)
