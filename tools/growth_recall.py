@@ -144,9 +144,10 @@ class Study:
             }
             while self.twin.step < point - 1:
                 seen = look(self.twin.model, self.data.at(self.twin.step + 1))
-                for (_, _, name), collector in watched.items():
-                    collector.add(*seen[name])
-                    collector.step_applied(seen[name][0])
+                for (label, _, name), collector in watched.items():
+                    if self.twin.step + 1 > point - self.signals[label].lead:
+                        collector.add(*seen[name])
+                        collector.step_applied(seen[name][0])
                 self.train(self.twin.step + 1)
             self.study(point, watched)
             print(f"until step {point}:")
