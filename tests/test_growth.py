@@ -405,7 +405,7 @@ def test_rule_6_4_the_plan_states_what_a_signal_holds():
         (Exact(), 4 * 1200),
         (NormProduct(), 4 * 70),
         (SampledTokens(tokens=10), 4 * 10 * 70),
-        (Momentum(pool=2, steps=2), 2 * 36 * 16),  # of 1200 units 120 exist, and 36 are replaced at first
+        (Momentum(pool=2, steps=2), 2 * 36 * 28),  # of 1200 units 120 exist, and 36 are replaced at first
     ):
         explanation = Plan(density=0.1, method=RigL(signal=signal)).explain(model)
         assert explanation.growth_bytes == expected and f"{expected:,} bytes" in str(explanation)

@@ -43,13 +43,11 @@ from rarefy.training.machine import machine
 SIGNALS: dict[str, Signal] = {
     "exact": Exact(),
     "tokens 256": SampledTokens(tokens=256),
-    "tokens 64": SampledTokens(tokens=64),
     "tokens 256 by norm": SampledTokens(tokens=256, by="norm"),
     "tokens 128 by norm": SampledTokens(tokens=128, by="norm"),
     "norms": NormProduct(),
     "momentum": Momentum(),
     "momentum of norms": Momentum(source=NormProduct()),
-    "2 steps, 2k of norms": Momentum(source=NormProduct(), steps=2),
     "2 steps, 4k of norms": Momentum(source=NormProduct(), steps=2, pool=4),
     "4 steps, 4k of norms": Momentum(source=NormProduct(), steps=4, pool=4),
 }
@@ -93,10 +91,11 @@ def absent_scores(gradient: Tensor, index: Index) -> tuple[Tensor, Tensor]:
 
 def judge(chosen: Tensor, units: Tensor, scores: Tensor) -> tuple[float, float]:
     """Recall and mass of `chosen`, against the best as many by `scores`."""
-    best = highest(scores, units, chosen.numel())
-    everywhere = torch.zeros(int(units.max()) + 1, dtype=scores.dtype).index_put((units,), scores)
-    recall = float(torch.isin(chosen, best).float().mean())
-    return recall, float(everywhere[chosen].sum() / everywhere[best].sum())
+    most, best = scores.topk(chosen.numel())
+    taken = torch.zeros(int(units[-1]) + 1, dtype=torch.bool)
+    taken[chosen] = True
+    taken = taken[units]
+    return float(taken[best].float().mean()), float(scores[taken].sum() / most.sum())
 
 
 def request(name: str, layer: SparseLinear, step: int, k: int) -> Request:
@@ -111,6 +110,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.batches, self.rounds = arguments.batches, arguments.rounds
+        self.signals = {label: SIGNALS[label] for label in arguments.signals}
         self.points = sorted(arguments.points)
         steps = self.points[-1]
         plan = Plan(
@@ -132,23 +132,26 @@ class Study:
 
     def run(self) -> None:
         """Train, and look at the points."""
-        lead = max(signal.lead for signal in SIGNALS.values())
+        lead = max(signal.lead for signal in self.signals.values())
         for point in self.points:
             self.train(point - lead)
             watched = {
                 (label, fraction, name): signal.collector(request(name, layer, point, self.k(layer, fraction)))
-                for label, signal in SIGNALS.items()
+                for label, signal in self.signals.items()
                 for fraction in FRACTIONS
                 for name, layer in self.layers.items()
                 if signal.lead > 1
             }
             while self.twin.step < point - 1:
                 seen = look(self.twin.model, self.data.at(self.twin.step + 1))
-                for (_, _, name), collector in watched.items():
-                    collector.add(*seen[name])
-                    collector.step_applied(seen[name][0])
+                for (label, _, name), collector in watched.items():
+                    if self.twin.step + 1 > point - self.signals[label].lead:
+                        collector.add(*seen[name])
+                        collector.step_applied(seen[name][0])
                 self.train(self.twin.step + 1)
             self.study(point, watched)
+            print(f"until step {point}:")
+            self.report({})
 
     def train(self, until: int) -> None:
         """Steps of the run as it is."""
@@ -182,7 +185,7 @@ class Study:
                 k, row = self.k(layer, fraction), {"step": point, "layer": name, "fraction": fraction}
                 choices = {"random": random_choice(by["truth"][0], k)}
                 choices["as many other batches"] = highest(absent_scores(again[name], index)[1], by["truth"][0], k)
-                for label, signal in SIGNALS.items():
+                for label, signal in self.signals.items():
                     collector = watched.get((label, fraction, name))
                     collector = collector or signal.collector(request(name, layer, point, k))
                     collector.add(index, dy, x)
@@ -199,14 +202,14 @@ class Study:
         spent: dict[str, list[float]] = defaultdict(list)
         for round_ in range(self.rounds + 1):
             total: dict[str, float] = defaultdict(float)
-            contenders = ["dense", *SIGNALS]
+            contenders = ["dense", *self.signals]
             for label in contenders if round_ % 2 else contenders[::-1]:
                 for name, layer in self.layers.items():
                     index, dy, x = seen[name]
                     if label == "dense":
                         total[label] += timed(lambda dy=dy, x=x: dy.T @ x)
                     else:
-                        total[label] += self.one(SIGNALS[label], name, layer, index, dy, x)
+                        total[label] += self.one(self.signals[label], name, layer, index, dy, x)
             if round_:
                 for label, seconds in total.items():
                     spent[label].append(seconds)
@@ -239,6 +242,20 @@ class Study:
                 table[label][f"{what} of {against} at {fraction:g}"] = statistics.fmean(values)
         return dict(table)
 
+    def report(self, costs: dict[str, dict[str, float]]) -> None:
+        """The table for people: each cell k = 30% / 10% of the units."""
+        heads = f"{'recall of batch':>18}{'recall of truth':>18}{'mass of truth':>16}{'cost':>8}{'of training':>13}"
+        print(f"{'signal':26}{heads}")
+        for label, row in self.summary().items():
+            cells = [
+                "/".join(f"{100 * row[f'{what} at {f:g}']:.1f}" for f in FRACTIONS)
+                for what in ("recall of batch", "recall of truth", "mass of truth")
+            ]
+            cost = costs.get(label)
+            last = f"{cost['over_dense_gradient']:8.2f}{cost['share_of_training']:13.2%}" if cost else ""
+            print(f"{label:26}{cells[0]:>18}{cells[1]:>18}{cells[2]:>16}{last}")
+        print(f"a step: {1e3 * statistics.median(self.step_s):.0f} ms", flush=True)
+
 
 def random_choice(units: Tensor, k: int) -> Tensor:
     """What chance finds."""
@@ -258,26 +275,17 @@ def main() -> None:
     parser.add_argument("--data", help="text, as for rarefy train text")
     parser.add_argument("--points", type=int, nargs="+", default=[50, 200, 400], help="steps, multiples of 50")
     parser.add_argument("--batches", type=int, default=16, help="batches of the true gradient")
-    parser.add_argument("--rounds", type=int, default=9, help="of timing")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--signals", nargs="+", choices=list(SIGNALS), default=list(SIGNALS))
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     study = Study(arguments)
     study.run()
-    costs, table = study.costs(), study.summary()
-    heads = f"{'recall of batch':>18}{'recall of truth':>18}{'mass of truth':>16}{'cost':>8}{'of training':>13}"
-    print(f"{'signal':26}{heads}")
-    for label, row in table.items():
-        cells = [
-            "/".join(f"{100 * row[f'{what} at {f:g}']:.1f}" for f in FRACTIONS)
-            for what in ("recall of batch", "recall of truth", "mass of truth")
-        ]
-        cost = costs.get(label)
-        last = f"{cost['over_dense_gradient']:8.2f}{cost['share_of_training']:13.2%}" if cost else ""
-        print(f"{label:26}{cells[0]:>18}{cells[1]:>18}{cells[2]:>16}{last}")
-    print(f"step: {1e3 * statistics.median(study.step_s):.0f} ms")
+    costs = study.costs()
+    study.report(costs)
     if arguments.json:
         record = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -287,7 +295,7 @@ def main() -> None:
             "fractions": FRACTIONS,
             "interval": INTERVAL,
             "costs": costs,
-            "table": table,
+            "table": study.summary(),
             "by_layer": study.found,
         }
         atomic_write(arguments.json, (json.dumps(record, indent=1) + "\n").encode())

@@ -27,7 +27,7 @@ class Momentum(Signal):
     """The exponential mean of the gradients of a pool of absent units, over the last steps before the rewire.
 
     The pool is drawn at the first of these steps. Costs an sddmm of pool * k units at each, O(pool * k * B) time (and
-    of the K units that exist, if they may return), and 12 bytes an entry of the pool, more while it is copied.
+    of the K units that exist, if they may return), and at most 8 bytes an entry and 20 a unit of the pool.
     """
 
     pool: float = 2.0
@@ -65,7 +65,7 @@ class Momentum(Signal):
         """See `Signal`."""
         pool = self.pool_size(k)
         first = 0 if self.source is None else self.source.held_bytes(shape, pool, unit_entries)
-        return max(first, pool * (8 * unit_entries + 8))
+        return max(first, pool * (8 * unit_entries + 20))  # two gradients; the pool and its index
 
     def pool_size(self, k: int) -> int:
         """Candidates for k wanted units."""
