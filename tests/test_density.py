@@ -466,6 +466,21 @@ def test_a_method_may_move_units_by_a_budget_of_its_own_and_grow_by_gradient():
     assert {r["grown_by"] for r in rewirer.history if r["kind"] == "density"} == {"gradient", "nothing"}
 
 
+def test_the_budget_of_the_documentation():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Even(Method):
+        def budget(self, views, total):
+            each, left = divmod(total, len(views))
+            return {view.name: each + (at < left) for at, view in enumerate(views)}
+
+    model = network()
+    rewirer = sparsify(model, Plan(density=0.2, method=Even(interval=2)))
+    opt = OPTIMIZERS["AdamW"](model.parameters())
+    rewirer.attach(opt, total_steps=12)
+    learn(model, opt, range(12))
+    assert [layer.num_units for layer in rewirer.layers.values()] == [56, 55, 55]
+
+
 def test_rule_8_3_a_change_with_values_that_are_no_numbers_is_skipped_whole():
     model = network()
     rewirer = sparsify(model, Plan(density=0.2, method=GMP(interval=1)))
