@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rarefy import (
+    GMP,
     SET,
     Constant,
     Exact,
+    GraNet,
     Momentum,
     NormProduct,
     Plan,
@@ -66,6 +68,19 @@ METHODS = {
     "RigL-may-return": RigL(interval=2, end=90, fraction=Constant(0.3), may_return=True, stagger=False),
     "SET": SET(interval=2, end=90, fraction=Constant(0.3)),
 }
+
+
+@pytest.mark.parametrize("method", [GMP(interval=3, end=7), GraNet(interval=3, end=7)], ids=["GMP", "GraNet"])
+def test_other_sizes_compile_again_and_every_bit_is_that_of_eager_mode(method):
+    model, rewirer, optimizer = build(method)
+    counter = CompileCounterWithBackend("aot_eager")
+    losses = train(torch.compile(model, backend=counter, fullgraph=True), optimizer)
+    plain, _, its_optimizer = build(method)
+    assert losses == train(plain, its_optimizer)
+    assert 1 < counter.frame_count <= 4
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+    assert sum(layer.num_units for layer in rewirer.layers.values()) == round(0.3 * (16 * 48 + 48 * 32 + 32 * 16))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -44,6 +44,15 @@ from rarefy.methods.redistribution import by_global_score
 from rewires import OPTIMIZERS, bits, check_index, layer_of, push, snapshot, step, units_of
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks this small are slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def network(widths=(12, 24, 18, 6)) -> nn.Sequential:
     torch.manual_seed(1)
     layers: list[nn.Module] = []
@@ -59,8 +68,12 @@ def learn(model: nn.Module, optimizer, steps: range) -> None:
         step(optimizer)
 
 
-def check_resized(before, layer: SparseLinear, optimizer) -> tuple[list[int], list[int]]:
-    """As `check_rewire`, of a change to any number of units."""
+def check_resized(before, layer: SparseLinear, optimizer, *, back: bool = False) -> tuple[list[int], list[int]]:
+    """As `check_rewire`, of a change to any number of units.
+
+    Args:
+        back: what a change of density drops may come back in the rewire of that step, as 0.
+    """
     check_index(layer)
     after = snapshot(layer, optimizer)
     assert after.values is before.values, "the parameter object stays the same one"
@@ -69,7 +82,8 @@ def check_resized(before, layer: SparseLinear, optimizer) -> tuple[list[int], li
     old_stays, new_stays = np.isin(before.units, after.units), np.isin(after.units, before.units)
     for name, old in before.rows.items():
         new = after.rows[name]
-        assert np.array_equal(old[old_stays], new[new_stays]), f"{name} of a survivor changed"
+        same = (old[old_stays] == new[new_stays]).all(axis=1)
+        assert same.all() or (back and not new[new_stays][~same].any()), f"{name} of a survivor changed"
         assert not new[~new_stays].any(), f"{name} of a newborn is not zero"
     return before.units[~old_stays].tolist(), after.units[~new_stays].tolist()
 
@@ -85,7 +99,7 @@ SCHEDULES = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     schedule=st.sampled_from(SCHEDULES),
     method=st.sampled_from(
@@ -102,7 +116,7 @@ SCHEDULES = [
         ]
     ),
     distribution=st.sampled_from(["uniform", "er", "erk"]),
-    block=st.sampled_from([1, (2, 3), 6]),
+    block=st.sampled_from([1, 2, (2, 3)]),
     own=st.sampled_from([{}, {"2": Linear(0.5, 0.3)}, {"0": 0.4}]),
     optimizer=st.sampled_from(list(OPTIMIZERS)),
     stagger=st.booleans(),
@@ -113,6 +127,8 @@ def test_rule_2_5_exact_at_every_change(schedule, method, distribution, block, o
     made = method(interval=2, density_interval=3, end=10, stagger=stagger)
     plan = Plan(density=schedule, method=made, distribution=distribution, block=block, overrides=own, seed=seed)
     rewirer = sparsify(model, plan)
+    # With a single unit no one can tell what is of one entry a unit from what is of one entry for all.
+    assume(optimizer != "Hoard" or block == 1)
     opt = OPTIMIZERS[optimizer](model.parameters())
     rewirer.attach(opt, hook=False)
     sizes = {n: math.prod(torch.tensor(s).tolist()) for n, s in ((n, _grid(x)) for n, x in rewirer.layers.items())}
@@ -126,8 +142,9 @@ def test_rule_2_5_exact_at_every_change(schedule, method, distribution, block, o
             seen = len(rewirer.history)
             rewirer.step()
             for name, layer in rewirer.layers.items():
-                gone, born = check_resized(before[name], layer, opt)
                 records = [r for r in rewirer.history[seen:] if r["layer"] == name]
+                both = {r["kind"] for r in records} == {"density", "rewire"}
+                gone, born = check_resized(before[name], layer, opt, back=both and made.may_return)
                 assert records or not (gone or born)
                 assert not records or records[-1]["num_units"] == layer.num_units
             opt.zero_grad()
@@ -147,15 +164,15 @@ def _grid(layer: SparseLinear) -> tuple[int, int]:
     return layer.pattern.num_unit_rows, layer.pattern.num_unit_cols
 
 
-@pytest.mark.parametrize("method", [GMP(end=40, interval=4), GMP(end=40, interval=4, scope="global")], ids=str)
+@pytest.mark.parametrize("method", [GMP(end=14, interval=4), GMP(end=14, interval=4, scope="global")], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_rule_2_6_while_the_total_falls_no_layer_grows_and_the_lowest_go(method, optimizer):
     model = network()
-    rewirer = sparsify(model, Plan(density=0.07, method=method, distribution="erk"))
+    rewirer = sparsify(model, Plan(density=0.15, method=method, distribution="erk"))
     opt = OPTIMIZERS[optimizer](model.parameters())
     rewirer.attach(opt, hook=False)
     assert all(layer.density == 1 for layer in rewirer.layers.values())
-    for t in range(1, 41):
+    for t in range(1, 16):
         learn_one(model, t)
         opt.step()
         before = {n: snapshot(layer, opt) for n, layer in rewirer.layers.items()}
@@ -169,9 +186,9 @@ def test_rule_2_6_while_the_total_falls_no_layer_grows_and_the_lowest_go(method,
             assert sorted(gone) == sorted(before[name].units[order[: len(gone)]].tolist())
         opt.zero_grad()
     total = sum(layer.num_units for layer in rewirer.layers.values())
-    assert total == round(0.07 * (12 * 24 + 24 * 18 + 18 * 6))
+    assert total == round(0.15 * (12 * 24 + 24 * 18 + 18 * 6))
     assert {r["kind"] for r in rewirer.history} == {"density"}
-    assert {r["step"] for r in rewirer.history} <= set(range(4, 41, 4))
+    assert {r["step"] for r in rewirer.history} == {4, 8, 12, 14}
 
 
 def learn_one(model: nn.Module, at: int) -> None:
@@ -266,7 +283,7 @@ def test_budget_by_global_score(scores, total, kept):
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_redistribution_is_exact_and_bounded(data):
+def test_rule_2_9_redistribution_is_exact_and_bounded(data):
     rule = Redistribution(
         salient=data.draw(st.floats(0.05, 1)), most=data.draw(st.floats(0.01, 1)), least=data.draw(st.floats(0.01, 1))
     )
@@ -277,9 +294,10 @@ def test_redistribution_is_exact_and_bounded(data):
     scores = [torch.randint(0, 4, (k,), generator=draw).float() for k in now]
     counts = rule.counts(scores, sizes, total)
     assert sum(counts) == total and all(1 <= k <= n for k, n in zip(counts, sizes, strict=True))
-    for k, before in zip(counts, now, strict=True):
-        base = before * total / sum(now)
-        assert math.floor((1 - rule.most) * base) - 1 <= k <= math.ceil((1 + rule.most) * base) + 1
+    base = [before * total / sum(now) for before in now]
+    slack = sum(b < 2 for b in base)  # that none is left without a unit comes first
+    for k, b in zip(counts, base, strict=True):
+        assert math.floor((1 - rule.most) * b) - slack <= k <= math.ceil((1 + rule.most) * b)
 
 
 def test_redistribution_by_hand():
@@ -446,6 +464,21 @@ def test_a_method_may_move_units_by_a_budget_of_its_own_and_grow_by_gradient():
     learn(model, opt, range(12))
     assert [layer.num_units for layer in rewirer.layers.values()] == [before[0] - 4, before[1] + 4, before[2]]
     assert {r["grown_by"] for r in rewirer.history if r["kind"] == "density"} == {"gradient", "nothing"}
+
+
+def test_the_budget_of_the_documentation():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Even(Method):
+        def budget(self, views, total):
+            each, left = divmod(total, len(views))
+            return {view.name: each + (at < left) for at, view in enumerate(views)}
+
+    model = network()
+    rewirer = sparsify(model, Plan(density=0.2, method=Even(interval=2)))
+    opt = OPTIMIZERS["AdamW"](model.parameters())
+    rewirer.attach(opt, total_steps=12)
+    learn(model, opt, range(12))
+    assert [layer.num_units for layer in rewirer.layers.values()] == [56, 55, 55]
 
 
 def test_rule_8_3_a_change_with_values_that_are_no_numbers_is_skipped_whole():

@@ -5,6 +5,7 @@ Run as a script this file is one of the ranks.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import subprocess
@@ -24,6 +25,7 @@ from rarefy import (
     SET,
     Constant,
     Exact,
+    GraNet,
     Momentum,
     NormProduct,
     Plan,
@@ -191,7 +193,37 @@ def left_out_on_one(rank: int) -> dict[str, Any]:
     return {"patterns": patterns, "history": [record["step"] for record in rewirer.history]}
 
 
+def falls(rank: int, ranks: int = RANKS) -> dict[str, Any]:
+    """A density that falls, gradients averaged by hand; and DDP, which cannot have it."""
+    model, rewirer = build(GraNet(interval=3, end=10))
+    refused = ""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if ranks > 1:
+        parallel = DistributedDataParallel(model)
+        try:
+            rewirer.attach(optimizer)
+        except ValueError as error:
+            refused = str(error)
+        model = parallel.module
+        del parallel
+        gc.collect()
+    rewirer.attach(optimizer)
+    patterns = []
+    for at in range(STEPS):
+        model(batch(at).chunk(ranks)[rank]).pow(2).mean().backward()
+        for p in model.parameters():
+            if ranks > 1 and p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        patterns.append({name: layer.pattern.digest() for name, layer in rewirer.layers.items()})
+    sizes = [layer.num_units for layer in rewirer.layers.values()]
+    return {"patterns": patterns, "sizes": sizes, "refused": refused}
+
+
 SCENES = {
+    "falls": falls,
     **{
         f"{name} x{parts}": lambda rank, n=name, p=parts: same_as_one_rank(rank, n, p)
         for name in methods()
@@ -232,6 +264,15 @@ def found(tmp_path_factory) -> list[dict[str, Any]]:
         for rank in ranks:
             rank.kill()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_rule_2_7_two_ranks_change_density_as_one_and_ddp_is_refused(found):
+    alone = falls(0, 1)
+    assert sum(alone["sizes"]) == round(0.3 * (12 * 24 + 24 * 16 + 16 * 4))
+    for rank in found:
+        assert rank["falls"]["patterns"] == alone["patterns"] and rank["falls"]["sizes"] == alone["sizes"]
+        assert "DistributedDataParallel holds the values of 0" in rank["falls"]["refused"]
+        assert "average its gradients" in rank["falls"]["refused"]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

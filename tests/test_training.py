@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+import rarefy
 from rarefy.files import DiskFull
 from rarefy.nn import SparseLinear
+from rarefy.recipes.text import settle
 from rarefy.recipes.text.networks import make_dense, make_sparse, make_twins, settled_plan, text_loss
 from rarefy.recipes.text.settle import batches
 from rarefy.training.batches import Batches, Windows
@@ -111,6 +113,41 @@ def test_as_many_steps_as_fit_into_the_time():
 
     assert spent(steps) <= 99 < spent(steps + 1)
     assert steps_within(1, [dense], evaluations=lambda steps: 4, rewires=lambda steps: 0) == 1
+
+
+def test_a_density_that_moves_is_averaged_over_its_schedule(text):
+    first = Trial(step_s=0.5, rewire_s=0.2, eval_s=2.0, training_bytes={"values": 9})
+    last = Trial(step_s=0.1, rewire_s=0.0, eval_s=1.0, training_bytes={"values": 1})
+    mean = first.mixed(last, 0.75)
+    assert (mean.step_s, mean.rewire_s, mean.eval_s) == pytest.approx((0.2, 0.05, 1.25))
+    assert mean.training_bytes == {"values": 9}
+    # Until 75% of the run a straight line is on average half way down, a cubic three quarters; then both are there.
+    straight = rarefy.Plan(density=rarefy.Linear(0.5, 0.1))
+    assert settle._share_of_end(straight, 1000) == pytest.approx(0.75 / 2 + 0.25, abs=0.01)
+    assert settle._share_of_end(rarefy.Plan(density=0.1, method=rarefy.GMP()), 1000) == pytest.approx(
+        0.75 * 0.75 + 0.25, abs=0.01
+    )
+    assert settle._share_of_end(rarefy.Plan(density=0.1, method=rarefy.GMP(end=500)), 1000) == pytest.approx(
+        0.5 * 0.75 + 0.5, abs=0.01
+    )
+    assert settle._share_of_end(rarefy.Plan(density=0.1), 1000) == 0
+    given = settings(text, method="granet")
+    assert set(settle._trial_makers(given, [])) == {"sparse", "dense"}
+    makers = settle._trial_makers(dataclasses.replace(given, steps=None), [])
+    assert set(makers) == {"sparse", settle.AT_END, "dense"}
+    assert makers["sparse"]().density == pytest.approx(0.5, abs=1e-3)
+    at_end = makers[settle.AT_END]()
+    assert at_end.density == pytest.approx(0.1, abs=1e-3)
+    data, _ = batches(given, load_corpus(str(text)))
+    for _ in range(4):
+        at_end.train_step(data, accumulate=1, rate=0.1)
+    assert at_end.density == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_method_by_name_keeps_only_what_the_old_one_was_given(text):
+    plan = rarefy.Plan(density=0.1, method=rarefy.RigL(end=30))
+    chosen = dataclasses.replace(settings(text), plan=plan, method="granet").folded_plan().method
+    assert chosen == rarefy.GraNet(end=30)
 
 
 def test_a_trial_times_steps_and_rewires_and_knows_the_bytes(text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from rarefy.distributions import DISTRIBUTIONS, exact_counts
 from rarefy.pattern import check_density, unit_grid
@@ -33,7 +34,7 @@ class Budget:
     own: Mapping[str, Schedule]
     """Layers with a density of their own."""
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """Whether any layer ever has another number of units than at first."""
         schedules = [*self.own.values(), *([self.density] if len(self.own) < len(self.shapes) else [])]

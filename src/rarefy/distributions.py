@@ -103,8 +103,7 @@ def exact_counts(
 def spread(ideal: Mapping[str, float], total: int, least: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
     """Integers near `ideal`, each between its bounds, that sum to exactly `total`, which lies between theirs.
 
-    By largest remainder, the earlier first where equal; none is 0 as long as the total allows it, which comes before
-    `least`.
+    By largest remainder, the earlier first where equal; none is 0 as long as the total allows it, whatever `least`.
     """
     counts = {name: min(max(int(ideal[name]), least[name]), most[name]) for name in ideal}
     order = sorted(ideal, key=lambda name: counts[name] - ideal[name])  # largest remainder first; sorted() is stable

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rarefy.budget import Budget
 from rarefy.methods import LayerView, Method
+from rarefy.selection import round_half_up
 
 
 def changes(method: Method, budget: Budget | None) -> bool:
@@ -59,6 +60,38 @@ def upper_bounds(method: Method, budget: Budget, counts: Mapping[str, int], prog
     if redistributes(method) and method.budget_grows:
         return dict.fromkeys(counts)
     return {**planned}
+
+
+def wanted(
+    now: Mapping[str, int],
+    most: Mapping[str, int | None],
+    sizes: Mapping[str, int],
+    shares: Mapping[str, float],
+    *,
+    may_return: bool,
+) -> dict[str, int | None]:
+    """How many candidates for growth each layer may be asked for at a step; layers that need none are left out.
+
+    A change of density comes first, and the rewire is of what it leaves (2.8).
+
+    Args:
+        now: units of each layer.
+        most: `upper_bounds`, or the units it has where its number does not change; None: give all candidates.
+        sizes: n of each layer.
+        shares: layers that rewire then -> the part of their units that is replaced.
+    """
+    found: dict[str, int | None] = {}
+    for name, count in now.items():
+        bound, absent = most[name], sizes[name] - count
+        if bound is None:
+            found[name] = None
+            continue
+        # The rewire is of at most so many units, and may find the room for them that a shrinking layer leaves.
+        k = round_half_up(shares[name], max(bound, count)) if name in shares else 0
+        k = min(k, absent + max(count - bound, 0))
+        if (k and may_return) or min(k, absent) or bound > count:
+            found[name] = min(k + max(bound - count, 0), absent)
+    return found
 
 
 def _planned(budget: Budget, now: Mapping[str, int], progress: float) -> dict[str, int]:

@@ -24,7 +24,7 @@ from rarefy.ops import sink as sinks
 from rarefy.rewiring import density, ranks, resizing
 from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
 from rarefy.rewiring.track import Tracker
-from rarefy.selection import num_to_replace, round_half_up
+from rarefy.selection import num_to_replace
 from rarefy.settings import unknown
 
 
@@ -225,28 +225,15 @@ class Rewirer:
         return found
 
     def _wanted(self, step: int) -> dict[str, int | None]:
-        """For the layers that grow after a step, how many candidates may be asked for at most; None: who knows.
-
-        A change of density comes first, and the rewire is of what it leaves (2.8).
-        """
+        """For the layers that grow after a step, how many candidates may be asked for at most; None: who knows."""
         now = {name: layer.num_units for name, layer in self.layers.items()}
         most: dict[str, int | None] = {**now}
         if self.budget is not None and self.density_is_due(step):
             moving = {name: now[name] for name in self.budget.shapes if self.layers[name].values.requires_grad}
             most |= density.upper_bounds(self.method, self.budget, moving, self._progress(step))
-        due = set(self.due(step))
-        wanted: dict[str, int | None] = {}
-        for name, layer in self.layers.items():
-            bound, absent = most[name], _num_all(layer) - now[name]
-            if bound is None:
-                wanted[name] = None
-                continue
-            # The rewire is of at most so many units, and may find the room for them that a shrinking layer leaves.
-            k = round_half_up(self._fraction(step), max(bound, now[name])) if name in due else 0
-            k = min(k, absent + max(now[name] - bound, 0))
-            if (k and self.method.may_return) or min(k, absent) or bound > now[name]:
-                wanted[name] = min(k + max(bound - now[name], 0), absent)
-        return wanted
+        sizes = {name: _num_all(layer) for name, layer in self.layers.items()}
+        shares = {name: self._fraction(step) for name in self.due(step)}
+        return density.wanted(now, most, sizes, shares, may_return=self.method.may_return)
 
     def _forget(self, name: str) -> None:
         sinks.disarm(self.layers[name].sink)
@@ -481,12 +468,12 @@ class Rewirer:
         for key, value in mine.items():
             if state[key] != value:
                 raise ValueError(f"the saved rewiring state has {key} {state[key]!r}, this run has {value!r}")
-        if self.resizes:
-            self._make_room(state.get("num_units", {}))
         known = {n: self._tracker(n) for n, layer in self.layers.items() if layer.has_pattern}
         for name, tracked in state["trackers"].items():
             if name in known:
                 known[name].check(tracked)
+        if self.resizes:
+            self._make_room(state.get("num_units", {}))
         for name, tracked in state["trackers"].items():
             if name in known:
                 known[name].load_state_dict(tracked)
@@ -504,7 +491,8 @@ class Rewirer:
         """The sizes that layers had when they were saved, for a model's state that is loaded next (9.4)."""
         for name, k in num_units.items():
             if name in self.layers:
-                self.layers[name].make_room(int(k))
+                for layer in (self.layers[name], *self._companions[name]):
+                    layer.make_room(int(k))
 
 
 def _num_all(layer: SparseLinear) -> int:

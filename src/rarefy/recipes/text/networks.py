@@ -79,7 +79,8 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
     """A twin's entry in the run record.
 
     parameters: entries of all weights as if dense; nonzeros: those that exist and train; density: of the sparse layers;
-    flops_per_token: forward and backward, of linear layers and attention.
+    flops_per_token: forward and backward, of linear layers and attention. All before the first step: where the density
+    moves, the log has how it goes on.
     """
     nonzeros = sum(p.numel() for p in model.parameters())
     sparse = [m for m in model.modules() if isinstance(m, SparseLinear)]

@@ -84,7 +84,8 @@ class TextSettings:
     """Peak learning rate of the sparse network, but for its sparse layers."""
 
     sparse_lr: float | None = None
-    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%."""
+    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%; the first
+    density, where it moves."""
 
     dense_lr: float | None = None
     """Peak learning rate of the dense twin. Without it: lr / 2, its best in short runs (docs/log.md)."""

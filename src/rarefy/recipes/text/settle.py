@@ -100,7 +100,7 @@ def _trial_makers(settings: TextSettings, layers: list[dict[str, Any]]) -> dict[
     makers: dict[str, Callable[[], Twin]] = {
         SPARSE: lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 0.0)
     }
-    if plan.density_at(0.0) != plan.density_at(1.0):
+    if settings.steps is None and plan.density_at(0.0) != plan.density_at(1.0):
         makers[AT_END] = lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 1.0)
     if settings.twin:
         makers[DENSE] = lambda: make_dense(rehearsal)
