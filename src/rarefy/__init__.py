@@ -5,10 +5,10 @@ from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
 from rarefy.methods import SET, LayerView, Method, Needs, RigL, Static, unit_mean
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
-from rarefy.plan import Explanation, Plan
+from rarefy.plan import Explanation, Plan, pixelated_butterfly, sltrain
 from rarefy.rewiring import Rewirer
 from rarefy.schedules import Constant, Cosine, Linear, Schedule
 
@@ -30,6 +30,7 @@ __all__ = [
     "RigL",
     "Schedule",
     "SparseLinear",
+    "SparseLowRank",
     "Static",
     "er",
     "erk",
@@ -37,7 +38,9 @@ __all__ = [
     "load",
     "load_into",
     "param_groups",
+    "pixelated_butterfly",
     "save",
+    "sltrain",
     "sparsify",
     "uniform",
     "unit_mean",

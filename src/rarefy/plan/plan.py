@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, p
 from rarefy.distributions import er, erk, exact_counts, uniform
 from rarefy.init import PatternInit
 from rarefy.methods import Method, RigL
-from rarefy.nn import SparseLinear
+from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block, check_density, unit_grid
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
@@ -40,7 +40,7 @@ class Plan:
     """How a model is made sparse and trained. Everything a run needs to be made again."""
 
     density: float
-    """Share of the units of the sparse layers that exist, in (0, 1]."""
+    """Share of the weights of the sparse layers that exist, in (0, 1]; those of a low-rank part count."""
 
     method: Method = field(default_factory=RigL)
     """How the pattern is found during training."""
@@ -64,7 +64,15 @@ class Plan:
     """Glob pattern -> unit shape of its own; the first that matches counts."""
 
     init: PatternInit = "random"
-    """First pattern: random, balanced (equal rows and columns), or magnitude (largest present weights)."""
+    """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), or magnitude (largest
+    present weights)."""
+
+    low_rank: int | float = 0
+    """A dense part of low rank beside the sparse one, paid from the same density: an int is its rank in every layer, a
+    share below 1 is of each layer's weights; 0: none."""
+
+    low_rank_alpha: float | None = None
+    """The low-rank part is scaled by this over its rank; None: scale 1."""
 
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
@@ -89,8 +97,17 @@ class Plan:
             check_density(density)
         if self.distribution not in _DISTRIBUTIONS:
             raise ValueError(f"distribution: {unknown(self.distribution, list(_DISTRIBUTIONS))}")
-        if self.init not in ("random", "balanced", "magnitude"):
-            raise ValueError(f"init: {unknown(self.init, ['random', 'balanced', 'magnitude'])}")
+        if self.init not in get_args(PatternInit):
+            raise ValueError(f"init: {unknown(self.init, get_args(PatternInit))}")
+        if isinstance(self.low_rank, bool) or not (
+            self.low_rank >= 0 if isinstance(self.low_rank, int) else 0 <= self.low_rank < 1
+        ):
+            raise ValueError(
+                f"low_rank must be a rank (an int, at least 0) or a share of the weights in [0, 1), got {self.low_rank}"
+            )
+        check_alpha(self.low_rank_alpha)
+        if self.low_rank_alpha is not None and not self.low_rank:
+            raise ValueError("low_rank_alpha scales a low-rank part, and there is none: give low_rank= too")
 
     # -- as data ------------------------------------------------------------------------------------------------------
 
@@ -166,29 +183,31 @@ class Plan:
         if sample is not None:
             tokens = tokens_per_layer(model, sample, layers)
 
-        def cost_of(layer: Layer, units: int | None, block: tuple[int, int]) -> LayerCost | None:
+        def cost_of(layer: Layer, units: int | None, block: tuple[int, int], rank: int) -> LayerCost | None:
             if not tokens.get(layer.name) or min(layer.shape) < 1:
                 return None
             if measured:
-                return _measured(layer, units, block, tokens[layer.name], precisions)
+                return _measured(layer, units, block, tokens[layer.name], precisions, rank)
             assert costs is not None
-            return predict(costs, layer.shape, units, block, tokens[layer.name])
+            return predict(costs, layer.shape, units, block, tokens[layer.name], rank=rank)
 
         found: dict[str, LayerCost | None] = {}
         # A layer that stays dense leaves the budget, which changes the others' densities: those are asked for anew.
         while True:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
-            counts = self._counts(sparse, blocks)
+            ranks = self._ranks(sparse)
+            counts = self._counts(sparse, blocks, ranks)
             decisions = []
             for name, layer in layers.items():
-                units, block = counts.get(name), blocks[name]
+                units, block, rank = counts.get(name), blocks[name], ranks.get(name, 0)
                 if name in counts or name not in found:
-                    found[name] = cost_of(layer, units, block) if timed else None
+                    found[name] = cost_of(layer, units, block, rank) if timed else None
                 seen = tokens.get(name)
-                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name]))
+                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name], rank))
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
+                self._warn_of_no_rank([d for d in decisions if d.is_sparse and not layers[d.name].adopted])
                 return decisions
             for d in slower:
                 assert d.cost is not None
@@ -197,6 +216,15 @@ class Plan:
                     f"{', predicted' if d.cost.source == 'predicted' else ''}, at density {d.density:.3g} and "
                     f"{d.tokens} tokens"
                 )
+
+    def _warn_of_no_rank(self, fresh: Sequence[Decision]) -> None:
+        without = [d.name for d in fresh if not d.rank]
+        if self.low_rank and without:
+            warnings.warn(
+                f"low_rank: a share of {self.low_rank:g} is not enough for rank 1 in {len(without)} of {len(fresh)} "
+                f"sparse layers (first: {without[0]}): they have a sparse part alone",
+                stacklevel=4,
+            )
 
     def explain(
         self,
@@ -234,17 +262,20 @@ class Plan:
     ) -> dict[str, tuple[int, int]]:
         """Each layer's unit shape: its own if it is sparse already, else as asked for, else the fastest."""
         fixed = {
-            name: layer.module.block if isinstance(layer.module, SparseLinear) else self._asked_block(name)
+            name: self._asked_block(name) if layer.sparse is None else layer.sparse.block
             for name, layer in layers.items()
         }
         blocks = {name: block or (1, 1) for name, block in fixed.items()}
         undecided = [name for name in sparse if fixed[name] is None]
         if undecided:
             assert costs is not None
-            densities = self._densities(sparse)
+            densities, ranks = self._densities(sparse), self._ranks(sparse)
             for name in undecided:
+                rows, cols = layers[name].shape
                 seen = tokens.get(name) or ASSUMED_TOKENS
-                blocks[name] = choose_block(costs, layers[name].shape, densities[name], seen)
+                blocks[name] = choose_block(
+                    costs, (rows, cols), densities[name] - _share((rows, cols), ranks[name]), seen
+                )
         return blocks
 
     def _asked_block(self, name: str) -> tuple[int, int] | None:
@@ -261,24 +292,52 @@ class Plan:
         shared = {name: shape for name, shape in fresh.items() if name not in own}
         return {**own, **(_DISTRIBUTIONS[self.distribution](shared, self.density) if shared else {})}
 
-    def _counts(self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    def _ranks(self, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """Of each layer's low-rank part: adopted ones keep theirs, others have the rank asked for, or the largest that
+        their share of the layer's weights allows.
+
+        Raises:
+            ValueError: a rank that leaves no weight to the sparse part.
+        """
+        ranks = {name: layer.rank for name, layer in layers.items() if layer.adopted}
+        for name, density in self._densities(layers).items():
+            rows, cols = layers[name].shape
+            rank = self.low_rank
+            if isinstance(rank, float):
+                rank = units_beside(rank * density * rows * cols, 0, (rows + cols, 1))
+            if low_rank_weights((rows, cols), rank) >= density * rows * cols:
+                raise ValueError(f"{name}: {no_room((rows, cols), rank, density * rows * cols)}")
+            ranks[name] = rank
+        return ranks
+
+    def _counts(
+        self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]
+    ) -> dict[str, int]:
         """Exact units per layer: adopted ones keep theirs, overridden ones have their own, the others share the
         budget (2.1). Layers with different units share it too, and round it within each kind of unit.
+
+        With a low-rank part, what it has is taken off each layer's own, and the rest is rounded down, so that both
+        parts together stay within the density.
         """
-        counts = {
-            name: layer.module.num_units for name, layer in layers.items() if isinstance(layer.module, SparseLinear)
-        }
+        counts = {name: layer.sparse.num_units for name, layer in layers.items() if layer.sparse is not None}
         densities = self._densities(layers)
         sharing: dict[tuple[int, int], dict[str, int]] = {}
         for name, density in densities.items():
             rows, cols = unit_grid(layers[name].shape, blocks[name])
-            if self._override(name) is not None:
+            if ranks[name]:
+                budget = density * layers[name].shape[0] * layers[name].shape[1]
+                counts[name] = units_beside(budget, low_rank_weights(layers[name].shape, ranks[name]), blocks[name])
+                if counts[name] < 1:
+                    raise ValueError(f"{name}: {no_room(layers[name].shape, ranks[name], budget)}")
+            elif self._override(name) is not None:
                 counts[name] = min(max(1, round(density * rows * cols)), rows * cols)
             else:
                 sharing.setdefault(blocks[name], {})[name] = rows * cols
         for sizes in sharing.values():
             part = sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
-            counts |= exact_counts(densities, sizes, self.density if len(sharing) == 1 else part)
+            counts |= exact_counts(
+                densities, sizes, self.density if len(sharing) == 1 and not any(ranks.values()) else part
+            )
         return counts
 
     def _override(self, name: str) -> float | None:
@@ -290,8 +349,16 @@ def _plain_block(block: Any) -> Any:
     return block if isinstance(block, int | str) else tuple(block)
 
 
-def _measured(layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool) -> LayerCost:
-    more = {"precisions": True} if precisions else {}
+def _share(shape: tuple[int, int], rank: int) -> float:
+    """Of a matrix's entries, what a low-rank part has as weights."""
+    return low_rank_weights(shape, rank) / (shape[0] * shape[1])
+
+
+def _measured(
+    layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool, rank: int
+) -> LayerCost:
+    more: dict[str, Any] = {"precisions": True} if precisions else {}
+    more |= {"rank": rank} if rank else {}
     return measure(layer.shape, units, block, tokens, bias=layer.bias, **more)
 
 
