@@ -20,10 +20,10 @@ from rarefy.methods import (
     Static,
     unit_mean,
 )
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
-from rarefy.plan import Explanation, Plan
+from rarefy.plan import Explanation, Plan, pixelated_butterfly, sltrain
 from rarefy.rewiring import Rewirer
 from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 
@@ -57,6 +57,7 @@ __all__ = [
     "Schedule",
     "Signal",
     "SparseLinear",
+    "SparseLowRank",
     "Static",
     "Steps",
     "er",
@@ -65,7 +66,9 @@ __all__ = [
     "load",
     "load_into",
     "param_groups",
+    "pixelated_butterfly",
     "save",
+    "sltrain",
     "sparsify",
     "uniform",
     "unit_mean",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.fuse import fuse
-from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
-from rarefy.nn import SparseLinear
+from rarefy.init import drawn_pattern, magnitude_pattern, row_rescale
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
 from rarefy.plan import Decision, Plan, is_conv1d
@@ -28,7 +28,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
         model: changed in place. Layers that cannot be converted stay dense; `Rewirer.left_dense` lists them with the
             reason.
             On the meta device no dense weight is ever allocated: call `to_empty`, then `reset_parameters` on the
-                sparse layers.
+                sparse layers (of a `SparseLowRank` on itself, which sees to both parts).
         sample: an example input. With it every distinct shape is timed on the spot, and a layer that sparse would
             slow down stays dense, with the figures as its reason; without it nothing is timed.
         measure: False: take the times from the cost model instead; True: time on the spot even without a sample. See
@@ -42,18 +42,31 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     MLPs whose layers all became sparse run as one call from then on (`rarefy.fuse`); `Rewirer.fused` names them. Names,
     parameters and results are as before.
 
+    With `plan.low_rank` a layer `X` becomes a `SparseLowRank`, whose sparse part the engine knows as `X.sparse`.
+
     Kept values are the model's own, scaled by 1 / sqrt(row density) unless `plan.rescale` is off (rewiring rule 3.2).
     """
     decisions = plan.decide(model, sample, measure=measure)
     modules = dict(model.named_modules())
     layers: dict[str, SparseLinear] = {}
+    made: dict[str, nn.Module] = {}
     for decision in decisions:
         if not decision.is_sparse:
             continue
         module = modules[decision.name]
-        layers[decision.name] = module if isinstance(module, SparseLinear) else _sparse_twin(module, decision, plan)
-    for name, layer in layers.items():
-        _replace(model, modules[name], layer)
+        if isinstance(module, SparseLowRank):
+            layers[f"{decision.name}.sparse".lstrip(".")] = module.sparse
+            continue
+        if isinstance(module, SparseLinear):
+            layers[decision.name] = module
+            continue
+        layer = _sparse_twin(module, decision, plan)
+        if decision.rank:
+            made[decision.name], layers[f"{decision.name}.sparse"] = _with_low_rank(layer, decision, plan), layer
+        else:
+            made[decision.name] = layers[decision.name] = layer
+    for name, module in made.items():
+        _replace(model, modules[name], module)
     left_dense = {decision.name: decision.why_dense for decision in decisions if not decision.is_sparse}
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:5])
@@ -66,7 +79,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
         plan = plan.settled([decision.row() for decision in decisions])
-    fresh = {d.name: d for d in decisions if d.is_sparse and not isinstance(modules[d.name], SparseLinear)}
+    fresh = {d.name: d for d in decisions if d.name in made and not plan.low_rank}  # low rank: sizes stay
     budget = None
     if fresh:
         budget = plan.budget({name: d.shape for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
@@ -85,7 +98,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     weight = weight.T if is_conv1d(module) else weight
     if weight.device.type == "meta" and plan.init == "magnitude":
         raise ValueError(
-            f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use 'random' or 'balanced', "
+            f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use another init, "
             "or load the weights first"
         )
     bias = cast("nn.Parameter | None", module.bias)
@@ -94,7 +107,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
-    layer.pattern_init = "balanced" if plan.init == "balanced" else "random"
+    layer.pattern_init = "random" if plan.init == "magnitude" else plan.init
     if weight.device.type != "meta":
         pattern = _first_pattern(weight, decision, plan)
         layer.set_pattern(pattern)
@@ -114,8 +127,16 @@ def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
     if plan.init == "magnitude":
         return magnitude_pattern(weight, decision.units, decision.block)
     generator = torch.Generator().manual_seed(_seed(plan, decision.name))
-    draw = balanced_pattern if plan.init == "balanced" else Pattern.with_units
-    return draw(decision.shape, decision.units, decision.block, generator=generator)
+    return drawn_pattern(plan.init, decision.shape, decision.units, decision.block, generator=generator)
+
+
+def _with_low_rank(sparse: SparseLinear, decision: Decision, plan: Plan) -> SparseLowRank:
+    """The layer that adds a low-rank part, zero at first: it computes what the sparse one does."""
+    generator = torch.Generator().manual_seed(_seed(plan, f"{decision.name} low rank"))
+    layer = SparseLowRank.around(sparse, rank=decision.rank, alpha=plan.low_rank_alpha, generator=generator)
+    for part in (layer.a, layer.b):
+        part.requires_grad_(sparse.values.requires_grad)
+    return layer
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rarefy.files import Checkpoint, atomic_write, read
 from rarefy.files.checkpoint import key
 from rarefy.files.container import write
+from rarefy.nn.low_rank import add_low_rank
 from rarefy.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -42,18 +43,32 @@ def to_dense_state_dict(path: StrPath) -> dict[str, Tensor]:
 
 def _dense_state_dict(found: Checkpoint) -> dict[str, Tensor]:
     values = {key(name, "values"): name for name in found.patterns}
+    thin = {key(name, part) for name in found.low_rank for part in ("a", "b")}
     made: dict[int, Tensor] = {}  # a layer under two names stays one
     state = {}
     for name, tensor in found.tensors.items():
+        if name in thin:
+            continue
         if name not in values:
-            state[name] = tensor
+            layer, _, part = name.rpartition(".")
+            state[key(_whole(found, layer), part)] = tensor
             continue
         layer = values[name]
         if id(tensor) not in made:
             weight = dense_weight(tensor, found.patterns[layer])
+            whole = _whole(found, layer)
+            if whole != layer:
+                a, b = (found.tensors[key(whole, part)] for part in ("a", "b"))
+                weight = add_low_rank(weight, a, b, found.low_rank[whole])
             made[id(tensor)] = weight.T if layer in found.transposed else weight
-        state[key(layer, "weight")] = made[id(tensor)]
+        state[key(_whole(found, layer), "weight")] = made[id(tensor)]
     return state
+
+
+def _whole(found: Checkpoint, layer: str) -> str:
+    """The layer that a sparse part with a low-rank part beside it belongs to; of any other its own name."""
+    parent, _, last = layer.rpartition(".")
+    return parent if last == "sparse" and layer in found.patterns and parent in found.low_rank else layer
 
 
 def dense_weight(values: Tensor, pattern: Pattern) -> Tensor:
@@ -113,6 +128,9 @@ def _scipy_matrices(found: Checkpoint) -> dict[str, csr_matrix | bsr_matrix]:
 def export_scipy(path: StrPath, out: StrPath) -> Path:
     """Write a folder: `{layer}.weight.npz` for scipy.sparse.load_npz, `{name}.npy` for numpy.load for all else.
 
+    A layer `X` with a low-rank part has its sparse matrix as `X.sparse.weight.npz` and the rest as `X.a.npy` and
+    `X.b.npy`, the scale multiplied into b: the whole is sparse.weight + b @ a.
+
     No file holds a pickle. Characters that file names cannot have are written as %XX.
 
     Raises:
@@ -126,8 +144,10 @@ def export_scipy(path: StrPath, out: StrPath) -> Path:
         file_name = f"{quote(key(name, 'weight'), safe='')}.npz"
         atomic_write(folder / file_name, lambda file, matrix=matrix: save_npz(file, matrix))
     taken = {key(name, "values") for name in matrices}
+    scales = {key(name, "b"): scale for name, scale in found.low_rank.items()}
     for name, tensor in found.tensors.items():
         if name not in taken:
+            tensor = tensor * scales[name] if name in scales else tensor
             file_name, array = f"{quote(name, safe='')}.npy", _as_numpy(tensor)
             atomic_write(folder / file_name, lambda file, array=array: np.save(file, array, allow_pickle=False))
     return folder

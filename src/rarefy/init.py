@@ -11,7 +11,24 @@ from torch import Tensor
 
 from rarefy.pattern import Block, Pattern, as_block, unit_grid
 
-PatternInit = Literal["random", "balanced", "magnitude"]
+PatternInit = Literal["random", "balanced", "butterfly", "magnitude"]
+DrawnInit = Literal["random", "balanced", "butterfly"]
+"""Those that need no weights."""
+
+
+def drawn_pattern(
+    init: DrawnInit,
+    shape: Sequence[int],
+    num_units: int,
+    block: Block = 1,
+    *,
+    generator: torch.Generator | None = None,
+) -> Pattern:
+    """Exactly `num_units` units by one of the ways that need no weights."""
+    if init == "butterfly":
+        return butterfly_pattern(shape, num_units, block)
+    draw = balanced_pattern if init == "balanced" else Pattern.with_units
+    return draw(shape, num_units, block, generator=generator)
 
 
 def balanced_pattern(
@@ -37,6 +54,61 @@ def balanced_pattern(
         chosen.append(row * cols + taken)
     units = torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
     return Pattern.from_units(units, shape, block)
+
+
+def butterfly_pattern(shape: Sequence[int], num_units: int, block: Block = 1) -> Pattern:
+    """Exactly `num_units` units of the flat block butterfly. Nothing is drawn.
+
+    Square grids of n units a side, n a power of two: unit row i has columns i XOR d, for d in the order 0, then the
+    strides 1, 2, 4, ... n/2. So (1 + s) * n units are the sum of the first s butterfly factors, each with its identity:
+    the flat block butterfly of maximum stride 2**(s-1). What the budget asks for beyond all strides goes to products of
+    two factors, then of three: d = 3, 5, 6, 9, ..., 7, 11, ....
+
+    Every row takes its first columns in that order, the counts of two rows differing by at most one; rows that take one
+    more are spread evenly. So the last stride may be there in part. Other grids are stretched: the longer side is
+    folded evenly onto the shorter, and that onto the largest power of two that it holds, whose units become 1 or 2
+    wide. In grids with more columns than rows it is the columns whose counts differ by at most one.
+
+    With at least as many units as the longer side has, no row and no column is empty. Memory and time O(num_units).
+
+    Raises:
+        ValueError: more units than the grid has, or a block that does not divide the shape.
+    Source:
+        Dao et al. 2022 (arXiv:2112.00029), section 3: flat block butterfly, stretched to rectangles. Theirs takes whole
+        strides and sizes that a power of two divides; the part of a stride, the products and other sizes are ours.
+    """
+    block = as_block(block)
+    rows, cols = unit_grid(shape, block)
+    if not 0 <= num_units <= rows * cols:
+        raise ValueError(f"cannot place {num_units} units in a {rows} x {cols} grid")
+    long, short = max(rows, cols), min(rows, cols)
+    if not num_units:
+        return Pattern.from_units(torch.empty(0, dtype=torch.int64), shape, block)
+    lines = torch.arange(long)
+    counts = (lines + 1) * num_units // long - lines * num_units // long
+    folded = lines * short // long
+    chosen = _butterfly_order(short, int(counts.max()))[folded]
+    taken = torch.arange(chosen.shape[1]) < counts[:, None]
+    along, across = lines[:, None].expand_as(chosen)[taken], chosen[taken]
+    return Pattern.from_units(along * cols + across if rows >= cols else across * cols + along, shape, block)
+
+
+def _butterfly_order(size: int, length: int) -> Tensor:
+    """(size, length) int64: of each row of a square grid the first columns in the butterfly's order, its own first."""
+    half = 1 << (size.bit_length() - 1)
+    index = torch.arange(size)
+    cell = index * half // size
+    start = -(-torch.arange(half + 1) * size // half)  # of each cell; it is 1 or 2 wide
+    distances = sorted(range(half), key=lambda d: (d.bit_count(), d))[:length]
+    partner = cell[:, None] ^ torch.tensor(distances)
+    width = torch.diff(start)[partner]
+    # Inside a cell a row's columns begin at its own place, so that the first of them form a diagonal.
+    place = (index - start[cell])[:, None, None] + torch.arange(2)
+    columns = (start[partner][..., None] + place % width[..., None]).flatten(1)
+    exists = (torch.arange(2) < width[..., None]).flatten(1)
+    # A stable sort brings the columns that exist to the front of their row, in order.
+    front = torch.sort((~exists).to(torch.uint8), dim=1, stable=True).indices[:, :length]
+    return columns.gather(1, front)
 
 
 def magnitude_pattern(weight: Tensor, num_units: int, block: Block = 1) -> Pattern:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.nn import SparseLinear
+from rarefy.nn.low_rank import low_rank_weights
 from rarefy.ops import index_dtype
 from rarefy.pattern import unit_grid
 
@@ -18,13 +19,18 @@ def layer_flops(nnz: int) -> int:
     return 6 * nnz
 
 
-def layer_bytes(shape: tuple[int, int], units: int | None, block: tuple[int, int], value_bytes: int = 4) -> int:
-    """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values and every index tensor it holds."""
+def layer_bytes(
+    shape: tuple[int, int], units: int | None, block: tuple[int, int], value_bytes: int = 4, *, rank: int = 0
+) -> int:
+    """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values, every index tensor it holds, and
+    the low-rank part beside it.
+    """
     if units is None:
         return shape[0] * shape[1] * value_bytes
     rows, cols = unit_grid(shape, block)
     narrow = index_dtype(rows, cols).itemsize
-    return units * (block[0] * block[1] * value_bytes + 2 * narrow + 4) + (rows + cols + 2) * 4
+    sparse = units * (block[0] * block[1] * value_bytes + 2 * narrow + 4) + (rows + cols + 2) * 4
+    return sparse + low_rank_weights(shape, rank) * value_bytes
 
 
 def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:

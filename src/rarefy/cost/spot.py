@@ -14,7 +14,7 @@ from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, preci
 from rarefy.cost.terms import Work, dense_work
 from rarefy.cost.timing import LayerStep, dense_layer, interleaved_ms, kernels_for, random_batch
 from rarefy.cost.trial import in_precision
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.pattern import Pattern, unit_grid
 from rarefy.sampling import keyed_generator
 
@@ -59,6 +59,7 @@ def measure(
     *,
     bias: bool = True,
     precisions: bool = False,
+    rank: int = 0,
 ) -> LayerCost:
     """Time a layer of this shape, sparse and dense in turn, in this process with torch's threads. From 0.3 s, by size.
 
@@ -68,6 +69,7 @@ def measure(
 
     Args:
         units: None: time the dense layer alone.
+        rank: of a low-rank part beside the units, timed with them.
         precisions: time the layer in the other precisions as well, in the same rounds: two to three times as long.
     """
     rounded = None
@@ -76,7 +78,7 @@ def measure(
         rounded = min(int(float(f"{units:.3g}")), rows * cols)
     now = precision_now()
     conditions = (torch.get_num_threads(), kernels_for(block) if units is not None else "")
-    return _measure(shape, rounded, block, tokens, bias, precisions, now, *conditions)
+    return _measure(shape, rounded, block, tokens, bias, precisions, rank, now, *conditions)
 
 
 def measure_dense(shape: tuple[int, int], tokens: int, *, bias: bool = True) -> float:
@@ -92,6 +94,7 @@ def _measure(
     tokens: int,
     bias: bool,
     precisions: bool,
+    rank: int,
     now: Precision,
     *conditions: Any,
 ) -> LayerCost:
@@ -100,7 +103,9 @@ def _measure(
     if units is not None:
         pattern = Pattern.with_units(shape, units, block, generator)
         x, dy = random_batch(shape, tokens, generator)
-        sparse = SparseLinear.from_pattern(pattern, bias, generator=generator)
+        sparse: torch.nn.Module = SparseLinear.from_pattern(pattern, bias, generator=generator)
+        if rank:
+            sparse = SparseLowRank.around(sparse, rank=rank, generator=generator)
         steps |= {("sparse", p): _step(sparse, x, dy, p) for p in _asked(now, PRECISIONS, precisions)}
     else:
         x, dy = random_batch(shape, tokens, generator)
@@ -121,12 +126,13 @@ def _step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor, precision: 
 
 
 def predict(
-    model: CostModel, shape: tuple[int, int], units: int | None, block: tuple[int, int], tokens: int
+    model: CostModel, shape: tuple[int, int], units: int | None, block: tuple[int, int], tokens: int, *, rank: int = 0
 ) -> LayerCost | None:
     """What the model says of a layer, sparse and dense, in every precision that it knows.
 
     Args:
         units: None: of the dense layer alone.
+        rank: of a low-rank part beside the units, taken as two thin dense layers.
     Returns:
         None if the model does not know the structure, or the dense layer in the precision that torch is set to.
     """
@@ -136,7 +142,13 @@ def predict(
         ("dense", p): model.ms(dense_work(shape, tokens, p)) for p in PRECISIONS
     }
     if nnz is not None:
-        times |= {("sparse", p): model.ms(Work(shape, tokens, nnz, block, p)) for p in PRECISIONS}
+        for p in PRECISIONS:
+            works = [Work(shape, tokens, nnz, block, p)]
+            if rank:
+                works += [dense_work((rank, shape[1]), tokens, p), dense_work((shape[0], rank), tokens, p)]
+            parts = [model.ms(work) for work in works]
+            known = [ms for ms in parts if ms is not None]
+            times["sparse", p] = sum(known) if len(known) == len(parts) else None
     dense_ms, sparse_ms = times.pop(("dense", now)), times.pop(("sparse", now), None)
     if dense_ms is None or (nnz is not None and sparse_ms is None):
         return None

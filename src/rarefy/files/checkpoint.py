@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class Checkpoint:
     """Of the sparse layers, by layer name."""
     transposed: frozenset[str] = frozenset()
     """Sparse layers that took the place of one whose dense weight is stored (in, out)."""
+    low_rank: dict[str, float] = field(default_factory=dict)
+    """Layers with a low-rank part -> its scale; their sparse part is in `patterns` as `{name}.sparse`."""
     architecture: dict[str, Any] | None = None
     """{"class": the model's, as "rarefy.GPT", "config": its settings as plain data, or None}."""
     optimizer: dict[str, Any] | None = None
@@ -127,7 +130,29 @@ def _assemble(path: Path, found: container.Container, parts: dict[str, Any]) -> 
             del model[key(name, part)]
     decoded = {part: tree.decode(node, tensors) for part, node in trees.items()}
     transposed = frozenset(name for name, layer in layers.items() if layer.get("transposed"))
-    return Checkpoint(path, model, patterns, transposed, **decoded)
+    low_rank = {
+        name.rpartition(".")[0]: _scale(name, layer["low_rank"], model)
+        for name, layer in layers.items()
+        if "low_rank" in layer
+    }
+    return Checkpoint(path, model, patterns, transposed, low_rank, **decoded)
+
+
+def _scale(name: str, low_rank: dict[str, Any], model: dict[str, Tensor]) -> float:
+    """The scale of the low-rank part beside a sparse one, if that is all there.
+
+    Args:
+        name: of the sparse part.
+    """
+    parent, rank, scale = name.rpartition(".")[0], low_rank["rank"], low_rank["scale"]
+    for part, side in (("a", 0), ("b", 1)):
+        tensor = model.get(key(parent, part))
+        if tensor is None or tensor.dim() != 2 or tensor.shape[side] != rank:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{parent or 'the model'}: {part} of its low-rank part of rank {rank} is {found}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"{parent or 'the model'}: the scale of its low-rank part is {scale!r}")
+    return float(scale)
 
 
 def _pattern(name: str, layer: dict[str, Any], arrays: list[Tensor | None], altered: list[str]) -> Pattern:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rarefy.files import container, tree
 from rarefy.files.checkpoint import ARRAYS, VERSION, Checkpoint, key, read
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.nn.linear import resize
 from rarefy.pattern import Pattern
 
@@ -50,6 +50,7 @@ def save(
     tensors, aliases = _stored_once(path, model)
     modules = model.named_modules(remove_duplicate=False)
     sparse = {name: module for name, module in modules if isinstance(module, SparseLinear)}
+    parents = dict(model.named_modules(remove_duplicate=False))
     layers = {}
     for name, layer in sparse.items():
         pattern = layer.pattern
@@ -61,6 +62,9 @@ def save(
         }
         if layer.transposed:
             layers[name]["transposed"] = True
+        parent = parents[name.rpartition(".")[0]]
+        if name and isinstance(parent, SparseLowRank):
+            layers[name]["low_rank"] = {"rank": parent.rank, "scale": parent.scale}
         if key(name, "col_indices") in tensors:
             narrow = torch.uint16 if pattern.num_unit_cols <= 2**16 else torch.int32
             tensors[key(name, "col_indices")] = pattern.col_indices.to(narrow)
@@ -240,6 +244,12 @@ def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[Sparse
             elif key(name, "values") not in found.tensors:
                 reason = "missing from the file, which is of another architecture"
             raise ValueError(f"{name or 'the model'}: {reason}")
+    for name, module in modules.items():
+        if isinstance(module, SparseLowRank) and (scale := found.low_rank.get(name)) != module.scale:
+            raise ValueError(
+                f"{name or 'the model'}: its low-rank part is scaled by {scale} in the file, by {module.scale} in the "
+                "model: sparsify with the plan of the saved model"
+            )
     saved, mine = found.state_dict(), model.state_dict()
     for name, tensor in mine.items():
         if name not in saved:

@@ -1,6 +1,7 @@
 """Sparse modules."""
 
 from rarefy.nn.linear import SparseLinear
+from rarefy.nn.low_rank import SparseLowRank
 from rarefy.nn.mlp import gated_mlp, mlp
 
-__all__ = ["SparseLinear", "gated_mlp", "mlp"]
+__all__ = ["SparseLinear", "SparseLowRank", "gated_mlp", "mlp"]

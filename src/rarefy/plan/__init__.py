@@ -4,5 +4,6 @@ from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.layers import Layer, find_layers, is_conv1d
 from rarefy.plan.plan import Plan
+from rarefy.plan.presets import pixelated_butterfly, sltrain
 
-__all__ = ["Decision", "Explanation", "Layer", "Plan", "find_layers", "is_conv1d"]
+__all__ = ["Decision", "Explanation", "Layer", "Plan", "find_layers", "is_conv1d", "pixelated_butterfly", "sltrain"]

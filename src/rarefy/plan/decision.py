@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarefy.cost import LayerCost, layer_bytes, layer_flops
+from rarefy.nn.low_rank import low_rank_weights
 from rarefy.plan.precisions import Option, best, options
 
 
@@ -27,6 +28,8 @@ class Decision:
     for."""
     last_units: int | None = None
     """K at the end of a density that moves; None, or `units`: it stays."""
+    rank: int = 0
+    """Of the low-rank part beside the units; 0: none."""
 
     @property
     def is_sparse(self) -> bool:
@@ -34,16 +37,17 @@ class Decision:
 
     @property
     def nnz(self) -> int:
-        """Weights that exist."""
+        """Weights that exist, those of a low-rank part included."""
         if self.units is None or not self.is_sparse:
             return self.shape[0] * self.shape[1]
-        return self.units * self.block[0] * self.block[1]
+        return self.units * self.block[0] * self.block[1] + low_rank_weights(self.shape, self.rank)
 
     @property
     def density(self) -> float:
-        size = self.shape[0] * self.shape[1]
-        units = self.units or 0
-        return (units * self.block[0] * self.block[1] if units else self.nnz) / size if size else 0.0
+        size, weights = self.shape[0] * self.shape[1], self.nnz
+        if self.units:  # of a layer left dense: the density that it would have had
+            weights = self.units * self.block[0] * self.block[1] + low_rank_weights(self.shape, self.rank)
+        return weights / size if size else 0.0
 
     @property
     def last_density(self) -> float:
@@ -61,11 +65,12 @@ class Decision:
     @property
     def options(self) -> list[Option]:
         """The layer sparse, if it has units, and dense, in each precision: time and bytes."""
-        return options(self.shape, self.units, self.block, self.cost)
+        return options(self.shape, self.units, self.block, self.cost, rank=self.rank)
 
     def row(self) -> dict[str, Any]:
         """Plain data for tables, JSON and reports."""
         units = self.units if self.is_sparse else None
+        rank = self.rank if self.is_sparse else 0
         dense_flops = layer_flops(self.shape[0] * self.shape[1])
         found = self.options
         return {
@@ -77,8 +82,9 @@ class Decision:
             "last_density": self.last_density if self.is_sparse else 1.0,
             "block": list(self.block),
             "units": units,
+            "rank": rank,
             "nnz": self.nnz,
-            "bytes": layer_bytes(self.shape, units, self.block),
+            "bytes": layer_bytes(self.shape, units, self.block, rank=rank),
             "dense_bytes": layer_bytes(self.shape, None, (1, 1)),
             "flops": layer_flops(self.nnz),
             "dense_flops": dense_flops,

@@ -27,6 +27,11 @@ class Elsewhere:
     def of(cls, machine: Machine, plan: Plan, model: nn.Module, sample: Any) -> Elsewhere:
         """What the plan means there; `sample` says how many tokens each layer sees. Nothing is timed."""
         decisions = plan.decide(model)
+        if any(decision.rank for decision in decisions):
+            raise ValueError(
+                "a machine's description says where sparse alone would win, not beside a low-rank part: "
+                "use a plan without low_rank"
+            )
         tokens = tokens_per_layer(model, sample, [decision.name for decision in decisions])
         return cls(machine, [replace(decision, tokens=tokens[decision.name]) for decision in decisions])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,17 @@ class Layer:
     adopted: bool = False
     """It is sparse already."""
 
+    @property
+    def sparse(self) -> SparseLinear | None:
+        """What holds its units, if it is sparse already."""
+        module = self.module.sparse if isinstance(self.module, SparseLowRank) else self.module
+        return module if isinstance(module, SparseLinear) else None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank part that it has already."""
+        return self.module.rank if isinstance(self.module, SparseLowRank) else 0
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is Hugging Face's Conv1D: a linear layer whose weight is stored (in, out)."""
@@ -40,7 +51,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
     layers = {}
     for name, module in modules.items():
-        if isinstance(module, SparseLinear):
+        if isinstance(modules.get(name.rpartition(".")[0]), SparseLowRank) and name:
+            continue  # part of the layer above it
+        if isinstance(module, SparseLinear | SparseLowRank):
             shape = (module.out_features, module.in_features)
             layers[name] = Layer(name, module, shape, module.bias is not None, "", adopted=True)
         elif isinstance(module, nn.Linear) or is_conv1d(module):

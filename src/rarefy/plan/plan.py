@@ -12,16 +12,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from rarefy.budget import Budget, check_densities
+from rarefy.budget import Budget, check_densities, moves
 from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
 from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit
 from rarefy.methods import Method, RigL
-from rarefy.nn import SparseLinear
+from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
@@ -40,8 +40,9 @@ class Plan:
     """How a model is made sparse and trained. Everything a run needs to be made again."""
 
     density: float | Schedule
-    """Share of the units of the sparse layers that exist, in (0, 1]; a schedule moves it from the method's begin to its
-    end. A number is the last density of a method that moves it by itself, such as GMP."""
+    """Share of the weights of the sparse layers that exist, in (0, 1], those of a low-rank part among them; a schedule
+    moves it from the method's begin to its end. A number is the last density of a method that moves it by itself, such
+    as GMP."""
 
     method: Method = field(default_factory=RigL)
     """How the pattern is found during training."""
@@ -65,7 +66,15 @@ class Plan:
     """Glob pattern -> unit shape of its own; the first that matches counts."""
 
     init: PatternInit = "random"
-    """First pattern: random, balanced (equal rows and columns), or magnitude (largest present weights)."""
+    """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), or magnitude (largest
+    present weights)."""
+
+    low_rank: int | float = 0
+    """A dense part of low rank beside the sparse one, paid from the same density: an int is its rank in every layer, a
+    share below 1 is of each layer's weights; 0: none."""
+
+    low_rank_alpha: float | None = None
+    """The low-rank part is scaled by this over its rank; None: scale 1."""
 
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
@@ -90,8 +99,26 @@ class Plan:
             check_densities(self.method.densities(density))
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution: {unknown(self.distribution, list(DISTRIBUTIONS))}")
-        if self.init not in ("random", "balanced", "magnitude"):
-            raise ValueError(f"init: {unknown(self.init, ['random', 'balanced', 'magnitude'])}")
+        if self.init not in get_args(PatternInit):
+            raise ValueError(f"init: {unknown(self.init, get_args(PatternInit))}")
+        self._check_low_rank()
+
+    def _check_low_rank(self) -> None:
+        if isinstance(self.low_rank, bool) or not (
+            self.low_rank >= 0 if isinstance(self.low_rank, int) else 0 <= self.low_rank < 1
+        ):
+            raise ValueError(
+                f"low_rank must be a rank (an int, at least 0) or a share of the weights in [0, 1), got {self.low_rank}"
+            )
+        check_alpha(self.low_rank_alpha)
+        if self.low_rank_alpha is not None and not self.low_rank:
+            raise ValueError("low_rank_alpha scales a low-rank part, and there is none: give low_rank= too")
+        asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
+        if self.low_rank and (self.method.redistribute is not None or any(moves(density) for density in asked)):
+            raise ValueError(
+                "a low-rank part keeps its size, so low_rank= goes with a density that stays: give a number and a "
+                "method that neither moves nor redistributes it"
+            )
 
     # -- as data ------------------------------------------------------------------------------------------------------
 
@@ -167,32 +194,34 @@ class Plan:
         if sample is not None:
             tokens = tokens_per_layer(model, sample, layers)
 
-        def cost_of(layer: Layer, units: int | None, block: tuple[int, int]) -> LayerCost | None:
+        def cost_of(layer: Layer, units: int | None, block: tuple[int, int], rank: int) -> LayerCost | None:
             if not tokens.get(layer.name) or min(layer.shape) < 1:
                 return None
             if measured:
-                return _measured(layer, units, block, tokens[layer.name], precisions)
+                return _measured(layer, units, block, tokens[layer.name], precisions, rank)
             assert costs is not None
-            return predict(costs, layer.shape, units, block, tokens[layer.name])
+            return predict(costs, layer.shape, units, block, tokens[layer.name], rank=rank)
 
         found: dict[str, LayerCost | None] = {}
         # A layer that stays dense leaves the budget, which changes the others' densities: those are asked for anew.
         while True:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
-            counts, last = self._counts(sparse, blocks), self._counts(sparse, blocks, 1.0)
+            ranks = self._ranks(sparse)
+            counts, last = self._counts(sparse, blocks, ranks), self._counts(sparse, blocks, ranks, 1.0)
             decisions = []
             for name, layer in layers.items():
-                units, block = counts.get(name), blocks[name]
+                units, block, rank = counts.get(name), blocks[name], ranks.get(name, 0)
                 if name in counts or name not in found:
                     # The last size counts: it is what most steps see, and the smallest where density falls.
-                    found[name] = cost_of(layer, last.get(name), block) if timed else None
-                seen = tokens.get(name)
+                    found[name] = cost_of(layer, last.get(name), block, rank) if timed else None
+                seen, why = tokens.get(name), why_dense[name]
                 decisions.append(
-                    Decision(name, layer.shape, why_dense[name], block, units, seen, found[name], last.get(name))
+                    Decision(name, layer.shape, why, block, units, seen, found[name], last.get(name), rank)
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
+                self._warn_of_no_rank([d for d in decisions if d.is_sparse and not layers[d.name].adopted])
                 return decisions
             for d in slower:
                 assert d.cost is not None
@@ -201,6 +230,15 @@ class Plan:
                     f"{', predicted' if d.cost.source == 'predicted' else ''}, at density {d.last_density:.3g} and "
                     f"{d.tokens} tokens"
                 )
+
+    def _warn_of_no_rank(self, fresh: Sequence[Decision]) -> None:
+        without = [d.name for d in fresh if not d.rank]
+        if self.low_rank and without:
+            warnings.warn(
+                f"low_rank: a share of {self.low_rank:g} is not enough for rank 1 in {len(without)} of {len(fresh)} "
+                f"sparse layers (first: {without[0]}): they have a sparse part alone",
+                stacklevel=4,
+            )
 
     def explain(
         self,
@@ -243,7 +281,7 @@ class Plan:
     ) -> dict[str, tuple[int, int]]:
         """Each layer's unit shape: its own if it is sparse already, else as asked for, else the fastest."""
         fixed = {
-            name: layer.module.block if isinstance(layer.module, SparseLinear) else self._asked_block(name)
+            name: self._asked_block(name) if layer.sparse is None else layer.sparse.block
             for name, layer in layers.items()
         }
         blocks = {name: block or (1, 1) for name, block in fixed.items()}
@@ -251,10 +289,13 @@ class Plan:
         if undecided:
             assert costs is not None
             fresh = {name: layer.shape for name, layer in sparse.items() if not layer.adopted}
-            densities = self.budget(fresh, {}).densities(1.0)
+            densities, ranks = self.budget(fresh, {}).densities(1.0), self._ranks(sparse)
             for name in undecided:
+                rows, cols = layers[name].shape
                 seen = tokens.get(name) or ASSUMED_TOKENS
-                blocks[name] = choose_block(costs, layers[name].shape, densities[name], seen)
+                blocks[name] = choose_block(
+                    costs, (rows, cols), densities[name] - _share((rows, cols), ranks[name]), seen
+                )
         return blocks
 
     def _asked_block(self, name: str) -> tuple[int, int] | None:
@@ -275,15 +316,56 @@ class Plan:
             own={name: self.method.densities(density) for name, density in asked.items()},
         )
 
-    def _counts(
-        self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]], progress: float = 0.0
-    ) -> dict[str, int]:
-        """Exact units per layer: adopted ones keep theirs, the others have what the budget gives them (2.1)."""
+    def _ranks(self, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """Of each layer's low-rank part: adopted ones keep theirs, others have the rank asked for, or the largest that
+        their share of the layer's weights allows.
+
+        Raises:
+            ValueError: a rank that leaves no weight to the sparse part.
+        """
+        ranks = {name: layer.rank for name, layer in layers.items() if layer.adopted}
         fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
-        adopted = {
-            name: layer.module.num_units for name, layer in layers.items() if isinstance(layer.module, SparseLinear)
-        }
-        return {**adopted, **(self.budget(fresh, blocks).counts(progress) if fresh else {})}
+        if not self.low_rank:
+            return {**ranks, **dict.fromkeys(fresh, 0)}
+        for name, density in (self.budget(fresh, {}).densities(0.0) if fresh else {}).items():
+            rows, cols = fresh[name]
+            rank = self.low_rank
+            if isinstance(rank, float):
+                rank = units_beside(rank * density * rows * cols, 0, (rows + cols, 1))
+            if low_rank_weights((rows, cols), rank) >= density * rows * cols:
+                raise ValueError(f"{name}: {no_room((rows, cols), rank, density * rows * cols)}")
+            ranks[name] = rank
+        return ranks
+
+    def _counts(
+        self,
+        layers: Mapping[str, Layer],
+        blocks: Mapping[str, tuple[int, int]],
+        ranks: Mapping[str, int],
+        progress: float = 0.0,
+    ) -> dict[str, int]:
+        """Exact units per layer: adopted ones keep theirs, the others have what the budget gives them (2.1).
+
+        With a low-rank part, what it has is taken off each layer's own, and the rest is rounded down, so that both
+        parts together stay within the density.
+        """
+        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
+        counts = {name: layer.sparse.num_units for name, layer in layers.items() if layer.sparse is not None}
+        if not fresh:
+            return counts
+        budget = self.budget(fresh, blocks)
+        if not self.low_rank:
+            return {**counts, **budget.counts(progress)}
+        for name, density in budget.densities(progress).items():
+            rows, cols = fresh[name]
+            if not ranks[name]:
+                counts[name] = max(1, units_beside(density * rows * cols, 0, blocks[name]))
+                continue
+            weights = density * rows * cols
+            counts[name] = units_beside(weights, low_rank_weights((rows, cols), ranks[name]), blocks[name])
+            if counts[name] < 1:
+                raise ValueError(f"{name}: {no_room((rows, cols), ranks[name], weights)}")
+        return counts
 
     def _override(self, name: str) -> float | Schedule | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
@@ -294,8 +376,16 @@ def _plain_block(block: Any) -> Any:
     return block if isinstance(block, int | str) else tuple(block)
 
 
-def _measured(layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool) -> LayerCost:
-    more = {"precisions": True} if precisions else {}
+def _share(shape: tuple[int, int], rank: int) -> float:
+    """Of a matrix's entries, what a low-rank part has as weights."""
+    return low_rank_weights(shape, rank) / (shape[0] * shape[1])
+
+
+def _measured(
+    layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool, rank: int
+) -> LayerCost:
+    more: dict[str, Any] = {"precisions": True} if precisions else {}
+    more |= {"rank": rank} if rank else {}
     return measure(layer.shape, units, block, tokens, bias=layer.bias, **more)
 
 

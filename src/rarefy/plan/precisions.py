@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rarefy.cost import PRECISIONS, LayerCost, layer_bytes
+from rarefy.nn.low_rank import low_rank_weights
 
 STATE_BYTES = 12
 """Of training a weight with Adam beside the weight itself: gradient and two moments in fp32."""
@@ -41,11 +42,14 @@ class Option:
         return {"name": self.name, **asdict(self)}
 
 
-def options(shape: tuple[int, int], units: int | None, block: tuple[int, int], cost: LayerCost | None) -> list[Option]:
+def options(
+    shape: tuple[int, int], units: int | None, block: tuple[int, int], cost: LayerCost | None, *, rank: int = 0
+) -> list[Option]:
     """Sparse and dense in every precision, and dense int8.
 
     Args:
         units: None: the layer could not be sparse; only the dense ones.
+        rank: of a low-rank part beside the units.
         cost: times, if any are known.
     """
     found = []
@@ -54,8 +58,8 @@ def options(shape: tuple[int, int], units: int | None, block: tuple[int, int], c
         copy = width if width < 4 else 0  # beside the fp32 weights, which the optimizer needs
         if units is not None:
             ms = None if cost is None else cost.ms("sparse", precision)
-            values = units * block[0] * block[1]
-            held, whole = (layer_bytes(shape, units, block, size) for size in (width, 4))
+            values = units * block[0] * block[1] + low_rank_weights(shape, rank)
+            held, whole = (layer_bytes(shape, units, block, size, rank=rank) for size in (width, 4))
             found.append(Option("sparse", precision, ms, held, whole + (copy + STATE_BYTES) * values))
         ms = None if cost is None else cost.ms("dense", precision)
         weights = shape[0] * shape[1]

@@ -18,7 +18,11 @@ def layers_table(rows: Sequence[Row], totals: Row) -> str:
     head = ["layer", "shape", "block", "density", "nnz", "bytes", "of dense", "FLOPs/token", "of dense"]
     head += ["sparse ms", "dense ms", "speed", "times"]
     total = {**totals, "shape": None, "kind": "sparse", "name": "all", "sparse_ms": totals["planned_ms"]}
-    return columns(head, [*map(_layer, rows)], _layer({**total, "block": None, "times": None}))
+    lines = [*map(_layer, rows), _layer({**total, "block": None, "times": None})]
+    if any(row["rank"] for row in rows):  # a column that few plans need
+        for line, cell in zip([head, *lines], ["rank", *(str(row["rank"] or "") for row in rows), ""], strict=True):
+            line.insert(3, cell)
+    return columns(head, lines[:-1], lines[-1])
 
 
 def _layer(row: Row) -> list[str]:

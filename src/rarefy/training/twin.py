@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.nn import SparseLowRank
 from rarefy.rewiring import Rewirer
 from rarefy.sampling import keyed_generator
 
@@ -122,10 +123,12 @@ class Twin:
 
     @property
     def density(self) -> float:
-        """Of the sparse layers together; 1 without any."""
+        """Of the sparse layers together, with what they have of low rank; 1 without any."""
         layers = list(self.rewirer.layers.values()) if self.rewirer else []
         entries = sum(layer.out_features * layer.in_features for layer in layers)
-        return sum(layer.values.numel() for layer in layers) / entries if entries else 1.0
+        weights = sum(layer.values.numel() for layer in layers)
+        weights += sum(m.a.numel() + m.b.numel() for m in self.model.modules() if isinstance(m, SparseLowRank))
+        return weights / entries if entries else 1.0
 
     def train_step(self, data: StepData, *, rate: float = 1.0, accumulate: int = 1, clip: float = 0.0) -> StepResult:
         """One optimizer step on the data of the step after `self.step`.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rarefy.convert import sparsify
 from rarefy.models import GPT
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.plan import Plan
 from rarefy.recipes.text.settings import TextSettings
@@ -84,7 +84,7 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
     """
     nonzeros = sum(p.numel() for p in model.parameters())
     sparse = [m for m in model.modules() if isinstance(m, SparseLinear)]
-    absent = sum(m.out_features * m.in_features - m.values.numel() for m in sparse)
+    absent = sum(m.out_features * m.in_features - m.values.numel() for m in sparse) - _low_rank(model)
     return {
         "name": twin.name,
         "parameters": nonzeros + absent,
@@ -98,5 +98,10 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
 def flops_per_token(model: GPT) -> int:
     """FLOPs of training on one byte: a multiply and an add a weight, forward and twice backward, and attention."""
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    weights += sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLinear))
+    weights += sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLinear)) + _low_rank(model)
     return 6 * weights + model.config.attention_flops()
+
+
+def _low_rank(model: nn.Module) -> int:
+    """Weights of low-rank parts."""
+    return sum(m.a.numel() + m.b.numel() for m in model.modules() if isinstance(m, SparseLowRank))
