@@ -4,7 +4,7 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
-from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, Static, unit_mean
+from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, SRigL, Static, unit_mean
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Rewirer",
     "RigL",
+    "SRigL",
     "Schedule",
     "SparseLinear",
     "Static",

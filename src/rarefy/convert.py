@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.fuse import fuse
-from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
+from rarefy.init import draw_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
@@ -77,9 +77,9 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     """The sparse layer that takes the place of a dense one."""
     weight = cast(Tensor, module.weight).detach()
     weight = weight.T if is_conv1d(module) else weight
-    if weight.device.type == "meta" and plan.init == "magnitude":
+    if weight.device.type == "meta" and plan.first_pattern == "magnitude":
         raise ValueError(
-            f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use 'random' or 'balanced', "
+            f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use another init, "
             "or load the weights first"
         )
     bias = cast("nn.Parameter | None", module.bias)
@@ -88,7 +88,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
-    layer.pattern_init = "balanced" if plan.init == "balanced" else "random"
+    layer.pattern_init = "random" if plan.first_pattern == "magnitude" else plan.first_pattern
     if weight.device.type != "meta":
         pattern = _first_pattern(weight, decision, plan)
         layer.set_pattern(pattern)
@@ -105,11 +105,10 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
 def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
     """By the plan's `init`, keyed by seed and name (rewiring rule 3.1)."""
     assert decision.units is not None
-    if plan.init == "magnitude":
+    if plan.first_pattern == "magnitude":
         return magnitude_pattern(weight, decision.units, decision.block)
     generator = torch.Generator().manual_seed(_seed(plan, decision.name))
-    draw = balanced_pattern if plan.init == "balanced" else Pattern.with_units
-    return draw(decision.shape, decision.units, decision.block, generator=generator)
+    return draw_pattern(plan.first_pattern, decision.shape, decision.units, decision.block, generator=generator)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

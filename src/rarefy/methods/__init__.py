@@ -4,6 +4,19 @@ from rarefy.methods.base import LayerView, Method, Needs, registered, unit_mean
 from rarefy.methods.candidates import Candidates, Choice
 from rarefy.methods.rigl import RigL
 from rarefy.methods.set import SET
+from rarefy.methods.srigl import SRigL
 from rarefy.methods.static import Static
 
-__all__ = ["SET", "Candidates", "Choice", "LayerView", "Method", "Needs", "RigL", "Static", "registered", "unit_mean"]
+__all__ = [
+    "SET",
+    "Candidates",
+    "Choice",
+    "LayerView",
+    "Method",
+    "Needs",
+    "RigL",
+    "SRigL",
+    "Static",
+    "registered",
+    "unit_mean",
+]

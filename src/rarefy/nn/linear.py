@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.init import balanced_pattern, bias_bound, linear_values, magnitude_pattern, values_shape
+from rarefy.init import DrawnInit, bias_bound, draw_pattern, linear_values, magnitude_pattern, values_shape
 from rarefy.ops import Index, index_dtype
 from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("sink", new_sink(), persistent=False)
         self.has_pattern = False
         self.pattern_seed: int | None = None
-        self.pattern_init: Literal["random", "balanced"] = "random"
+        self.pattern_init: DrawnInit = "random"
 
     def _allocate_indices(self, device: torch.device | str | None) -> None:
         """Buffers of the right sizes for a pattern to come."""
@@ -166,9 +166,9 @@ class SparseLinear(nn.Module):
         if generator is None and self.pattern_seed is not None:
             generator = torch.Generator().manual_seed(self.pattern_seed)
         if not self.has_pattern:
-            draw = Pattern.with_units if self.pattern_init == "random" else balanced_pattern
             shape = (self.out_features, self.in_features)
-            self.set_pattern(draw(shape, self.num_units, self.block, generator=generator))
+            drawn = draw_pattern(self.pattern_init, shape, self.num_units, self.block, generator=generator)
+            self.set_pattern(drawn)
         with torch.no_grad():
             self.values.copy_(linear_values(self.pattern.to("cpu"), generator=generator))
             if self.bias is not None:

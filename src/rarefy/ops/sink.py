@@ -84,7 +84,7 @@ def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
         collector.add(index, dy.to(wide), x.to(wide))
 
 
-class _StepCollector:
+class StepCollector:
     """Knows where a step begins, so that what a step left behind that was never applied (AMP) is forgotten.
 
     A step's first backward finds no gradient on the values and is another pass than the last; a layer that is used
@@ -105,7 +105,7 @@ class _StepCollector:
         self.calls += 1
 
 
-class BestUnits(_StepCollector):
+class BestUnits(StepCollector):
     """The k best absent units of one backward call, streamed: memory O(k + tile) (rule 6.3).
 
     Args:
@@ -135,7 +135,7 @@ class BestUnits(_StepCollector):
             self.active_gradient = torch.ops.rarefy.sddmm(*index, dy, x)
 
 
-class DenseGradient(_StepCollector):
+class DenseGradient(StepCollector):
     """The dense gradient of the layer, summed over the step's backward calls: O * I floats for this one step (rule
     6.4).
     """

@@ -24,6 +24,8 @@ class Decision:
     """Rows of the layer's input in the sample, or those that its time is for; None without either."""
     cost: LayerCost | None
     """Times on this machine, forward and backward together, measured or predicted; None: not asked for."""
+    asked_density: float | None = None
+    """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
 
     @property
     def is_sparse(self) -> bool:
@@ -63,6 +65,7 @@ class Decision:
             "kind": "sparse" if self.is_sparse else "dense",
             "reason": self.why_dense,
             "density": self.density if self.is_sparse else 1.0,
+            "asked_density": self.asked_density if self.is_sparse else None,
             "block": list(self.block),
             "units": units,
             "nnz": self.nnz,

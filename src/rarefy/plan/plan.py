@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
 from rarefy.distributions import er, erk, exact_counts, uniform
-from rarefy.init import PatternInit
+from rarefy.init import PatternInit, constant_fan_in
 from rarefy.methods import Method, RigL
 from rarefy.nn import SparseLinear
 from rarefy.pattern import as_block, check_density, unit_grid
@@ -64,7 +64,8 @@ class Plan:
     """Glob pattern -> unit shape of its own; the first that matches counts."""
 
     init: PatternInit = "random"
-    """First pattern: random, balanced (equal rows and columns), or magnitude (largest present weights)."""
+    """First pattern: random, balanced (equal rows and columns), magnitude (largest present weights), or
+    constant_fan_in: every row of a layer as many units, which a method that needs it makes of random."""
 
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
@@ -89,8 +90,18 @@ class Plan:
             check_density(density)
         if self.distribution not in _DISTRIBUTIONS:
             raise ValueError(f"distribution: {unknown(self.distribution, list(_DISTRIBUTIONS))}")
-        if self.init not in ("random", "balanced", "magnitude"):
-            raise ValueError(f"init: {unknown(self.init, ['random', 'balanced', 'magnitude'])}")
+        if self.init not in get_args(PatternInit):
+            raise ValueError(f"init: {unknown(self.init, get_args(PatternInit))}")
+        if self.method.needs_constant_fan_in and self.init not in ("random", "constant_fan_in"):
+            raise ValueError(
+                f"{type(self.method).__name__} keeps the rows of a layer equal: "
+                f'use init="constant_fan_in", or leave it out, got init={self.init!r}'
+            )
+
+    @property
+    def first_pattern(self) -> PatternInit:
+        """`init`; where the method needs rows of equal fan-in, constant_fan_in in place of random."""
+        return "constant_fan_in" if self.method.needs_constant_fan_in else self.init
 
     # -- as data ------------------------------------------------------------------------------------------------------
 
@@ -179,14 +190,16 @@ class Plan:
         while True:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
-            counts = self._counts(sparse, blocks)
+            densities = self._densities(sparse)
+            counts = self._counts(sparse, blocks, densities)
             decisions = []
             for name, layer in layers.items():
                 units, block = counts.get(name), blocks[name]
                 if name in counts or name not in found:
                     found[name] = cost_of(layer, units, block) if timed else None
                 seen = tokens.get(name)
-                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name]))
+                asked = densities.get(name)
+                decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name], asked))
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
                 return decisions
@@ -261,18 +274,25 @@ class Plan:
         shared = {name: shape for name, shape in fresh.items() if name not in own}
         return {**own, **(_DISTRIBUTIONS[self.distribution](shared, self.density) if shared else {})}
 
-    def _counts(self, layers: Mapping[str, Layer], blocks: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    def _counts(
+        self,
+        layers: Mapping[str, Layer],
+        blocks: Mapping[str, tuple[int, int]],
+        densities: Mapping[str, float],
+    ) -> dict[str, int]:
         """Exact units per layer: adopted ones keep theirs, overridden ones have their own, the others share the
-        budget (2.1). Layers with different units share it too, and round it within each kind of unit.
+        budget (2.1). Layers with different units share it too, and round it within each kind of unit. Rows of equal
+        fan-in are rounded each (2.2).
         """
         counts = {
             name: layer.module.num_units for name, layer in layers.items() if isinstance(layer.module, SparseLinear)
         }
-        densities = self._densities(layers)
         sharing: dict[tuple[int, int], dict[str, int]] = {}
         for name, density in densities.items():
             rows, cols = unit_grid(layers[name].shape, blocks[name])
-            if self._override(name) is not None:
+            if self.first_pattern == "constant_fan_in":
+                counts[name] = rows * constant_fan_in(density, cols)
+            elif self._override(name) is not None:
                 counts[name] = min(max(1, round(density * rows * cols)), rows * cols)
             else:
                 sharing.setdefault(blocks[name], {})[name] = rows * cols

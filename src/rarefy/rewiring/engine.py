@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
-from rarefy.methods.candidates import AtRandom, Scored
+from rarefy.methods.candidates import AtRandom, BestInRows, Scored
 from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
+from rarefy.ops.rows import BestPerRow, best_in_rows, tiles_of
 from rarefy.pattern import Pattern
 from rarefy.rewiring import ranks
 from rarefy.rewiring.carry import check_carried, check_optimizer, move_units, per_unit_tensors
@@ -68,8 +69,10 @@ class Rewirer:
         self._hooks: list[Any] = []
         self._steps_inside = 0
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
-        self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
+        self._collectors: dict[str, sinks.BestUnits | BestPerRow | sinks.DenseGradient] = {}
         self._calls_per_step: dict[str, int] = {}
+        self._planned_units = {name: layer.num_units for name, layer in self.layers.items()}
+        self._settled: set[str] = set()
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
         }
@@ -169,9 +172,10 @@ class Rewirer:
         )
 
     def due(self, t: int) -> list[str]:
-        """Names of the layers that rewire after step t; a frozen layer never does."""
+        """Names of the layers that rewire after step t; a frozen or settled layer never does."""
         layers = enumerate(self.layers.items())
-        return [name for at, (name, layer) in layers if self.is_due(at, t) and layer.values.requires_grad]
+        active = [(at, name) for at, (name, layer) in layers if layer.values.requires_grad]
+        return [name for at, name in active if self.is_due(at, t) and name not in self._settled]
 
     def _progress(self, t: int) -> float:
         """How far the rewiring has come at step t, clipped to [0, 1] (4.3)."""
@@ -192,7 +196,9 @@ class Rewirer:
             if not k:
                 continue
             alone = ranks.world_size() == 1 and self._calls_per_step.get(name) == 1
-            if alone:
+            if alone and (capacity := self.method.row_candidates(self._view(name, self.t + 1))):
+                collector = BestPerRow(layer.values, k, capacity, self._score(name, layer))
+            elif alone:
                 score, active = self._score(name, layer), self.method.may_return
                 collector = sinks.BestUnits(layer.values, k, score, active=active)
             else:
@@ -272,7 +278,13 @@ class Rewirer:
             progress=self._progress(step),
             gradient=gradient,
             seed=self.seed,
+            planned_units=self._planned_units[name],
+            last=name == next(reversed(self.layers)),
+            pattern_of=self._pattern_of,
         )
+
+    def _pattern_of(self, name: str) -> Pattern | None:
+        return self.layers[name].pattern if name in self.layers else None
 
     # -- one rewire ---------------------------------------------------------------------------------------------------
 
@@ -294,6 +306,8 @@ class Rewirer:
             self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
             return
         self._check_choice(choice)
+        if choice.settled:
+            self._settled.add(name)
         newborn = self._exchange(name, choice.drop, choice.grow.to(choice.drop.device))
         pattern = layer.pattern
         ranks.check_agreement(name, layer.values, pattern.digest() if ranks.world_size() > 1 else "")
@@ -306,7 +320,7 @@ class Rewirer:
                 "churn": newborn.numel() / max(num_before, 1),
                 **self._tracker(name).rewired(pattern, newborn),
                 "seconds": time.perf_counter() - started,
-                "grown_by": "gradient" if by_gradient else "random",
+                "grown_by": "random" if self.method.needs is Needs.NOTHING else self.method.needs.value,
             }
         )
 
@@ -320,7 +334,7 @@ class Rewirer:
     def _unused(self, name: str) -> bool:
         """Whether this step left no gradient to grow by: the layer took no part, or one that cannot be used."""
         collector = self._collectors.get(name)
-        if isinstance(collector, sinks.BestUnits) and collector.calls > 1:
+        if isinstance(collector, sinks.BestUnits | BestPerRow) and collector.calls > 1:
             self._skip(
                 f"{name} was used {collector.calls} times in this step, after once in the one before: "
                 f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
@@ -339,9 +353,18 @@ class Rewirer:
         if isinstance(collector, sinks.BestUnits):
             returning = method.grow_score(collector.active_gradient, view) if method.may_return else None
             return Scored(active, collector.units, collector.scores, returning)
+        num_cols = view.pattern.num_unit_cols
+        if isinstance(collector, BestPerRow):
+            assert collector.found is not None
+            return BestInRows(active, collector.found, num_cols, method.may_return)
         assert collector.gradient is not None
         gradient = ranks.mean_over_ranks(collector.gradient)  # a sum over micro-batches orders as their mean does
-        everywhere = self._scores_of(gradient, layer, view).flatten()
+        everywhere = self._scores_of(gradient, layer, view)
+        if capacity := method.row_candidates(view):
+            tiles = tiles_of(layer.index, everywhere)
+            found = best_in_rows(layer.index, tiles, self._k(layer, self.t), capacity)
+            return BestInRows(active, found, num_cols, method.may_return)
+        everywhere = everywhere.flatten()
         absent = torch.ones_like(everywhere, dtype=torch.bool)
         absent[active] = False
         units = absent.nonzero().flatten()
@@ -400,6 +423,8 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "calls_per_step": dict(self._calls_per_step),
+            "planned_units": dict(self._planned_units),
+            "settled": sorted(self._settled),
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -426,6 +451,8 @@ class Rewirer:
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
+        self._planned_units |= {name: int(units) for name, units in state.get("planned_units", {}).items()}
+        self._settled = set(state.get("settled", ()))
         self._arm()
 
 
