@@ -86,7 +86,7 @@ GRADIENT = torch.tensor([[0.0, 0, 9, 8], [0, 0, 7, 1], [2, 3, 0, 0]])
 
 def rewire(active: dict[int, float], gradient: Tensor, method: SRigL, *, block=(1, 1), parts: int = 1):
     """One rewire, streamed (one backward call a step) or accumulated (several)."""
-    layer = layer_of(active, tuple(gradient.shape), block)
+    layer = layer_of(active, (gradient.shape[0], gradient.shape[1]), block)
     last = SparseLinear(2, 2, density=0.5)
     last.values.requires_grad_(False)  # so that the layer is not the last
     rewirer, optimizer = engine({"layer": layer, "last": last}, dataclasses.replace(method, interval=2, end=2))
@@ -146,7 +146,7 @@ def test_at_most_half_of_the_neurons_go_at_once():
 
 def test_srigl_tells_what_to_expect():
     assert SRigL().expects_empty_rows and not SRigL(ablate=False).expects_empty_rows and not RigL().expects_empty_rows
-    assert SRigL(ablate="fc*").ablate == ("fc*",)
+    assert SRigL(ablate="fc*").ablate == ("fc*",)  # type: ignore[arg-type]
     assert SRigL.paper() == SRigL(may_return=True, stagger=False) and SRigL.vit().gamma == 0.95
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1.5; the authors' is 0.3"):
         SRigL(gamma=1.5)

@@ -4,7 +4,7 @@ from rarefy import export
 from rarefy.convert import sparsify
 from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
-from rarefy.methods import SET, Candidates, Choice, LayerView, Method, Needs, RigL, SRigL, Static, unit_mean
+from rarefy.methods import CHT, SET, Candidates, Choice, CHTs, LayerView, Method, Needs, RigL, SRigL, Static, unit_mean
 from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
@@ -15,8 +15,10 @@ from rarefy.schedules import Constant, Cosine, Linear, Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "CHT",
     "SET",
     "AdamW",
+    "CHTs",
     "Candidates",
     "Choice",
     "Constant",
