@@ -268,7 +268,7 @@ def test_chains_match_names():
         wrong._useless(rewirer._view("b0.down", 1))
 
 
-def test_a_settled_layer_rewires_no_more_and_resumes_so():
+def test_rule_4_4_a_settled_layer_rewires_no_more_and_resumes_so():
     def train(stop: float | None):
         torch.manual_seed(0)
         layer = SparseLinear(12, 8, density=0.4, generator=torch.Generator().manual_seed(0))

@@ -217,7 +217,9 @@ def test_a_fraction_outside_zero_to_one_is_refused():
 def test_presets_say_what_the_papers_do():
     assert RigL.paper() == RigL(may_return=True, stagger=False)
     assert SET.paper(interval=7, end=9) == SET(interval=7, end=9, fraction=Constant(0.3), stagger=False)
-    assert SET.itop() == SET(interval=1500, fraction=Constant(0.5))
+    assert SET.itop() == SET(interval=1500, fraction=Cosine(start=0.5, stop=0.005))
+    assert RigL.itop(end=9) == RigL(interval=4000, end=9, fraction=Cosine(start=0.5, stop=0.005))
+    assert SET.smet() == SET(interval=100, fraction=Cosine(start=0.2))
     assert RigL().fraction == Cosine(start=0.3) and RigL().interval == 100
     assert (RigL.needs, SET.needs) == (Needs.GRADIENT, Needs.NOTHING)
 

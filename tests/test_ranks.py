@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
-from rarefy import SET, Constant, Plan, Rewirer, RigL, SparseLinear, sparsify
+from rarefy import SET, CHTs, Constant, Plan, Rewirer, RigL, SparseLinear, SRigL, sparsify
 
 RANKS = 2
 STEPS = 12
@@ -42,6 +42,8 @@ def methods() -> dict[str, rarefy.Method]:
         "RigL": RigL(**common),
         "RigL all at once": RigL(**common, stagger=False, may_return=True),
         "SET": SET(**common),
+        "SRigL": SRigL(**common, ablate=False),  # DDP's buckets are of the sizes that parameters had at first
+        "CHTs": CHTs(**common),
     }
 
 

@@ -30,7 +30,7 @@ from rarefy.methods.candidates import Candidates, Choice
 from rarefy.methods.topology import Rule, grid_of, link_scores
 from rarefy.sampling import exponentials, keyed_generator
 from rarefy.schedules import Constant, Linear, Schedule
-from rarefy.selection import contains, highest, lowest
+from rarefy.selection import contains, lowest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +125,12 @@ class CHT(Method):
             begins, ends = first * grid.num_short, first * grid.num_short + wanted.numel()
             inside = slice(*torch.searchsorted(taken, taken.new_tensor([begins, ends])).tolist())
             wanted[taken[inside] - begins] = -1
-            if wanted.numel() > k > 0:
-                floor = max(floor, float(wanted.kthvalue(wanted.numel() - k + 1).values))
             found = (wanted >= max(floor, 0)).nonzero().flatten()  # equals stay: a lower unit may be among them
             units, best = torch.cat([units, grid.to_units(found + begins)]), torch.cat([best, wanted[found]])
-            if units.numel() > k:
-                chosen = highest(best, units, k)
-                units, order = torch.sort(units)
-                at = torch.searchsorted(units, chosen)
-                units, best = chosen, best[order][at]
-                floor = max(floor, float(best.min())) if k else torch.inf
-        return torch.sort(units).values
+            if units.numel() > max(2 * k, 1 << 16):
+                units, best = _best(units, best, k)
+                floor = float(best.min()) if k else torch.inf
+        return _best(units, best, k)[0]
 
     def _useless(self, view: LayerView) -> Tensor:
         """(K,) boolean: links from inputs that nothing reaches, or to neurons that lead nowhere, by the chains."""
@@ -152,6 +147,16 @@ class CHT(Method):
                 read = torch.bincount(pattern.col_indices.long(), minlength=pattern.num_unit_cols).bool()
                 useless |= ~read.repeat_interleave(pattern.block[1]).view(-1, b_r).any(dim=1)[rows]
         return useless
+
+
+def _best(units: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k of highest score, ascending, with their scores; of equal scores the lower units (6.2)."""
+    if units.numel() > k > 0:  # most fall at once: what is left to sort is little more than k
+        likely = scores >= scores.kthvalue(scores.numel() - k + 1).values
+        units, scores = units[likely], scores[likely]
+    units, order = torch.sort(units)
+    chosen = lowest(-scores[order], min(k, units.numel()))
+    return units[chosen], scores[order][chosen]
 
 
 def _neighbours(name: str, chains: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, str]]:

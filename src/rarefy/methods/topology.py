@@ -27,6 +27,9 @@ Rule = Literal["ch2", "ch3"]
 TILE_ENTRIES = 1 << 22
 """Entries of the largest dense matrix held at once: 16 MiB."""
 
+CACHED_ENTRIES = 1 << 18
+"""Entries of a tile that stays in a core's cache from one pass over it to the next."""
+
 
 class LinkScores(NamedTuple):
     """Scores of some lines of the grid, those of links that exist included (without a meaning)."""
@@ -85,6 +88,8 @@ def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Ite
 
     with _exact_products():
         kept = list(short_pairs()) if short * short <= max(tile_entries, 8 * index.num_units) else None
+        if kept is not None:
+            step = max(1, min(tile_entries, CACHED_ENTRIES) // max(long, 1))
         for first in range(0, long, step):
             mine = _lines(index.t_crow, index.t_rows, first, min(first + step, long), short)
             common = torch.ops.rarefy.spmm_t(ones, *index, mine)
@@ -96,8 +101,8 @@ def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Ite
 
 def _share(rule: Rule, common: Tensor, degree: Tensor) -> Tensor:
     """(lines, others) common neighbours and (others,) degrees to what each of the others counts for."""
-    linked = (common > 0).to(common.dtype)
-    inside = common + linked if rule == "ch2" else linked
+    linked = common.clamp(max=1)
+    inside = linked.add_(common) if rule == "ch2" else linked
     return inside.div_(torch.sub(degree, common).clamp_(min=1))  # below 1 only from a line to itself
 
 
