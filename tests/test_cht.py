@@ -184,7 +184,7 @@ def test_chts_samples_by_weight_and_score():
         stayed[gone] += 1
         layer = layer_of({0: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 9: 1.0}, (3, 4))
         view = dataclasses.replace(view_of(layer), seed=seed)
-        [unit] = method._predicted(view, layer.pattern.unit_indices(), layer.pattern.unit_indices(), 1).tolist()
+        [unit] = method._predicted(view, layer.pattern.unit_indices(), 1).tolist()
         born[unit] = born.get(unit, 0) + 1
     assert abs(stayed[0] / 600 - 9 / 10) < 5 * (0.9 * 0.1 / 600) ** 0.5
     scores = np.nan_to_num(plain_scores(layer.pattern.to_mask().numpy(), "ch2")).flatten()

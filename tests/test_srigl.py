@@ -38,16 +38,16 @@ def test_rule_2_2_also_on_the_meta_device_and_from_yaml(tmp_path):
     path.write_text("density: 0.2\ninit: constant_fan_in\nmethod: srigl\n")
     plan = Plan.from_yaml(path)
     assert plan.method == SRigL() and Plan.from_dict(plan.to_dict()) == plan
-    models = []
+    layers = []
     for device in ("cpu", "meta"):
         with torch.device(device):
             model = nn.Sequential(nn.Linear(40, 30))
-        sparsify(model, plan)
+        layer = sparsify(model, plan).layers["0"]
         if device == "meta":
             model.to_empty(device="cpu")
-            model[0].reset_parameters()
-        models.append(model)
-    patterns = [model[0].pattern for model in models]
+            layer.reset_parameters()
+        layers.append(layer)
+    patterns = [layer.pattern for layer in layers]
     assert patterns[0] == patterns[1] and set(torch.diff(patterns[0].crow_indices).tolist()) == {8}
 
 

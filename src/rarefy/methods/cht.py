@@ -108,15 +108,15 @@ class CHT(Method):
         room = pattern.num_unit_rows * pattern.num_unit_cols - active.numel() - k
         goes[useless if self.may_return else useless[:room]] = True  # as many must be able to come
         left, removed = active[~goes], active[goes]
-        grown = self._predicted(view, left, left if self.may_return else active, removed.numel())
+        grown = self._predicted(view, left, removed.numel())
         overlap = float(contains(removed, grown).double().mean()) if removed.numel() else 0.0
         settled = self.stop_overlap is not None and overlap > self.stop_overlap
         return Choice(goes.nonzero().flatten(), grown, settled)
 
-    def _predicted(self, view: LayerView, links: Tensor, taken: Tensor, k: int) -> Tensor:
-        """(k,) ascending units that the graph of `links` predicts best, none of `taken`."""
+    def _predicted(self, view: LayerView, links: Tensor, k: int) -> Tensor:
+        """(k,) ascending units that the graph of `links` predicts best."""
         grid = grid_of(links, view.pattern.num_unit_rows, view.pattern.num_unit_cols)
-        taken = grid.by_lines(taken)
+        taken = grid.links() if self.may_return else grid.by_lines(view.pattern.unit_indices())
         draws = keyed_generator(view.seed, view.step, view.name, "regrowth")
         units, best = taken.new_empty(0), torch.empty(0, device=links.device)
         floor = -torch.inf

@@ -27,8 +27,8 @@ Rule = Literal["ch2", "ch3"]
 TILE_ENTRIES = 1 << 22
 """Entries of the largest dense matrix held at once: 16 MiB."""
 
-CACHED_ENTRIES = 1 << 18
-"""Entries of a tile that stays in a core's cache from one pass over it to the next."""
+CACHED_ENTRIES = 1 << 19
+"""Entries of a tile that stays in the cores' caches from one pass over it to the next."""
 
 
 class LinkScores(NamedTuple):
@@ -48,6 +48,12 @@ class Grid(NamedTuple):
     """Whether its rows are the layer's columns."""
     num_short: int
     num_long: int
+
+    def links(self) -> Tensor:
+        """`by_lines` of the graph's own links."""
+        counts = torch.diff(self.index.t_crow.long())
+        lines = torch.repeat_interleave(torch.arange(self.num_long, device=counts.device), counts)
+        return lines * self.num_short + self.index.t_rows.long()
 
     def by_lines(self, units: Tensor) -> Tensor:
         """Ascending row-major units of the layer to ascending line * num_short + other, lines of the longer side."""
