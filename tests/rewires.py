@@ -142,7 +142,9 @@ def check_nothing_changed(before: Snapshot, layer: SparseLinear, optimizer: Opti
     assert all(torch.equal(before.rest[name], after.rest[name]) for name in before.rest)
 
 
-def check_rewire(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) -> tuple[list[int], list[int]]:
+def check_rewire(
+    before: Snapshot, layer: SparseLinear, optimizer: Optimizer, *, keeps_counts: bool = True
+) -> tuple[list[int], list[int]]:
     """Every invariant of a rewire; returns the units that went and those that came."""
     check_index(layer)
     after = snapshot(layer, optimizer)
@@ -151,7 +153,8 @@ def check_rewire(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) ->
     assert after.rest.keys() == before.rest.keys()
     for name, old in before.rest.items():
         assert torch.equal(old, after.rest[name]), f"{name} changed, and is not of the units"
-    assert len(after.units) == len(before.units) == layer.num_units
+    assert len(after.units) == layer.num_units
+    assert not keeps_counts or len(before.units) == layer.num_units
     old_stays, new_stays = np.isin(before.units, after.units), np.isin(after.units, before.units)
     assert after.rows.keys() == before.rows.keys()
     for name, old in before.rows.items():
@@ -175,6 +178,15 @@ def values_of(layer: SparseLinear) -> dict[int, float]:
     """Unit -> its first entry."""
     first = layer.values.detach().reshape(layer.num_units, -1)[:, 0]
     return dict(zip(layer.pattern.unit_indices().tolist(), first.tolist(), strict=True))
+
+
+def fit(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give the sparse layers the sizes and patterns that a state dict of theirs has."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear):
+            layer.values.data = torch.empty_like(state[f"{name}.values"])
+            crow, cols = (state[f"{name}.{array}"].to(torch.int32) for array in ("crow_indices", "col_indices"))
+            layer.set_pattern(Pattern(crow, cols, (layer.out_features, layer.in_features), layer.block))
 
 
 def units_of(layer: SparseLinear) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import plain_methods as plain
-from rarefy import GMP, MEST, SET, Constant, GraNet, Method, Plan, RigL, SparseLinear, sparsify
+from rarefy import GMP, MEST, SET, Constant, GraNet, Method, Plan, RigL, SparseLinear, SRigL, sparsify
 from rarefy.sampling import keyed_generator, sample_without_replacement
 from rewires import engine, layer_of, push, step, units_of, values_of
 
@@ -82,6 +82,30 @@ def test_mest(seed, growth):
     else:
         grown = plain.largest({u: abs(g) for u, g in enumerate(gradient) if u not in weights}, k)
     assert found == (set(weights) - drop) | grown
+
+
+@pytest.mark.parametrize("seed", CASES)
+@pytest.mark.parametrize("may_return", [False, True])
+@pytest.mark.parametrize("ablate", [False, True])
+def test_srigl(seed, may_return, ablate):
+    draw, (rows, cols), _, gradient = case(seed)
+    fan_in = draw.randint(1, cols)
+    weights = {
+        row * cols + col: float(draw.randint(-3, 3)) for row in range(rows) for col in draw.sample(range(cols), fan_in)
+    }
+    fraction, gamma = draw.choice([0.1, 0.3, 0.5]), draw.choice([0.0, 0.3, 0.6, 0.95])
+    method = SRigL(
+        interval=1,
+        end=1,
+        fraction=Constant(fraction),
+        gamma=gamma,
+        may_return=may_return,
+        ablate=("*",) if ablate else False,
+    )
+    found, _ = after(method, (rows, cols), weights, gradient, seed=seed)
+    assert found == plain.srigl_rule(
+        weights, gradient, (rows, cols), fan_in * rows, fraction, gamma, ablate=ablate, may_return=may_return
+    )
 
 
 def network(draw: random.Random, density: float) -> tuple[nn.Sequential, list[tuple[int, int]]]:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rarefy
 from rarefy import (
     SET,
+    CHTs,
     Constant,
     Exact,
     GraNet,
@@ -33,6 +34,7 @@ from rarefy import (
     RigL,
     SampledTokens,
     SparseLinear,
+    SRigL,
     sparsify,
 )
 
@@ -60,6 +62,8 @@ def methods() -> dict[str, rarefy.Method]:
         "RigL of momentum": RigL(**common, signal=Momentum(steps=3), may_return=True),
         "RigL of two steps": RigL(**common, signal=Momentum(steps=2, pool=3, source=NormProduct())),
         "SET": SET(**common),
+        "SRigL": SRigL(**common, ablate=False),  # DDP's buckets are of the sizes that parameters had at first
+        "CHTs": CHTs(**common),
     }
 
 

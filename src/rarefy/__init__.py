@@ -6,17 +6,20 @@ from rarefy.distributions import er, erk, uniform
 from rarefy.files import load, load_into, save
 from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens, Signal
 from rarefy.methods import (
+    CHT,
     GMP,
     MEST,
     SET,
     Candidates,
     Choice,
+    CHTs,
     GraNet,
     LayerView,
     Method,
     Needs,
     Redistribution,
     RigL,
+    SRigL,
     Static,
     unit_mean,
 )
@@ -30,10 +33,12 @@ from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
 __version__ = "0.1.0"
 
 __all__ = [
+    "CHT",
     "GMP",
     "MEST",
     "SET",
     "AdamW",
+    "CHTs",
     "Candidates",
     "Choice",
     "Constant",
@@ -53,6 +58,7 @@ __all__ = [
     "Redistribution",
     "Rewirer",
     "RigL",
+    "SRigL",
     "SampledTokens",
     "Schedule",
     "Signal",

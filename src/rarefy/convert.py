@@ -96,7 +96,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     """The sparse layer that takes the place of a dense one."""
     weight = cast(Tensor, module.weight).detach()
     weight = weight.T if is_conv1d(module) else weight
-    if weight.device.type == "meta" and plan.init == "magnitude":
+    if weight.device.type == "meta" and plan.first_pattern == "magnitude":
         raise ValueError(
             f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use another init, "
             "or load the weights first"
@@ -107,7 +107,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
-    layer.pattern_init = "random" if plan.init == "magnitude" else plan.init
+    layer.pattern_init = "random" if plan.first_pattern == "magnitude" else plan.first_pattern
     if weight.device.type != "meta":
         pattern = _first_pattern(weight, decision, plan)
         layer.set_pattern(pattern)
@@ -124,10 +124,10 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
 def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
     """By the plan's `init`, keyed by seed and name (rewiring rule 3.1)."""
     assert decision.units is not None
-    if plan.init == "magnitude":
+    if plan.first_pattern == "magnitude":
         return magnitude_pattern(weight, decision.units, decision.block)
     generator = torch.Generator().manual_seed(_seed(plan, decision.name))
-    return drawn_pattern(plan.init, decision.shape, decision.units, decision.block, generator=generator)
+    return drawn_pattern(plan.first_pattern, decision.shape, decision.units, decision.block, generator=generator)
 
 
 def _with_low_rank(sparse: SparseLinear, decision: Decision, plan: Plan) -> SparseLowRank:

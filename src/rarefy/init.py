@@ -11,9 +11,12 @@ from torch import Tensor
 
 from rarefy.pattern import Block, Pattern, as_block, unit_grid
 
-PatternInit = Literal["random", "balanced", "butterfly", "magnitude"]
-DrawnInit = Literal["random", "balanced", "butterfly"]
+PatternInit = Literal["random", "balanced", "butterfly", "magnitude", "constant_fan_in"]
+DrawnInit = Literal["random", "balanced", "butterfly", "constant_fan_in"]
 """Those that need no weights."""
+
+_DRAWN_ENTRIES = 1 << 22
+"""Random numbers held at once while rows of equal fan-in are drawn."""
 
 
 def drawn_pattern(
@@ -24,11 +27,15 @@ def drawn_pattern(
     *,
     generator: torch.Generator | None = None,
 ) -> Pattern:
-    """Exactly `num_units` units by one of the ways that need no weights."""
+    """Exactly `num_units` units by one of the ways that need no weights (rules 3.1 and 2.2)."""
     if init == "butterfly":
         return butterfly_pattern(shape, num_units, block)
-    draw = balanced_pattern if init == "balanced" else Pattern.with_units
-    return draw(shape, num_units, block, generator=generator)
+    draws = {
+        "random": Pattern.with_units,
+        "balanced": balanced_pattern,
+        "constant_fan_in": constant_fan_in_pattern,
+    }
+    return draws[init](shape, num_units, block, generator=generator)
 
 
 def balanced_pattern(
@@ -109,6 +116,36 @@ def _butterfly_order(size: int, length: int) -> Tensor:
     # A stable sort brings the columns that exist to the front of their row, in order.
     front = torch.sort((~exists).to(torch.uint8), dim=1, stable=True).indices[:, :length]
     return columns.gather(1, front)
+
+
+def constant_fan_in(density: float, num_cols: int) -> int:
+    """Units of every row: max(1, round(density * columns)) (rule 2.2)."""
+    return min(max(1, round(density * num_cols)), num_cols)
+
+
+def constant_fan_in_pattern(
+    shape: Sequence[int], num_units: int, block: Block = 1, *, generator: torch.Generator | None = None
+) -> Pattern:
+    """Every row has the same number of units, at columns of its own, uniform without replacement (rule 2.2).
+
+    Raises:
+        ValueError: `num_units` is not a multiple of the rows, or too many.
+    """
+    block = as_block(block)
+    rows, cols = unit_grid(shape, block)
+    if num_units % max(rows, 1) or not 0 <= num_units <= rows * cols:
+        raise ValueError(
+            f"rows of equal fan-in hold a multiple of {rows} units, at most {rows * cols}, got {num_units}: "
+            "rows * max(1, round(density * columns)) of them"
+        )
+    fan_in, step = num_units // max(rows, 1), max(1, _DRAWN_ENTRIES // max(cols, 1))
+    chosen = [torch.empty(0, dtype=torch.int64)]
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        noise = torch.rand(count, cols, generator=generator, dtype=torch.float64)
+        columns = torch.sort(noise.topk(fan_in, dim=1).indices, dim=1).values
+        chosen.append((columns + torch.arange(first, first + count)[:, None] * cols).flatten())
+    return Pattern.from_sorted_units(torch.cat(chosen), shape, block)
 
 
 def magnitude_pattern(weight: Tensor, num_units: int, block: Block = 1) -> Pattern:

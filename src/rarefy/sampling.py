@@ -23,6 +23,15 @@ def keyed_generator(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
+def exponentials(shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """float32 draws E of the unit exponential, above 0. The same numbers follow each other however they are shared out.
+
+    With weights w, the k largest w / E are a sample of k without replacement, each drawn with probabilities in
+    proportion to the weights that are left (Efraimidis & Spirakis 2006).
+    """
+    return torch.from_numpy(generator.standard_exponential(shape, dtype=np.float32)).clamp_(min=1e-20)
+
+
 def integers(below: int, count: int, generator: Generator = None) -> Tensor:
     """(count,) int64 uniform in [0, below), with replacement."""
     if isinstance(generator, np.random.Generator):

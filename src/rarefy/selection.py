@@ -45,6 +45,17 @@ def highest(score: Tensor, units: Tensor, k: int) -> Tensor:
     return units[lowest(-score[order], min(k, units.numel()))]
 
 
+def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """For each item, how many of its group have a lower score; of equal scores the lower index comes before (5.2)."""
+    order = torch.sort(score, stable=True).indices
+    order = order[torch.sort(groups[order], stable=True).indices]
+    sizes = torch.bincount(groups, minlength=num_groups)
+    begins = sizes.cumsum(0) - sizes
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - begins[groups[order]]
+    return place
+
+
 def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
     """For each of `wanted`, whether it is in `ascending`; boolean, by binary search."""
     if not ascending.numel():

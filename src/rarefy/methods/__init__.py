@@ -2,18 +2,22 @@
 
 from rarefy.methods.base import LayerView, Method, Needs, registered, unit_mean
 from rarefy.methods.candidates import Candidates, Choice
+from rarefy.methods.cht import CHT, CHTs
 from rarefy.methods.gmp import GMP
 from rarefy.methods.granet import GraNet
 from rarefy.methods.mest import MEST
 from rarefy.methods.redistribution import Redistribution
 from rarefy.methods.rigl import RigL
 from rarefy.methods.set import SET
+from rarefy.methods.srigl import SRigL
 from rarefy.methods.static import Static
 
 __all__ = [
+    "CHT",
     "GMP",
     "MEST",
     "SET",
+    "CHTs",
     "Candidates",
     "Choice",
     "GraNet",
@@ -22,6 +26,7 @@ __all__ = [
     "Needs",
     "Redistribution",
     "RigL",
+    "SRigL",
     "Static",
     "registered",
     "unit_mean",

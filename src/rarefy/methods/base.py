@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +27,12 @@ class Needs(enum.Enum):
     """Growth is uniform at random."""
     GRADIENT = "gradient"
     """Growth takes the units of the highest `grow_score` of the dense gradient, which is streamed, not stored."""
+    TOPOLOGY = "topology"
+    """Growth follows from the pattern alone, and `choose` finds it by itself."""
+
+
+def _no_other(name: str) -> Pattern | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class LayerView:
     """(K,) boolean, units that a change of density grew at this step, which may not go at once (2.8)."""
     seed: int = 0
     """Of the run: whatever a method draws is keyed by it, the step and the name (`rarefy.sampling`)."""
+    planned_units: int = 0
+    """How many units the layer had before any rewire."""
+    last: bool = False
+    """Whether it is the last of the layers that rewire."""
+    pattern_of: Callable[[str], Pattern | None] = _no_other
+    """Another layer's present pattern by its name; None: there is none of that name."""
 
 
 def unit_mean(entries: Tensor) -> Tensor:
@@ -91,6 +103,8 @@ class Method:
     rewires: ClassVar[bool] = True
     keeps_counts: ClassVar[bool] = True
     """Whether `choose` grows as many units as it drops. Of one that does not, layers change their size (2.2, 2.3)."""
+    needs_constant_fan_in: ClassVar[bool] = False
+    """Whether a plan must start with rows of equal fan-in."""
 
     budget_grows: ClassVar[bool] = True
     """Whether a `budget` of its own may give a layer more units than it has: growth by gradient must know in time."""
@@ -106,6 +120,11 @@ class Method:
             raise ValueError(f"density_interval must be at least 1 step, got {self.density_interval}")
         if self.begin < 0 or (self.end is not None and self.end < self.begin):
             raise ValueError(f"begin and end must satisfy 0 <= begin <= end, got begin={self.begin}, end={self.end}")
+
+    @property
+    def expects_empty_rows(self) -> bool:
+        """Whether neurons without inputs are the method's own doing, and no sign of trouble."""
+        return False
 
     def drop_score(self, view: LayerView) -> Tensor:
         """(K,) scores of the active units; the lowest go. Here: mean magnitude of the values."""
@@ -143,6 +162,13 @@ class Method:
             scores, [view.pattern.num_unit_rows * view.pattern.num_unit_cols for view in views], total
         )
         return {view.name: count for view, count in zip(views, counts, strict=True)}
+
+    def row_candidates(self, view: LayerView) -> int:
+        """How many of the best units of each row `choose` may ask for; 0: it only asks for the best of the layer.
+
+        With more than 0 the engine hands `choose` a `BestInRows`, which costs that many scores and columns a row.
+        """
+        return 0
 
     def choose(self, view: LayerView, k: int, candidates: Candidates) -> Choice | None:
         """Which units go and which come; None: scores are not finite, and nothing changes.

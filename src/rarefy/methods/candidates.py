@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rarefy.ops.rows import RowScores
 from rarefy.sampling import keyed_generator
-from rarefy.selection import highest, random_absent
+from rarefy.selection import highest, places, random_absent
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Choice:
     """Positions among the layer's K active units, ascending int64."""
     grow: Tensor
     """Units to grow, ascending int64 row-major indices: none that stays active. One that is also dropped returns."""
+    settled: bool = False
+    """The layer needs no further rewires."""
 
 
 class Candidates(Protocol):
@@ -80,3 +83,53 @@ class Scored:
             units = torch.cat([units, self.active[dropped]])
             scores = torch.cat([scores, self.returning[dropped].to(scores)])
         return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
+
+
+@dataclass(frozen=True)
+class BestInRows:
+    """Growth by the highest score, of the layer or of each row (6.2); for methods with `row_candidates`."""
+
+    active: Tensor
+    """(K,) ascending active units."""
+    found: RowScores
+    """Of this step's gradient."""
+    num_cols: int
+    """C, unit columns."""
+    may_return: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether every score is."""
+        return self.found.finite
+
+    def best(self, k: int, dropped: Tensor) -> Tensor | None:
+        """See `Candidates`."""
+        returning = self.found.active if self.may_return else None
+        scored = Scored(self.active, self.found.units, self.found.scores, returning)
+        return scored.best(k, dropped) if self.finite else None
+
+    def best_of_all(self, k: int) -> Tensor:
+        """(k,) ascending units of the highest scores, active ones competing too."""
+        units = torch.cat([self.found.units, self.active])
+        return highest(torch.cat([self.found.scores, self.found.active]), units, k)
+
+    def best_in_rows(self, wanted: Tensor, dropped: Tensor) -> Tensor:
+        """Ascending units: of each row its `wanted` best; fewer where a row has not so many.
+
+        Args:
+            wanted: (R,) numbers, none above what the rows' capacity allows.
+            dropped: positions of the units that this rewire drops, ascending; if units may return, these compete.
+        """
+        cols, scores = self.found.row_cols, self.found.row_scores
+        capacity = cols.shape[1]
+        taken = torch.arange(capacity, device=cols.device) < wanted[:, None]
+        taken &= scores > -torch.inf
+        units = (torch.arange(cols.shape[0], device=cols.device)[:, None] * self.num_cols + cols)[taken]
+        if not self.may_return or not dropped.numel():
+            return torch.sort(units).values
+        # The best of a row with the dropped ones in it are among the best without them and the dropped ones.
+        units = torch.cat([units, self.active[dropped]])
+        scores = torch.cat([scores[taken], self.found.active[dropped]])
+        units, order = torch.sort(units)
+        rows = units // self.num_cols
+        return units[places(-scores[order], rows, cols.shape[0]) < wanted[rows]]

@@ -115,7 +115,7 @@ def best_absent(index: Index, scored_tiles: Iterator[tuple[Tile, Tensor]], k: in
     threshold = -torch.inf
     for tile, tile_scores in scored_tiles:
         tile_scores = torch.nan_to_num(
-            tile_scores.flatten(), nan=torch.inf
+            tile_scores.flatten(), nan=torch.inf, posinf=torch.inf
         )  # shows among the best: rule 8.3 needs to see it
         wanted = tile_scores >= threshold  # equals stay: a lower unit may still be among them
         wanted[positions(index, tile)] = False

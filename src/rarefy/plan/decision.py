@@ -30,6 +30,8 @@ class Decision:
     """K at the end of a density that moves; None, or `units`: it stays."""
     rank: int = 0
     """Of the low-rank part beside the units; 0: none."""
+    asked_density: float | None = None
+    """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
 
     @property
     def is_sparse(self) -> bool:
@@ -80,6 +82,7 @@ class Decision:
             "reason": self.why_dense,
             "density": self.density if self.is_sparse else 1.0,
             "last_density": self.last_density if self.is_sparse else 1.0,
+            "asked_density": self.asked_density if self.is_sparse else None,
             "block": list(self.block),
             "units": units,
             "rank": rank,

@@ -112,6 +112,14 @@ class Explanation:
                 f"density moves to {totals['last_density']:.4f} (asked {self.asked_last:g}) at the end of its "
                 "schedule: bytes and FLOPs here are those of the start, times those of the end"
             )
+        moved = [
+            f"{row['name']} {row['density']:.4g} (asked {row['asked_density']:.4g})"
+            for row in self.rows
+            if row["asked_density"] and abs(row["density"] / row["asked_density"] - 1) > 0.005
+        ]
+        if moved:  # above all where rows have equal fan-in (rule 2.2)
+            more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
+            lines.append(f"densities rounded to whole units: {', '.join(moved[:5])}{more}")
         if totals["timed_layers"]:
             sources = {row["times"] for row in self.rows if row["times"]}
             how = "timed" if sources == {"measured"} else "predicted"

@@ -19,10 +19,10 @@ from torch import nn
 from rarefy.budget import Budget, check_densities, moves
 from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
 from rarefy.distributions import DISTRIBUTIONS
-from rarefy.init import PatternInit
+from rarefy.init import PatternInit, constant_fan_in
 from rarefy.methods import Method, RigL
 from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
-from rarefy.pattern import as_block
+from rarefy.pattern import as_block, unit_grid
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.filters import check_filters, why_left_dense
@@ -66,8 +66,9 @@ class Plan:
     """Glob pattern -> unit shape of its own; the first that matches counts."""
 
     init: PatternInit = "random"
-    """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), or magnitude (largest
-    present weights)."""
+    """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), magnitude (largest
+    present weights), or constant_fan_in: as many units in every row of a layer, which a method that needs it makes of
+    random."""
 
     low_rank: int | float = 0
     """A dense part of low rank beside the sparse one, paid from the same density: an int is its rank in every layer, a
@@ -101,7 +102,28 @@ class Plan:
             raise ValueError(f"distribution: {unknown(self.distribution, list(DISTRIBUTIONS))}")
         if self.init not in get_args(PatternInit):
             raise ValueError(f"init: {unknown(self.init, get_args(PatternInit))}")
+        if self.method.needs_constant_fan_in and self.init not in ("random", "constant_fan_in"):
+            raise ValueError(
+                f"{type(self.method).__name__} keeps the rows of a layer equal: "
+                f'use init="constant_fan_in", or leave it out, got init={self.init!r}'
+            )
         self._check_low_rank()
+        asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
+        if self.keeps_sizes and (self.method.redistribute is not None or any(moves(density) for density in asked)):
+            raise ValueError(
+                "low-rank parts and rows of equal fan-in keep their sizes, so low_rank= and constant_fan_in go with a "
+                "density that stays: give a number, and a method that neither moves nor redistributes it"
+            )
+
+    @property
+    def first_pattern(self) -> PatternInit:
+        """`init`; where the method needs rows of equal fan-in, constant_fan_in in place of random."""
+        return "constant_fan_in" if self.method.needs_constant_fan_in else self.init
+
+    @property
+    def keeps_sizes(self) -> bool:
+        """Whether layers are rounded one by one, so that no budget can move between them or in time."""
+        return bool(self.low_rank) or self.first_pattern == "constant_fan_in"
 
     def _check_low_rank(self) -> None:
         if isinstance(self.low_rank, bool) or not (
@@ -113,12 +135,6 @@ class Plan:
         check_alpha(self.low_rank_alpha)
         if self.low_rank_alpha is not None and not self.low_rank:
             raise ValueError("low_rank_alpha scales a low-rank part, and there is none: give low_rank= too")
-        asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
-        if self.low_rank and (self.method.redistribute is not None or any(moves(density) for density in asked)):
-            raise ValueError(
-                "a low-rank part keeps its size, so low_rank= goes with a density that stays: give a number and a "
-                "method that neither moves nor redistributes it"
-            )
 
     # -- as data ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +224,8 @@ class Plan:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
             ranks = self._ranks(sparse)
+            fresh = {name: layer.shape for name, layer in sparse.items() if not layer.adopted}
+            densities = self.budget(fresh, {}).densities(0.0) if fresh else {}
             counts, last = self._counts(sparse, blocks, ranks), self._counts(sparse, blocks, ranks, 1.0)
             decisions = []
             for name, layer in layers.items():
@@ -216,8 +234,9 @@ class Plan:
                     # The last size counts: it is what most steps see, and the smallest where density falls.
                     found[name] = cost_of(layer, last.get(name), block, rank) if timed else None
                 seen, why = tokens.get(name), why_dense[name]
+                asked = densities.get(name)
                 decisions.append(
-                    Decision(name, layer.shape, why, block, units, seen, found[name], last.get(name), rank)
+                    Decision(name, layer.shape, why, block, units, seen, found[name], last.get(name), rank, asked)
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
@@ -346,6 +365,7 @@ class Plan:
     ) -> dict[str, int]:
         """Exact units per layer: adopted ones keep theirs, the others have what the budget gives them (2.1).
 
+        Rows of equal fan-in are rounded each (2.2).
         With a low-rank part, what it has is taken off each layer's own, and the rest is rounded down, so that both
         parts together stay within the density.
         """
@@ -354,10 +374,14 @@ class Plan:
         if not fresh:
             return counts
         budget = self.budget(fresh, blocks)
-        if not self.low_rank:
+        if not self.keeps_sizes:
             return {**counts, **budget.counts(progress)}
         for name, density in budget.densities(progress).items():
             rows, cols = fresh[name]
+            if self.first_pattern == "constant_fan_in" and not ranks[name]:
+                unit_rows, unit_cols = unit_grid(fresh[name], blocks[name])
+                counts[name] = unit_rows * constant_fan_in(density, unit_cols)
+                continue
             if not ranks[name]:
                 counts[name] = max(1, units_beside(density * rows * cols, 0, blocks[name]))
                 continue

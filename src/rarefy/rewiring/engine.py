@@ -15,12 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rarefy.budget import Budget
-from rarefy.growth import Collector, Request
+from rarefy.growth import Collector, Request, RowCollector, row_collector
 from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
-from rarefy.methods.candidates import AtRandom, Scored
+from rarefy.methods.candidates import AtRandom, BestInRows, Scored
 from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
+from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
 from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
 from rarefy.rewiring.track import Tracker
@@ -78,6 +79,8 @@ class Rewirer:
         self._collectors: dict[str, Collector] = {}
         self._before: dict[str, BeforeChange] = {}  # of layers whose size changed after this very step
         self._calls_per_step: dict[str, int] = {}
+        self._planned_units = {name: layer.num_units for name, layer in self.layers.items()}
+        self._settled: set[str] = set()
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
         }
@@ -170,9 +173,10 @@ class Rewirer:
         )
 
     def due(self, t: int) -> list[str]:
-        """Names of the layers that rewire after step t; a frozen layer never does."""
+        """Names of the layers that rewire after step t; a frozen or settled layer never does."""
         layers = enumerate(self.layers.items())
-        return [name for at, (name, layer) in layers if self.is_due(at, t) and layer.values.requires_grad]
+        active = [(at, name) for at, (name, layer) in layers if layer.values.requires_grad]
+        return [name for at, name in active if self.is_due(at, t) and name not in self._settled]
 
     def _progress(self, t: int) -> float:
         """How far the rewiring has come at step t, clipped to [0, 1] (4.3)."""
@@ -209,7 +213,9 @@ class Rewirer:
                 ranks=ranks,
                 grow_score=self._grow_score(name, self.t + 1),
             )
-            self._collectors[name] = collector = self.method.signal.collector(request)
+            capacity = self.method.row_candidates(self._view(name, self.t + 1))
+            collector = row_collector(request, capacity) if capacity else self.method.signal.collector(request)
+            self._collectors[name] = collector
             sinks.arm(layer.sink, collector)
 
     def _next_growth(self) -> dict[str, tuple[int, int | None]]:
@@ -313,7 +319,13 @@ class Rewirer:
             gradient=gradient,
             newborn=newborn,
             seed=self.seed,
+            planned_units=self._planned_units[name],
+            last=name == next(reversed(self.layers)),
+            pattern_of=self._pattern_of,
         )
+
+    def _pattern_of(self, name: str) -> Pattern | None:
+        return self.layers[name].pattern if name in self.layers else None
 
     # -- one rewire ---------------------------------------------------------------------------------------------------
 
@@ -335,7 +347,10 @@ class Rewirer:
             self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
             return
         self._check_choice(choice)
-        self._exchange(name, choice, num_before, "rewire", "gradient" if by_gradient else "random", started)
+        if choice.settled:
+            self._settled.add(name)
+        grown_by = "random" if self.method.needs is Needs.NOTHING else self.method.needs.value
+        self._exchange(name, choice, num_before, "rewire", grown_by, started)
 
     def _room(self, name: str) -> int:
         """Candidates of a rewire: units that exist neither now nor before this step's change of density (6.1, 2.8)."""
@@ -371,7 +386,10 @@ class Rewirer:
             barred = None if before is None or method.may_return else before.barred_in(layer)
             return AtRandom(active, _num_all(layer), key, method.may_return, barred)
         index = layer.index if before is None else before.index
-        found = self._collectors[view.name].found(index, self._grow_score(view.name, self.t))
+        collector, score = self._collectors[view.name], self._grow_score(view.name, self.t)
+        if isinstance(collector, RowCollector):
+            return BestInRows(active, collector.rows(index, score), view.pattern.num_unit_cols, method.may_return)
+        found = collector.found(index, score)
         return Scored(active, *found) if before is None else before.candidates(active, *found)
 
     def _exchange(self, name: str, choice: Choice, num_before: int, kind: str, grown_by: str, started: float) -> None:
@@ -453,6 +471,8 @@ class Rewirer:
             "num_units": {name: layer.num_units for name, layer in self.layers.items()},
             "calls_per_step": dict(self._calls_per_step),
             "collectors": {n: state for n, c in self._collectors.items() if (state := c.state_dict())},
+            "planned_units": dict(self._planned_units),
+            "settled": sorted(self._settled),
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -482,6 +502,8 @@ class Rewirer:
             self.total_steps = state["total_steps"]
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._disarm()
+        self._planned_units |= {name: int(units) for name, units in state.get("planned_units", {}).items()}
+        self._settled = set(state.get("settled", ()))
         self._arm()
         for name, kept in state.get("collectors", {}).items():
             if name in self._collectors:
