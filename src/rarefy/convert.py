@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rarefy.fuse import fuse
-from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
+from rarefy.fuse import fuse, hidden_pairs
+from rarefy.init import balanced_pattern, grouped_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
@@ -66,7 +66,17 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
         plan = plan.settled([decision.row() for decision in decisions])
-    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense, fused=fuse(model))
+    fused = fuse(model)
+    return Rewirer(
+        layers,
+        plan.method,
+        seed=plan.seed,
+        plan=plan,
+        left_dense=left_dense,
+        fused=fused,
+        balance={name: plan.groups(name) for name in layers},
+        pairs=hidden_pairs(model),
+    )
 
 
 def _seed(plan: Plan, name: str) -> int:
@@ -89,6 +99,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
     layer.pattern_init = "balanced" if plan.init == "balanced" else "random"
+    layer.pattern_groups = plan.groups(decision.name)
     if weight.device.type != "meta":
         pattern = _first_pattern(weight, decision, plan)
         layer.set_pattern(pattern)
@@ -105,11 +116,15 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
 def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
     """By the plan's `init`, keyed by seed and name (rewiring rule 3.1)."""
     assert decision.units is not None
-    if plan.init == "magnitude":
-        return magnitude_pattern(weight, decision.units, decision.block)
     generator = torch.Generator().manual_seed(_seed(plan, decision.name))
-    draw = balanced_pattern if plan.init == "balanced" else Pattern.with_units
-    return draw(decision.shape, decision.units, decision.block, generator=generator)
+
+    def draw(shape: tuple[int, int], units: int, group: int) -> Pattern:
+        if plan.init == "magnitude":
+            return magnitude_pattern(weight[group * shape[0] : (group + 1) * shape[0]], units, decision.block)
+        drawn = balanced_pattern if plan.init == "balanced" else Pattern.with_units
+        return drawn(shape, units, decision.block, generator=generator)
+
+    return grouped_pattern(draw, decision.shape, decision.units, decision.block, plan.groups(decision.name))
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

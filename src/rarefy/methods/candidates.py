@@ -33,6 +33,10 @@ class Candidates(Protocol):
         """
         ...
 
+    def part(self, first: int, last: int) -> Candidates:
+        """Those of units [first, last), counted from `first`; so are the positions of active ones."""
+        ...
+
 
 @dataclass(frozen=True)
 class AtRandom:
@@ -55,6 +59,11 @@ class AtRandom:
             present = present[stays]
         return random_absent(present, self.num_all, min(k, self.num_all - present.numel()), keyed_generator(*self.key))
 
+    def part(self, first: int, last: int) -> AtRandom:
+        """See `Candidates`."""
+        mine = self.active[(self.active >= first) & (self.active < last)]
+        return AtRandom(mine - first, last - first, (*self.key, first), self.may_return)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -76,3 +85,9 @@ class Scored:
             units = torch.cat([units, self.active[dropped]])
             scores = torch.cat([scores, self.returning[dropped].to(scores)])
         return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
+
+    def part(self, first: int, last: int) -> Scored:
+        """See `Candidates`."""
+        here, active = (self.units >= first) & (self.units < last), (self.active >= first) & (self.active < last)
+        returning = None if self.returning is None else self.returning[active]
+        return Scored(self.active[active] - first, self.units[here] - first, self.scores[here], returning)

@@ -127,12 +127,15 @@ class BestUnits(_StepCollector):
     def add(self, index: Index, dy: Tensor, x: Tensor) -> None:
         # Calls of one step cannot be combined: the engine then leaves the rewire out, and accumulates the next time.
         self.count_call()
-        if self.score is None:
-            self.units, self.scores = torch.ops.rarefy.grow_candidates(*index, dy, x, self.k)
-        else:
-            self.units, self.scores = tiled.grow_candidates(index, dy, x, self.k, self.score)
+        self.units, self.scores = self.best(index, dy, x, self.k)
         if self.active:
             self.active_gradient = torch.ops.rarefy.sddmm(*index, dy, x)
+
+    def best(self, index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best absent units of a matrix, and their scores."""
+        if self.score is None:
+            return torch.ops.rarefy.grow_candidates(*index, dy, x, k)
+        return tiled.grow_candidates(index, dy, x, k, self.score)
 
 
 class DenseGradient(_StepCollector):

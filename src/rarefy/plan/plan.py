@@ -66,6 +66,10 @@ class Plan:
     init: PatternInit = "random"
     """First pattern: random, balanced (equal rows and columns), or magnitude (largest present weights)."""
 
+    balance: Mapping[str, int] = field(default_factory=dict)
+    """Glob pattern -> equal groups of rows, each of which keeps its number of units: heads, say, 3 * heads for a
+    projection to queries, keys and values; the first that matches counts."""
+
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
 
@@ -81,6 +85,10 @@ class Plan:
             raise ValueError(f'block must be a positive int, a pair of them, or "auto", got {self.block!r}')
         for block in (*([] if self.block == "auto" else [self.block]), *own.values()):
             as_block(block)  # type: ignore[arg-type]
+        object.__setattr__(self, "balance", dict(self.balance))
+        for pattern, groups in self.balance.items():
+            if not isinstance(groups, int) or groups < 1:
+                raise ValueError(f"balance: the number of groups of {pattern!r} must be at least 1, got {groups!r}")
         for name in ("include", "keep_dense"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -151,7 +159,12 @@ class Plan:
         longer than the calibration.
         """
         layers = find_layers(model)
-        globs = {"include": self.include, "overrides": self.overrides, "block_overrides": self.block_overrides}
+        globs = {
+            "include": self.include,
+            "overrides": self.overrides,
+            "block_overrides": self.block_overrides,
+            "balance": self.balance,
+        }
         check_filters(globs, self.keep_dense, layers, model)
         why_dense = {
             name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
@@ -189,6 +202,9 @@ class Plan:
                 decisions.append(Decision(name, layer.shape, why_dense[name], block, units, seen, found[name]))
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
+                for d in decisions:
+                    if d.is_sparse:
+                        self._check_groups(d)
                 return decisions
             for d in slower:
                 assert d.cost is not None
@@ -210,7 +226,8 @@ class Plan:
         """What `sparsify(model, plan, sample)` would do: `print` it. Arguments and errors as for `decide`."""
         decisions = self.decide(model, sample, measure=measure, precisions=precisions, costs=costs)
         assumed = ASSUMED_TOKENS if sample is None and any(d.cost for d in decisions) else None
-        return Explanation(self.density, decisions, self.method, assumed)
+        groups = {d.name: self.groups(d.name) for d in decisions if d.is_sparse and self.groups(d.name) > 1}
+        return Explanation(self.density, decisions, self.method, assumed, groups)
 
     def settled(self, layers: Sequence[Mapping[str, Any]]) -> Plan:
         """The plan with what was decided: what was found slower sparse is dense for good, structures are fixed.
@@ -253,6 +270,18 @@ class Plan:
             if fnmatch.fnmatch(name, pattern):
                 return as_block(block)
         return None if isinstance(self.block, str) else as_block(self.block)
+
+    def groups(self, name: str) -> int:
+        """Groups of rows of a layer that keep their number of units; 1: the layer as a whole does."""
+        return next((groups for pattern, groups in self.balance.items() if fnmatch.fnmatch(name, pattern)), 1)
+
+    def _check_groups(self, decision: Decision) -> None:
+        groups, rows = self.groups(decision.name), decision.shape[0] // decision.block[0]
+        if rows % groups:
+            raise ValueError(
+                f"balance: {decision.name} has {rows} rows of units, which {groups} equal groups cannot share: give a "
+                f"number of groups that divides {rows}"
+            )
 
     def _densities(self, layers: Mapping[str, Layer]) -> dict[str, float]:
         """Real density per layer that is not sparse yet: its own if overridden, else its part of the shared budget."""

@@ -20,7 +20,9 @@ from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
 from rarefy.pattern import Pattern
 from rarefy.rewiring import ranks
+from rarefy.rewiring.balance import BestOfGroups, choose_in_groups
 from rarefy.rewiring.carry import check_carried, check_optimizer, move_units, per_unit_tensors
+from rarefy.rewiring.guards import GUARDS, SKIPPED, Guard, RunView, Watch
 from rarefy.rewiring.track import Tracker
 from rarefy.selection import contains, num_to_replace
 
@@ -35,6 +37,9 @@ class Rewirer:
         plan: the plan it came from, if any; kept for reports.
         left_dense: module name -> why `sparsify` left it dense.
         fused: names of the modules that `sparsify` made run as one call (`rarefy.fuse`).
+        balance: layer name -> equal groups of unit rows, each of which keeps its number of units.
+        pairs: (up, down) names of layers with hidden neurons between them, of which dead ones are warned of.
+        guards: who looks on and warns (`rarefy.rewiring.guards`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
@@ -53,6 +58,9 @@ class Rewirer:
         plan: Any = None,
         left_dense: Mapping[str, str] | None = None,
         fused: Sequence[str] = (),
+        balance: Mapping[str, int] | None = None,
+        pairs: Sequence[tuple[str, str]] = (),
+        guards: Sequence[Guard] = GUARDS,
     ) -> None:
         self.layers = dict(layers)
         self.method = method
@@ -60,6 +68,7 @@ class Rewirer:
         self.plan = plan
         self.left_dense = dict(left_dense or {})
         self.fused = list(fused)
+        self.balance = {name: groups for name, groups in (balance or {}).items() if groups > 1}
         self.t = 0
         self.history: list[dict[str, Any]] = []
         self.skipped = 0
@@ -70,6 +79,7 @@ class Rewirer:
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
         self._collectors: dict[str, sinks.BestUnits | sinks.DenseGradient] = {}
         self._calls_per_step: dict[str, int] = {}
+        self._watch = Watch(guards, pairs)
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
         }
@@ -106,7 +116,26 @@ class Rewirer:
             eager: Any = torch.compiler.disable  # a compiled optimizer step must not trace the engine
             self._hooks = [before(eager(self._before_step)), after(eager(self._after_step))]
         self._arm()
+        known = {name: self._seen(name) for name, layer in self.layers.items() if layer.has_pattern}
+        sizes = [(layer.num_units, _num_all(layer)) for layer in self.layers.values()]
+        self._watch.attached(self.t, RunView(self.method, self.end, total_steps, sizes), known)
         return self
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """What the guards said, once a guard and layer: step, layer ("" for the whole network), guard, message."""
+        return self._watch.warnings
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Tell the training loss of a step, before `optimizer.step()`: a spike after a rewire is then warned of.
+
+        Optional; nothing but the warnings depends on it.
+        """
+        self._watch.observe(self.t, float(loss))
+
+    def _seen(self, name: str) -> tuple[Pattern, Tensor]:
+        layer = self.layers[name]
+        return layer.pattern, layer.values.detach()
 
     def detach(self) -> None:
         """Undo `attach`: nothing rewires any more."""
@@ -194,7 +223,11 @@ class Rewirer:
             alone = ranks.world_size() == 1 and self._calls_per_step.get(name) == 1
             if alone:
                 score, active = self._score(name, layer), self.method.may_return
-                collector = sinks.BestUnits(layer.values, k, score, active=active)
+                if name in self.balance:
+                    groups = self.balance[name]
+                    collector = BestOfGroups(layer.values, k, layer.pattern, groups, score, active=active)
+                else:
+                    collector = sinks.BestUnits(layer.values, k, score, active=active)
             else:
                 collector = sinks.DenseGradient(layer.values)
             self._collectors[name] = collector
@@ -288,10 +321,16 @@ class Rewirer:
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name, self.t)
         num_before = layer.num_units
-        choice = self.method.choose(view, k, self._candidates(view))
+        groups, candidates = self.balance.get(name, 1), self._candidates(view)
+        if groups > 1:
+            choice = choose_in_groups(self.method, view, k, candidates, groups)
+        else:
+            choice = self.method.choose(view, k, candidates)
         finite = choice is not None and bool(torch.isfinite(layer.values).all())
         if ranks.any_rank(not finite, layer.values.device) or choice is None:
-            self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
+            self._skip(
+                name, f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite"
+            )
             return
         self._check_choice(choice)
         newborn = self._exchange(name, choice.drop, choice.grow.to(choice.drop.device))
@@ -309,6 +348,8 @@ class Rewirer:
                 "grown_by": "gradient" if by_gradient else "random",
             }
         )
+        survival = self.history[-1]["newborn_survival"]
+        self._watch.rewired(self.t, name, self.method, self._seen, born=newborn.numel(), survival=survival)
 
     def _check_choice(self, choice: Choice) -> None:
         if self.method.keeps_counts and choice.drop.numel() != choice.grow.numel():
@@ -322,8 +363,9 @@ class Rewirer:
         collector = self._collectors.get(name)
         if isinstance(collector, sinks.BestUnits) and collector.calls > 1:
             self._skip(
+                name,
                 f"{name} was used {collector.calls} times in this step, after once in the one before: "
-                f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
+                f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more",
             )
             return True
         unused = collector is None or collector.calls == 0
@@ -380,9 +422,10 @@ class Rewirer:
             self._trackers[name] = Tracker(name, self.layers[name].pattern)
         return self._trackers[name]
 
-    def _skip(self, message: str) -> None:
+    def _skip(self, name: str, message: str) -> None:
         """Count a rewire that did not happen; warn of the first."""
         self.skipped += 1
+        self._watch.tell(self.t, name, SKIPPED, message, warn=False)
         if self.skipped == 1:
             warnings.warn(message + "; nothing was changed, and later skips are only counted", stacklevel=4)
 
@@ -400,6 +443,7 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "calls_per_step": dict(self._calls_per_step),
+            "guards": self._watch.state_dict(),
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -425,6 +469,8 @@ class Rewirer:
         self.t, self.seed, self.skipped = int(state["t"]), int(state["seed"]), int(state["skipped"])
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
+        if "guards" in state:  # files from before there were guards have none
+            self._watch.load_state_dict(state["guards"])
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._arm()
 
