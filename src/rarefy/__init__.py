@@ -9,7 +9,7 @@ from rarefy.nn import SparseLinear
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
 from rarefy.plan import Explanation, Plan
-from rarefy.rewiring import Rewirer
+from rarefy.rewiring import Guard, GuardWarning, Rewirer
 from rarefy.schedules import Constant, Cosine, Linear, Schedule
 
 __version__ = "0.1.0"
@@ -22,6 +22,8 @@ __all__ = [
     "Constant",
     "Cosine",
     "Explanation",
+    "Guard",
+    "GuardWarning",
     "LayerView",
     "Linear",
     "Method",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
@@ -518,8 +518,9 @@ def _rms(values: Tensor) -> float:
     return float(values.detach().float().pow(2).mean().sqrt()) if values.numel() else 0.0
 
 
-def lines(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The records as text, a line each."""
-    for record in records:
-        where = f", {record['layer']}" if record.get("layer") else ""
-        yield f"step {record['step']}{where}: {record['guard']}: {record['message']}"
+def guard_line(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records of one guard in a sentence: its name, the first layer and message, and how many other layers."""
+    first, others = records[0], len(records) - 1
+    where = f"{first['layer']}: " if first.get("layer") else ""
+    more = f" (and {others} other layer{'s' if others > 1 else ''})" if others else ""
+    return f"{first['guard']}{more}: {where}{first['message']}"

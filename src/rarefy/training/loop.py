@@ -151,6 +151,8 @@ class Loop:
             self.log.write("time", **about, **twin.clock.parts())
         for record in result.rewires:
             self.log.write("rewire", **{**record, **about})
+        for record in result.guards:
+            self.log.write("guard", **{**record, **about})
         self.watcher.stepped(twin, result)
         if twin.step % settings.eval_interval == 0 or twin.step == settings.steps:
             loss = twin.evaluate(self.valid_data)

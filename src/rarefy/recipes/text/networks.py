@@ -79,7 +79,8 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
     """A twin's entry in the run record.
 
     parameters: entries of all weights as if dense; nonzeros: those that exist and train; density: of the sparse layers;
-    flops_per_token: forward and backward, of linear layers and attention.
+    flops_per_token: forward and backward, of linear layers and attention; frozen_from: the last step after which the
+    pattern may change, 0 if never, None without a pattern.
     """
     nonzeros = sum(p.numel() for p in model.parameters())
     sparse = [m for m in model.modules() if isinstance(m, SparseLinear)]
@@ -91,6 +92,7 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
         "density": twin.density,
         "flops_per_token": flops_per_token(model),
         "training_bytes": dict(training_bytes),
+        "frozen_from": None if twin.rewirer is None else twin.rewirer.end if twin.rewirer.method.rewires else 0,
     }
 
 
