@@ -11,6 +11,7 @@ from rarefy.pattern import Pattern
 from rarefy.plan import Explanation, Plan
 from rarefy.rewiring import Guard, GuardWarning, Rewirer
 from rarefy.schedules import Constant, Cosine, Linear, Schedule
+from rarefy.supar import SuPar
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Schedule",
     "SparseLinear",
     "Static",
+    "SuPar",
     "er",
     "erk",
     "export",

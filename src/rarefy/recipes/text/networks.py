@@ -54,9 +54,9 @@ def make_dense(settings: TextSettings) -> Twin:
 def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Optimizer:
     lr = settings.lr if sparse else settings.dense_lr
     assert lr is not None, "settled"
-    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay)
+    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay, mup=settings.gpt().supar())
     values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
-    if values:
+    if values and settings.sparse_lr is not None:
         faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
         groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]
         groups = [group for group in (faster, *groups) if group["params"]]
