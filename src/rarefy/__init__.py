@@ -27,8 +27,9 @@ from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
 from rarefy.plan import Explanation, Plan, pixelated_butterfly, sltrain
-from rarefy.rewiring import Rewirer
+from rarefy.rewiring import Guard, GuardWarning, Rewirer
 from rarefy.schedules import Constant, Cosine, Cubic, Linear, Schedule, Steps
+from rarefy.supar import SuPar
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,8 @@ __all__ = [
     "Exact",
     "Explanation",
     "GraNet",
+    "Guard",
+    "GuardWarning",
     "LayerView",
     "Linear",
     "Method",
@@ -66,6 +69,7 @@ __all__ = [
     "SparseLowRank",
     "Static",
     "Steps",
+    "SuPar",
     "er",
     "erk",
     "export",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rarefy.fuse import fuse
-from rarefy.init import drawn_pattern, magnitude_pattern, row_rescale
+from rarefy.fuse import fuse, hidden_pairs
+from rarefy.init import drawn_pattern, grouped_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
@@ -79,12 +79,21 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
         plan = plan.settled([decision.row() for decision in decisions])
-    fresh = {d.name: d for d in decisions if d.name in made and not plan.low_rank}  # low rank: sizes stay
+    fresh = {d.name: d for d in decisions if d.name in made and not plan.keeps_sizes}
     budget = None
     if fresh:
         budget = plan.budget({name: d.shape for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
+    fused = fuse(model)
     return Rewirer(
-        layers, plan.method, seed=plan.seed, plan=plan, budget=budget, left_dense=left_dense, fused=fuse(model)
+        layers,
+        plan.method,
+        seed=plan.seed,
+        plan=plan,
+        budget=budget,
+        left_dense=left_dense,
+        fused=fused,
+        balance={name: plan.groups(name.removesuffix(".sparse")) for name in layers},
+        pairs=hidden_pairs(model),
     )
 
 
@@ -108,6 +117,7 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
     layer.pattern_init = "random" if plan.first_pattern == "magnitude" else plan.first_pattern
+    layer.pattern_groups = plan.groups(decision.name)
     if weight.device.type != "meta":
         pattern = _first_pattern(weight, decision, plan)
         layer.set_pattern(pattern)
@@ -124,10 +134,14 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
 def _first_pattern(weight: Tensor, decision: Decision, plan: Plan) -> Pattern:
     """By the plan's `init`, keyed by seed and name (rewiring rule 3.1)."""
     assert decision.units is not None
-    if plan.first_pattern == "magnitude":
-        return magnitude_pattern(weight, decision.units, decision.block)
     generator = torch.Generator().manual_seed(_seed(plan, decision.name))
-    return drawn_pattern(plan.first_pattern, decision.shape, decision.units, decision.block, generator=generator)
+
+    def draw(shape: tuple[int, int], units: int, group: int) -> Pattern:
+        if plan.first_pattern == "magnitude":
+            return magnitude_pattern(weight[group * shape[0] : (group + 1) * shape[0]], units, decision.block)
+        return drawn_pattern(plan.first_pattern, shape, units, decision.block, generator=generator)
+
+    return grouped_pattern(draw, decision.shape, decision.units, decision.block, plan.groups(decision.name))
 
 
 def _with_low_rank(sparse: SparseLinear, decision: Decision, plan: Plan) -> SparseLowRank:

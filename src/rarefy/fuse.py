@@ -279,3 +279,19 @@ def fuse(model: nn.Module) -> list[str]:
             module.__class__ = _class_of(type(module))
         names.append(name)
     return names
+
+
+def hidden_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """(up, down) names of the layers around the hidden neurons of each fused MLP; a gated one has two pairs."""
+    pairs: list[tuple[str, str, str]] = []
+    fused: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, FusedMLP)]
+    for name, module in fused:
+        if module.original is nn.Sequential:
+            children = list(module.named_children())
+            inside = [child for _, child in children]
+            ends = [(at, _ends_at(inside, at)) for at in range(len(inside))]
+            pairs += [(name, children[at][0], children[last][0]) for at, last in ends if last is not None]
+        else:
+            recipe = module.fused_recipe
+            pairs += [(name, first, recipe.down) for first in (recipe.gate, recipe.up) if first is not None]
+    return [(f"{name}.{up}".lstrip("."), f"{name}.{down}".lstrip(".")) for name, up, down in pairs]

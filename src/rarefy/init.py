@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -155,6 +155,32 @@ def magnitude_pattern(weight: Tensor, num_units: int, block: Block = 1) -> Patte
     score = weight.detach().abs().reshape(rows, block[0], cols, block[1]).mean(dim=(1, 3)).flatten()
     units = torch.sort(score, descending=True, stable=True).indices[:num_units]
     return Pattern.from_units(units.cpu(), weight.shape, block)
+
+
+def grouped_pattern(
+    draw: Callable[[tuple[int, int], int, int], Pattern],
+    shape: Sequence[int],
+    num_units: int,
+    block: Block,
+    groups: int,
+) -> Pattern:
+    """A pattern whose `groups` equal groups of rows have equally many units, or one more: the earlier groups.
+
+    Args:
+        draw: the first pattern of a part: its shape, its units, and which group it is.
+    """
+    block = as_block(block)
+    rows, cols = unit_grid(shape, block)
+    if groups < 1 or rows % groups:
+        raise ValueError(f"{groups} equal groups cannot share {rows} rows of units: give a number that divides {rows}")
+    if groups == 1:
+        return draw((int(shape[0]), int(shape[1])), num_units, 0)
+    mine = rows // groups
+    units = []
+    for at in range(groups):
+        part = draw((mine * block[0], int(shape[1])), num_units // groups + (at < num_units % groups), at)
+        units.append(part.unit_indices().cpu() + at * mine * cols)
+    return Pattern.from_sorted_units(torch.cat(units), shape, block)
 
 
 def linear_values(

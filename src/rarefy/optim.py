@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.nn import SparseLinear
+from rarefy.supar import SuPar
 
 
 class AdamW(Optimizer):
@@ -120,14 +121,16 @@ def _by_age(step: int, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor
     return size.to(p.dtype), (1 - beta2**ages).rsqrt().to(p.dtype)
 
 
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights with decay, and biases, norms and embeddings without.
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float, mup: SuPar | None = None) -> list[dict[str, Any]]:
+    """Groups for an optimizer: weights with decay, and biases, norms and embeddings without.
 
     Values of sparse layers are weights, though one-dimensional, so they decay; "decay if dim >= 2" recipes miss them.
 
     Args:
         model: after `sparsify`.
         lr, weight_decay: as for the optimizer; groups may be edited before it is made.
+        mup: the base model whose rate `lr` is: then the weights of a linear layer that is m times as wide and dense
+            have lr / m and weight_decay * m, a group for each m (rule 3.3; for Adam and its kin).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     values = {id(m.values) for m in model.modules() if isinstance(m, SparseLinear)}
@@ -135,8 +138,21 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[di
     decays = [p for p in trained if id(p) in values or (p.dim() >= 2 and id(p) not in embeddings)]
     decayed = {id(p) for p in decays}
     spared = [p for p in trained if id(p) not in decayed]
-    groups = [
-        {"params": decays, "lr": lr, "weight_decay": weight_decay},
-        {"params": spared, "lr": lr, "weight_decay": 0.0},
+    multipliers = {} if mup is None else _multipliers(model, mup)
+    by_multiplier: dict[float, list[nn.Parameter]] = {}
+    for p in decays:
+        by_multiplier.setdefault(multipliers.get(id(p), 1.0), []).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": lr / multiplier, "weight_decay": weight_decay * multiplier}
+        for multiplier, params in by_multiplier.items()
     ]
+    groups.append({"params": spared, "lr": lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _multipliers(model: nn.Module, mup: SuPar) -> dict[int, float]:
+    """Of each linear layer's weights, by id."""
+    return {
+        id(layer.values if isinstance(layer, SparseLinear) else layer.weight): multiplier
+        for _, layer, multiplier in mup.layers(model)
+    }

@@ -17,7 +17,7 @@ from rarefy.recipes.text import Outcome
 from rarefy.report import build_report
 from rarefy.report import numbers as say
 from rarefy.report.compare import Contender, contenders, reading, verdict
-from rarefy.report.read import number, read_run
+from rarefy.report.read import guard_lines, number, read_run
 from rarefy.training.folder import SUMMARY
 
 
@@ -38,6 +38,7 @@ def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]
             "training_bytes": c.training_bytes,
             "step_s": _plain(c.mean_step_s),
             "tokens_per_s": _plain(c.tokens_per_s),
+            "warnings": [dict(record) for record in c.twin.guard],
         }
     for name, found in (("at_equal_time", at_time), ("at_equal_steps", at_steps)):
         if found.at is not None and len(field) > 1:
@@ -52,6 +53,9 @@ def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]
     console.print(Text(verdict(field).text), soft_wrap=True)
     for note in _notes(field):
         console.print(Text(note), style="dim", soft_wrap=True)
+    for c in field:
+        for line in guard_lines(c.twin):
+            console.print(Text(f"warning: {line}"), soft_wrap=True)
     console.print()
     text = (outcome.prompt + outcome.sample).decode("utf-8", errors="replace")
     console.print(Text(f"sample, after the first {len(outcome.prompt)} bytes of the validation text:"), style="dim")

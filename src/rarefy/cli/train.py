@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rarefy.cli.closing import close
 from rarefy.plan import Plan
 from rarefy.recipes.text import TextSettings, resume_text, train_text
 from rarefy.recipes.text.settings import DEFAULT_PLAN, fixed_steps
+from rarefy.rewiring import GuardWarning
 from rarefy.training.folder import choose_folder, read_settings
 from rarefy.training.interrupt import Interrupted
 from rarefy.training.live import LiveLine
@@ -85,6 +87,7 @@ def run(text: Text) -> None:
     if text.resume is not None and text.run is not None:
         raise ValueError(f"--run {text.run} names a new run and --resume {text.resume} an old one: give one of them")
     folder = text.resume if text.resume is not None else choose_folder(text.run, text.seed)
+    warnings.filterwarnings("ignore", category=GuardWarning)  # the live line and the closing table say the same
     try:
         if text.resume is not None:
             outcome = resume_text(folder, listener, asked=text.settings())

@@ -55,9 +55,13 @@ class BestUnits(Collector):
 
     def see(self, index: Index, dy: Tensor, x: Tensor) -> None:
         # Calls of one step cannot be combined: the engine then leaves the rewire out, and accumulates the next time.
-        self._units, self._scores = scan(index, dy, x, self.request.k, self.request.grow_score)
+        self._units, self._scores = self.best(index, dy, x)
         if self.request.returns:
             self._active_gradient = torch.ops.rarefy.sddmm(*index, dy, x)
+
+    def best(self, index: Index, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The best absent units of the call, and their scores."""
+        return scan(index, dy, x, self.request.k, self.request.grow_score)
 
     def found(self, index: Index, grow_score: GrowScore | None) -> Found:
         active = self._active_gradient

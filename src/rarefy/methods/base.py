@@ -122,6 +122,11 @@ class Method:
             raise ValueError(f"begin and end must satisfy 0 <= begin <= end, got begin={self.begin}, end={self.end}")
 
     @property
+    def resizes(self) -> bool:
+        """Whether a rewire may give a layer another number of units, which DistributedDataParallel cannot follow."""
+        return not self.keeps_counts
+
+    @property
     def expects_empty_rows(self) -> bool:
         """Whether neurons without inputs are the method's own doing, and no sign of trouble."""
         return False

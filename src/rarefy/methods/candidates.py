@@ -36,6 +36,10 @@ class Candidates(Protocol):
         """
         ...
 
+    def part(self, first: int, last: int) -> Candidates:
+        """Those of units [first, last), counted from `first`; so are the positions of active ones."""
+        ...
+
 
 @dataclass(frozen=True)
 class AtRandom:
@@ -62,6 +66,11 @@ class AtRandom:
             present = torch.cat([present, self.barred]).sort().values
         return random_absent(present, self.num_all, min(k, self.num_all - present.numel()), keyed_generator(*self.key))
 
+    def part(self, first: int, last: int) -> AtRandom:
+        """See `Candidates`."""
+        mine = self.active[(self.active >= first) & (self.active < last)]
+        return AtRandom(mine - first, last - first, (*self.key, first), self.may_return)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -83,6 +92,12 @@ class Scored:
             units = torch.cat([units, self.active[dropped]])
             scores = torch.cat([scores, self.returning[dropped].to(scores)])
         return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
+
+    def part(self, first: int, last: int) -> Scored:
+        """See `Candidates`."""
+        here, active = (self.units >= first) & (self.units < last), (self.active >= first) & (self.active < last)
+        returning = None if self.returning is None else self.returning[active]
+        return Scored(self.active[active] - first, self.units[here] - first, self.scores[here], returning)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,21 @@ class BestInRows:
         returning = self.found.active if self.may_return else None
         scored = Scored(self.active, self.found.units, self.found.scores, returning)
         return scored.best(k, dropped) if self.finite else None
+
+    def part(self, first: int, last: int) -> BestInRows:
+        """See `Candidates`."""
+        here, active = (self.found.units >= first) & (self.found.units < last), (self.active >= first)
+        active &= self.active < last
+        rows = slice(first // self.num_cols, last // self.num_cols)
+        found = RowScores(
+            self.found.units[here] - first,
+            self.found.scores[here],
+            self.found.active[active],
+            self.found.row_cols[rows],
+            self.found.row_scores[rows],
+            self.found.finite,
+        )
+        return BestInRows(self.active[active] - first, found, self.num_cols, self.may_return)
 
     def best_of_all(self, k: int) -> Tensor:
         """(k,) ascending units of the highest scores, active ones competing too."""

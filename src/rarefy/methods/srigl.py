@@ -67,6 +67,11 @@ class SRigL(Method):
         """Ablated neurons have none."""
         return self.ablate not in (False, ())
 
+    @property
+    def resizes(self) -> bool:
+        """Only by ablation: rows of equal fan-in hold what was planned."""
+        return self.expects_empty_rows
+
     def may_ablate(self, view: LayerView) -> bool:
         """Whether neurons of this layer may go."""
         if isinstance(self.ablate, bool):

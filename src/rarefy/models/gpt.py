@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rarefy.models.cache import Cache, LayerCache
 from rarefy.ops import causal_attention
+from rarefy.supar import SuPar
 
 VOCABULARY = 256
 """Every byte is a token."""
@@ -40,7 +41,17 @@ class GPTConfig:
     mlp: int | None = None
     """Hidden features of the MLP; None: four times the width."""
 
+    base_width: int | None = None
+    """Width of the network whose learning rate this one takes over (`rarefy.SuPar`); None: the usual first weights."""
+
+    base_head: int | None = None
+    """Features of a head there, to scale scores by 1/d instead of 1/sqrt(d); None: as here, and nothing changes."""
+
     def __post_init__(self) -> None:
+        for name in ("base_width", "base_head"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("width", "layers", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -56,6 +67,17 @@ class GPTConfig:
         """Hidden features of the MLP."""
         return self.mlp if self.mlp is not None else 4 * self.width
 
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, so that scores are q k sqrt(base head) / head."""
+        return 1.0 if self.base_head is None else math.sqrt(self.base_head * self.heads / self.width)
+
+    def supar(self) -> SuPar | None:
+        """For `rarefy.param_groups`: how the layers relate to the base network's, whose MLP is four times as wide."""
+        if self.base_width is None:
+            return None
+        return SuPar(base_width=self.base_width, base_fan_in={"*mlp.down": 4 * self.base_width})
+
     def attention_flops(self) -> int:
         """FLOPs a token of training spends on scores and their weighted sums, of which the causal half is computed.
 
@@ -70,18 +92,27 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        self.query_scale = config.query_scale
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         B, T, C = x_BTC.shape
-        mixed_BTHc = causal_attention(self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads))
+        mixed_BTHc = causal_attention(self._projected(x_BTC))
         return self.out(mixed_BTHc.reshape(B, T, C))
+
+    def _projected(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, 3, H, c) queries, keys and values."""
+        B, T, C = x_BTC.shape
+        qkv = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads)
+        if self.query_scale == 1.0:
+            return qkv
+        return torch.cat([qkv[:, :, :1] * self.query_scale, qkv[:, :, 1:]], dim=2)  # a copy, where heads were widened
 
     def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
         """`forward` for T further positions, which see those in `past` too and are added to it."""
         B, T, C = x_BTC.shape
-        q, k, v = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self._projected(x_BTC).permute(2, 0, 3, 1, 4)
         seen = past.length
         keys, values = past.append(k, v)
         later = None if seen == 0 or T == 1 else x_BTC.new_ones(T, seen + T, dtype=torch.bool).tril(seen)
@@ -145,7 +176,8 @@ class GPT(nn.Module):
 
         The deviation of weights is 0.02 there, at width 768; here 0.02 * sqrt(768 / C), so that a neuron starts alike
         at every width, and an MLP of another hidden size writes as much as one of 4 C. Made for the dense model:
-        `sparsify` rescales.
+        `sparsify` rescales. With a base width the head's weights are those of the base over C / base, as its rate is
+        (`rarefy.SuPar`); the others are as they were: that is rule 3.3 already.
         """
         C = self.config.width
         for name, module in self.named_modules():
@@ -156,6 +188,8 @@ class GPT(nn.Module):
                 std = 0.02 * math.sqrt(768 / C * usual_fan_in / module.in_features)
                 if name.endswith(("attention.out", "mlp.down")):
                     std /= math.sqrt(2 * self.config.layers)
+                if name == "head" and self.config.base_width is not None:
+                    std *= math.sqrt(self.config.base_width / C)
                 nn.init.normal_(module.weight, std=std, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -8,7 +8,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rarefy.init import DrawnInit, bias_bound, drawn_pattern, linear_values, magnitude_pattern, values_shape
+from rarefy.init import (
+    DrawnInit,
+    bias_bound,
+    drawn_pattern,
+    grouped_pattern,
+    linear_values,
+    magnitude_pattern,
+    values_shape,
+)
 from rarefy.ops import Index, index_dtype
 from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
@@ -87,6 +95,7 @@ class SparseLinear(nn.Module):
         self.has_pattern = False
         self.pattern_seed: int | None = None
         self.pattern_init: DrawnInit = "random"
+        self.pattern_groups = 1
 
     def _allocate_indices(self, device: torch.device | str | None) -> None:
         """Buffers of the right sizes for a pattern to come."""
@@ -166,9 +175,12 @@ class SparseLinear(nn.Module):
         if generator is None and self.pattern_seed is not None:
             generator = torch.Generator().manual_seed(self.pattern_seed)
         if not self.has_pattern:
+
+            def draw(shape: tuple[int, int], units: int, group: int) -> Pattern:
+                return drawn_pattern(self.pattern_init, shape, units, self.block, generator=generator)
+
             shape = (self.out_features, self.in_features)
-            drawn = drawn_pattern(self.pattern_init, shape, self.num_units, self.block, generator=generator)
-            self.set_pattern(drawn)
+            self.set_pattern(grouped_pattern(draw, shape, self.num_units, self.block, self.pattern_groups))
         with torch.no_grad():
             self.values.copy_(linear_values(self.pattern.to("cpu"), generator=generator))
             if self.bias is not None:

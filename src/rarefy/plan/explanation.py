@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rarefy.growth import Exact
@@ -25,6 +25,8 @@ class Explanation:
     """Rows of input that times are for where no sample said how many; None: it did, or there are no times."""
     asked_last: float | None = None
     """Density at the end, where it moves; None: it stays. Bytes and FLOPs are those of the start, times of the end."""
+    balance: Mapping[str, int] = field(default_factory=dict)
+    """Layer name -> groups of rows, each of which keeps its number of units."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -129,8 +131,26 @@ class Explanation:
             )
         if self.assumed_tokens is not None:
             lines.append(f"times are for {self.assumed_tokens} tokens a step, assumed, as no sample says how many")
+        lines.append(self._rewiring())
+        if self.balance:
+            lines.append(
+                "units kept equal between groups of rows: "
+                + ", ".join(f"{name} ({groups})" for name, groups in self.balance.items())
+            )
         if self.growth_bytes:
             exact = isinstance(self.method.signal, Exact)
             how = "streamed; with several micro-batches or ranks" if exact else type(self.method.signal).__name__ + ","
             lines.append(f"growth by gradient: {how} up to {self.growth_bytes:,} bytes held at a step that rewires")
         return "\n".join(lines)
+
+    def _rewiring(self) -> str:
+        """When the pattern changes, and from when on it is frozen."""
+        method = self.method
+        if not method.rewires:
+            return f"{type(method).__name__.lower()}: the pattern is frozen from the first step"
+        last = "75% of the run" if method.end is None else f"step {method.end:,}"
+        order = ", the layers in turn" if method.stagger else ", all layers at once"
+        return (
+            f"{type(method).__name__.lower()}: each layer rewires every {method.interval} steps{order}, from step "
+            f"{method.begin:,} to {last}; the pattern is frozen from then on"
+        )

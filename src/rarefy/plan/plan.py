@@ -77,6 +77,10 @@ class Plan:
     low_rank_alpha: float | None = None
     """The low-rank part is scaled by this over its rank; None: scale 1."""
 
+    balance: Mapping[str, int] = field(default_factory=dict)
+    """Glob pattern -> equal groups of rows, each of which keeps its number of units: heads, say, 3 * heads for a
+    projection to queries, keys and values; the first that matches counts."""
+
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
 
@@ -91,6 +95,10 @@ class Plan:
             raise ValueError(f'block must be a positive int, a pair of them, or "auto", got {self.block!r}')
         for block in (*([] if self.block == "auto" else [self.block]), *own.values()):
             as_block(block)  # type: ignore[arg-type]
+        object.__setattr__(self, "balance", dict(self.balance))
+        for pattern, groups in self.balance.items():
+            if not isinstance(groups, int) or groups < 1:
+                raise ValueError(f"balance: the number of groups of {pattern!r} must be at least 1, got {groups!r}")
         for name in ("include", "keep_dense"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -107,12 +115,18 @@ class Plan:
                 f"{type(self.method).__name__} keeps the rows of a layer equal: "
                 f'use init="constant_fan_in", or leave it out, got init={self.init!r}'
             )
+        if self.method.needs_constant_fan_in and self.balance:
+            raise ValueError(
+                f"{type(self.method).__name__} keeps the rows of a layer equal already: leave out balance="
+            )
         self._check_low_rank()
         asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
-        if self.keeps_sizes and (self.method.redistribute is not None or any(moves(density) for density in asked)):
+        fixed = self.keeps_sizes or bool(self.balance)
+        if fixed and (self.method.redistribute is not None or any(moves(density) for density in asked)):
             raise ValueError(
-                "low-rank parts and rows of equal fan-in keep their sizes, so low_rank= and constant_fan_in go with a "
-                "density that stays: give a number, and a method that neither moves nor redistributes it"
+                "low-rank parts, rows of equal fan-in and balanced groups keep their sizes, so low_rank=, "
+                "constant_fan_in and balance= go with a density that stays: give a number, and a method that neither "
+                "moves nor redistributes it"
             )
 
     @property
@@ -195,7 +209,12 @@ class Plan:
         longer than the calibration.
         """
         layers = find_layers(model)
-        globs = {"include": self.include, "overrides": self.overrides, "block_overrides": self.block_overrides}
+        globs = {
+            "include": self.include,
+            "overrides": self.overrides,
+            "block_overrides": self.block_overrides,
+            "balance": self.balance,
+        }
         check_filters(globs, self.keep_dense, layers, model)
         why_dense = {
             name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
@@ -241,6 +260,9 @@ class Plan:
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
                 self._warn_of_no_rank([d for d in decisions if d.is_sparse and not layers[d.name].adopted])
+                for d in decisions:
+                    if d.is_sparse:
+                        self._check_groups(d)
                 return decisions
             for d in slower:
                 assert d.cost is not None
@@ -272,7 +294,8 @@ class Plan:
         decisions = self.decide(model, sample, measure=measure, precisions=precisions, costs=costs)
         assumed = ASSUMED_TOKENS if sample is None and any(d.cost for d in decisions) else None
         first, last = self.density_at(0.0), self.density_at(1.0)
-        return Explanation(first, decisions, self.method, assumed, None if first == last else last)
+        groups = {d.name: self.groups(d.name) for d in decisions if d.is_sparse and self.groups(d.name) > 1}
+        return Explanation(first, decisions, self.method, assumed, None if first == last else last, groups)
 
     def density_at(self, progress: float) -> float:
         """Density that the layers without one of their own are to share, at a progress of the schedule."""
@@ -334,6 +357,18 @@ class Plan:
             distribution=self.distribution,
             own={name: self.method.densities(density) for name, density in asked.items()},
         )
+
+    def groups(self, name: str) -> int:
+        """Groups of rows of a layer that keep their number of units; 1: the layer as a whole does."""
+        return next((groups for pattern, groups in self.balance.items() if fnmatch.fnmatch(name, pattern)), 1)
+
+    def _check_groups(self, decision: Decision) -> None:
+        groups, rows = self.groups(decision.name), decision.shape[0] // decision.block[0]
+        if rows % groups:
+            raise ValueError(
+                f"balance: {decision.name} has {rows} rows of units, which {groups} equal groups cannot share: give a "
+                f"number of groups that divides {rows}"
+            )
 
     def _ranks(self, layers: Mapping[str, Layer]) -> dict[str, int]:
         """Of each layer's low-rank part: adopted ones keep theirs, others have the rank asked for, or the largest that

@@ -80,6 +80,8 @@ def render(runs: Sequence[Run]) -> str:
         cards=_cards(field),
         table=_table(field),
         no_empties=_no_empties(field),
+        warnings=_warnings(field),
+        frozen=_frozen(field),
         plans=[_plan(run) for run in runs if run.plan is not None and run.plan["layers"]],
         provenance=[_provenance(run) for run in runs],
     )
@@ -196,6 +198,34 @@ def _no_empties(field: Sequence[Contender]) -> bool:
     """Whether rewires were logged and none of them left a row or column empty."""
     counts = [n for c in field for key in ("empty_rows", "empty_cols") for n in numbers(c.twin.rewire, key)]
     return bool(counts) and not any(counts)
+
+
+def _warnings(field: Sequence[Contender]) -> list[dict[str, Any]]:
+    """What guards said, a record each, by contender and step."""
+    return [
+        {
+            "contender": c,
+            "step": f"{record['step']:,}",
+            "guard": str(record.get("guard") or ""),
+            "layer": str(record.get("layer") or ""),
+            "message": str(record.get("message") or ""),
+        }
+        for c in field
+        for record in c.twin.guard
+    ]
+
+
+def _frozen(field: Sequence[Contender]) -> list[str]:
+    """From when on each pattern was left alone, a sentence each."""
+    found = []
+    for c in field:
+        start, last = number(c.twin.about, "frozen_from"), c.twin.last_step
+        if math.isfinite(start) and start < last:
+            share = say.percent((last - start) / last)
+            found.append(f"{c.label}: the pattern was frozen after step {start:,.0f}, the last {share} of its steps.")
+        elif math.isfinite(start):
+            found.append(f"{c.label}: the pattern is to be frozen after step {start:,.0f}, which it has not passed.")
+    return found
 
 
 def _plan(run: Run) -> dict[str, Any]:

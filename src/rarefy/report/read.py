@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
+from rarefy.rewiring.guards import guard_line
+
 Record = Mapping[str, Any]
 
-OF_A_TWIN = ("train", "eval", "rewire", "time", "end")
+OF_A_TWIN = ("train", "eval", "rewire", "guard", "time", "end")
 """Kinds of records that belong to a twin and a step."""
 
 SAMPLE_CHARACTERS = 20_000
@@ -36,6 +38,8 @@ class Twin:
     train: tuple[Record, ...] = ()
     eval: tuple[Record, ...] = ()
     rewire: tuple[Record, ...] = ()
+    guard: tuple[Record, ...] = ()
+    """What the engine warned of: layer, guard, message."""
     time: tuple[Record, ...] = ()
     end: Record | None = None
 
@@ -157,6 +161,15 @@ def bits_per_byte(record: Record) -> float:
     return bits if math.isfinite(bits) else number(record, "loss") / math.log(2)
 
 
+def guard_lines(twin: Twin) -> list[str]:
+    """A sentence a guard that spoke, with the first layer that it spoke of and how many more there were."""
+    by_guard: dict[str, list[Record]] = {}
+    for record in twin.guard:
+        if record.get("guard") and record.get("message"):
+            by_guard.setdefault(str(record["guard"]), []).append(record)
+    return [f"step {records[0]['step']:,}, {guard_line(records)}" for records in by_guard.values()]
+
+
 def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Every line that is a JSON object with a kind; the others are counted in a note.
 
@@ -213,6 +226,7 @@ def _twins(about: Record, records: list[dict[str, Any]]) -> tuple[Twin, ...]:
             train=kept["train"],
             eval=kept["eval"],
             rewire=kept["rewire"],
+            guard=kept["guard"],
             time=kept["time"],
         )
         # A run that was stopped and then resumed has an end on record that is no longer its end.
@@ -225,22 +239,23 @@ def _as_kept(kind: str, records: list[Record]) -> tuple[Record, ...]:
     """Records of one kind without those that a resume took back.
 
     A run killed at step 530 goes on from its checkpoint of step 500 and logs 501 to 530 again: a record that does not
-    come after the one before it takes back all that reached its step. Layers rewire at the same step, so these may be
-    equal.
+    come after the one before it takes back all that reached its step. Layers rewire at the same step, and guards speak
+    of several, so these may be equal.
     """
+    parts = {"rewire": ("layer",), "guard": ("layer", "guard")}.get(kind)
     kept: list[Record] = []
     for record in records:
-        step, layer = record["step"], record.get("layer")
+        step = record["step"]
         while kept and (
             kept[-1]["step"] > step
-            or (kept[-1]["step"] == step and (kind != "rewire" or kept[-1].get("layer") == layer))
+            or (kept[-1]["step"] == step and (parts is None or all(kept[-1].get(p) == record.get(p) for p in parts)))
         ):
             kept.pop()
         kept.append(record)
-    if kind != "rewire":
+    if parts is None:
         return tuple(kept)
-    # Several layers at one step: a resume exactly there repeats each of them; the later one is what the run kept.
-    return tuple({(record["step"], str(record.get("layer"))): record for record in kept}.values())
+    # Several at one step: a resume exactly there repeats each of them; the later one is what the run kept.
+    return tuple({(record["step"], *(str(record.get(p)) for p in parts)): record for record in kept}.values())
 
 
 def _plan(path: Path, notes: list[str]) -> Record | None:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.budget import Budget
-from rarefy.growth import Collector, Request, RowCollector, row_collector
+from rarefy.growth import Collector, Exact, Request, RowCollector, row_collector
 from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, BestInRows, Scored
@@ -23,7 +23,9 @@ from rarefy.nn import SparseLinear
 from rarefy.ops import sink as sinks
 from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
+from rarefy.rewiring.balance import BestOfGroups, choose_in_groups
 from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
+from rarefy.rewiring.guards import GUARDS, SKIPPED, Guard, RunView, Watch
 from rarefy.rewiring.track import Tracker
 from rarefy.selection import num_to_replace
 from rarefy.settings import unknown
@@ -40,6 +42,9 @@ class Rewirer:
         budget: how many units the layers have while the density moves; None: it stays.
         left_dense: module name -> why `sparsify` left it dense.
         fused: names of the modules that `sparsify` made run as one call (`rarefy.fuse`).
+        balance: layer name -> equal groups of unit rows, each of which keeps its number of units.
+        pairs: (up, down) names of layers with hidden neurons between them, of which dead ones are warned of.
+        guards: who looks on and warns (`rarefy.rewiring.guards`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
@@ -60,6 +65,9 @@ class Rewirer:
         budget: Budget | None = None,
         left_dense: Mapping[str, str] | None = None,
         fused: Sequence[str] = (),
+        balance: Mapping[str, int] | None = None,
+        pairs: Sequence[tuple[str, str]] = (),
+        guards: Sequence[Guard] = GUARDS,
     ) -> None:
         self.layers = dict(layers)
         self.method = method
@@ -68,6 +76,7 @@ class Rewirer:
         self.budget = budget
         self.left_dense = dict(left_dense or {})
         self.fused = list(fused)
+        self.balance = {name: groups for name, groups in (balance or {}).items() if groups > 1}
         self.t = 0
         self.history: list[dict[str, Any]] = []
         self.skipped = 0
@@ -81,6 +90,7 @@ class Rewirer:
         self._calls_per_step: dict[str, int] = {}
         self._planned_units = {name: layer.num_units for name, layer in self.layers.items()}
         self._settled: set[str] = set()
+        self._watch = Watch(guards, pairs)
         self._trackers = {
             name: Tracker(name, layer.pattern) for name, layer in self.layers.items() if layer.has_pattern
         }
@@ -120,7 +130,26 @@ class Rewirer:
             eager: Any = torch.compiler.disable  # a compiled optimizer step must not trace the engine
             self._hooks = [before(eager(self._before_step)), after(eager(self._after_step))]
         self._arm()
+        known = {name: self._seen(name) for name, layer in self.layers.items() if layer.has_pattern}
+        sizes = [(layer.num_units, _num_all(layer)) for layer in self.layers.values()]
+        self._watch.attached(self.t, RunView(self.method, self.end, total_steps, sizes), known)
         return self
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """What the guards said, once a guard and layer: step, layer ("" for the whole network), guard, message."""
+        return self._watch.warnings
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Tell the training loss of a step, before `optimizer.step()`: a spike after a rewire is then warned of.
+
+        Optional; nothing but the warnings depends on it.
+        """
+        self._watch.observe(self.t, float(loss))
+
+    def _seen(self, name: str) -> tuple[Pattern, Tensor]:
+        layer = self.layers[name]
+        return layer.pattern, layer.values.detach()
 
     def detach(self) -> None:
         """Undo `attach`: nothing rewires any more."""
@@ -159,7 +188,7 @@ class Rewirer:
     @property
     def resizes(self) -> bool:
         """Whether layers ever get another number of units, by a moving density or by the method's choice."""
-        return not self.method.keeps_counts or density.changes(self.method, self.budget)
+        return self.method.resizes or density.changes(self.method, self.budget)
 
     def is_due(self, position: int, t: int) -> bool:
         """Whether the layer at this position rewires after step t (4.2)."""
@@ -202,6 +231,9 @@ class Rewirer:
             if name in self._collectors:
                 continue
             layer = self.layers[name]
+            # What other signals keep is not by group: all that is absent is scored, and each group takes its best.
+            grouped = name in self.balance and not isinstance(self.method.signal, Exact)
+            k = None if grouped else k
             request = Request(
                 name=name,
                 step=step,
@@ -214,7 +246,12 @@ class Rewirer:
                 grow_score=self._grow_score(name, self.t + 1),
             )
             capacity = self.method.row_candidates(self._view(name, self.t + 1))
-            collector = row_collector(request, capacity) if capacity else self.method.signal.collector(request)
+            if capacity:
+                collector = row_collector(request, capacity)
+            elif name in self.balance and request.calls == 1 and ranks.world_size() == 1 and not grouped:
+                collector = BestOfGroups(request, layer.pattern, self.balance[name])
+            else:
+                collector = self.method.signal.collector(request)
             self._collectors[name] = collector
             sinks.arm(layer.sink, collector)
 
@@ -341,10 +378,16 @@ class Rewirer:
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name, self.t)
         num_before = layer.num_units
-        choice = self.method.choose(view, k, self._candidates(view))
+        groups, candidates = self.balance.get(name, 1), self._candidates(view)
+        if groups > 1:
+            choice = choose_in_groups(self.method, view, k, candidates, groups)
+        else:
+            choice = self.method.choose(view, k, candidates)
         finite = choice is not None and bool(torch.isfinite(layer.values).all())
         if ranks.any_rank(not finite, layer.values.device) or choice is None:
-            self._skip(f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite")
+            self._skip(
+                name, f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite"
+            )
             return
         self._check_choice(choice)
         if choice.settled:
@@ -370,8 +413,9 @@ class Rewirer:
         collector = self._collectors.get(name)
         if collector is not None and collector.calls > 1 and not collector.combines:
             self._skip(
+                name,
                 f"{name} was used {collector.calls} times in this step, after once in the one before: "
-                f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more"
+                f"its rewire at step {self.t} is left out, as what single calls kept cannot be combined any more",
             )
             return True
         unused = collector is None or collector.calls == 0
@@ -418,6 +462,9 @@ class Rewirer:
                 "grown_by": grown_by,
             }
         )
+        if kind == "rewire":
+            survival = self.history[-1]["newborn_survival"]
+            self._watch.rewired(self.t, name, self.method, self._seen, born=newborn.numel(), survival=survival)
 
     def _after_resize(self, name: str) -> None:
         """What follows a change of a layer's number of units: who watches its units for a later step begins anew."""
@@ -449,9 +496,10 @@ class Rewirer:
             self._trackers[name] = Tracker(name, self.layers[name].pattern)
         return self._trackers[name]
 
-    def _skip(self, message: str) -> None:
+    def _skip(self, name: str, message: str) -> None:
         """Count a rewire that did not happen; warn of the first."""
         self.skipped += 1
+        self._watch.tell(self.t, name, SKIPPED, message, warn=False)
         if self.skipped == 1:
             warnings.warn(message + "; nothing was changed, and later skips are only counted", stacklevel=4)
 
@@ -473,6 +521,7 @@ class Rewirer:
             "collectors": {n: state for n, c in self._collectors.items() if (state := c.state_dict())},
             "planned_units": dict(self._planned_units),
             "settled": sorted(self._settled),
+            "guards": self._watch.state_dict(),
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -500,6 +549,8 @@ class Rewirer:
         self.t, self.seed, self.skipped = int(state["t"]), int(state["seed"]), int(state["skipped"])
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
+        if "guards" in state:  # files from before there were guards have none
+            self._watch.load_state_dict(state["guards"])
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._disarm()
         self._planned_units |= {name: int(units) for name, units in state.get("planned_units", {}).items()}

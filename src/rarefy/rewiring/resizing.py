@@ -69,5 +69,5 @@ def _finite(engine: Rewirer, views: Mapping[str, LayerView]) -> bool:
     )
     if not ranks.any_rank(not fine, next(iter(views.values())).values.device):
         return True
-    engine._skip(f"the change of sizes at step {engine.t} was skipped: its values or scores are not all finite")
+    engine._skip("", f"the change of sizes at step {engine.t} was skipped: its values or scores are not all finite")
     return False

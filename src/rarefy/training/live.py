@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from rarefy.rewiring.guards import guard_line
 from rarefy.training.twin import StepResult, Twin
 
 PLAIN_EVERY_S = 5.0
@@ -38,6 +39,7 @@ class LiveLine:
         self._train_s: dict[str, float] = {}
         self._valid: dict[str, float] = {}
         self._churn = 0.0
+        self._warnings = 0
 
     def say(self, line: str) -> None:
         """A line of its own."""
@@ -61,6 +63,9 @@ class LiveLine:
         self._train_s[name] = train_s
         if result.rewires:
             self._churn = result.churn
+        self._warnings += len(result.guards)
+        for kind in dict.fromkeys(str(record["guard"]) for record in result.guards):
+            self.say("warning: " + guard_line([record for record in result.guards if record["guard"] == kind]))
         if self._live is not None:
             self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
         elif time.monotonic() - self._printed >= self._plain_every_s and twin.step < self._steps:
@@ -105,6 +110,7 @@ class LiveLine:
             f"{each(lambda name: f'{self._tokens_per_step / self._step_s[name]:,.0f}')} tokens/s",
             *([] if short else [f"density {twin.density:.3g}"]),
             f"churn {self._churn:.2f}",
+            *([f"{self._warnings} warning{'s' if self._warnings > 1 else ''}"] if self._warnings else []),
             f"{self._left()} left",
         ]
         return ("  " if short else " · ").join(parts)

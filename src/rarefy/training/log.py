@@ -1,8 +1,8 @@
 """metrics.jsonl: what a run measures, one JSON object a line, written as it happens.
 
-Kinds: run (what runs, once), train, eval, rewire and density (a layer at a step),
-time (a twin at a step), end. A reader may follow the file while it
-grows; a resumed run first cuts what came after its checkpoint, so that the file reads as one run.
+Kinds: run (what runs, once), train, eval, rewire and density (a layer at a step), guard (a warning), time (a twin at a
+step), end. A reader may follow the file while it grows; a resumed run first cuts what came after its checkpoint, so
+that the file reads as one run.
 """
 
 from __future__ import annotations

@@ -154,6 +154,8 @@ class Loop:
             self.log.write("time", **about, **twin.clock.parts())
         for record in result.rewires:
             self.log.write(**{**record, **about})
+        for record in result.guards:
+            self.log.write("guard", **{**record, **about})
         self.watcher.stepped(twin, result)
         if twin.step % settings.eval_interval == 0 or twin.step == settings.steps:
             found = twin.assess(self.valid_data)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +75,8 @@ class StepResult:
     """Units changed over units of the layers that rewired after this step; 0 when none did."""
     rewires: list[dict[str, Any]]
     """The engine's records of this step."""
+    guards: list[dict[str, Any]] = field(default_factory=list)
+    """What the engine's guards said since the last step (`Rewirer.warnings`); of the first step, since the start."""
 
 
 class Diverged(ValueError):
@@ -159,7 +161,11 @@ class Twin:
                 group["lr"] = full * rate
             self._check_finite(total, grad_norm, step)
             known = len(self.rewirer.history) if self.rewirer else 0
+            said = len(self.rewirer.warnings) if self.rewirer and self.step else 0
+            if self.rewirer:
+                self.rewirer.observe(total)
             self.optimizer.step()
+        guards = self.rewirer.warnings[said:] if self.rewirer else []
         rewires = self.rewirer.history[known:] if self.rewirer else []
         rewire_s = sum(record["seconds"] for record in rewires)  # the engine works inside the optimizer's hook
         self.clock.optimizer_s -= rewire_s
@@ -168,7 +174,7 @@ class Twin:
         swaps = [record for record in rewires if record["kind"] == "rewire"]
         units = sum(record["num_units"] for record in swaps)
         churn = sum(record["changed"] for record in swaps) / units if units else 0.0
-        return StepResult(total, grad_norm, churn, rewires)
+        return StepResult(total, grad_norm, churn, rewires, guards)
 
     def _check_finite(self, loss: float, grad_norm: float, step: int) -> None:
         for what, value in (("loss", loss), ("gradient", grad_norm)):

@@ -54,9 +54,9 @@ def make_dense(settings: TextSettings) -> Twin:
 def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Optimizer:
     lr = settings.lr if sparse else settings.dense_lr
     assert lr is not None, "settled"
-    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay)
+    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay, mup=settings.gpt().supar())
     values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
-    if values:
+    if values and settings.sparse_lr is not None:
         faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
         groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]
         groups = [group for group in (faster, *groups) if group["params"]]
@@ -80,7 +80,8 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
 
     parameters: entries of all weights as if dense; nonzeros: those that exist and train; density: of the sparse layers;
     flops_per_token: forward and backward, of linear layers and attention. All before the first step: where the density
-    moves, the log has how it goes on.
+    moves, the log has how it goes on. frozen_from: the last step after which the pattern may change, 0 if never, None
+    without a pattern.
     """
     nonzeros = sum(p.numel() for p in model.parameters())
     sparse = [m for m in model.modules() if isinstance(m, SparseLinear)]
@@ -92,6 +93,7 @@ def describe(twin: Twin, model: GPT, training_bytes: Mapping[str, int]) -> dict[
         "density": twin.density,
         "flops_per_token": flops_per_token(model),
         "training_bytes": dict(training_bytes),
+        "frozen_from": None if twin.rewirer is None else twin.rewirer.end if twin.rewirer.method.rewires else 0,
     }
 
 

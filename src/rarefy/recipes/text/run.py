@@ -238,8 +238,9 @@ def _last_good(folder: Path) -> str:
 
 
 def _advice(settings: TextSettings) -> str:
+    values = "" if settings.sparse_lr is None else f"{settings.sparse_lr:g} for sparse values, "
     return (
-        f"Start again with a lower --lr (it was {settings.lr:g}, {settings.sparse_lr:g} for sparse values, "
+        f"Start again with a lower --lr (it was {settings.lr:g}, {values}"
         f"{settings.dense_lr:g} for the dense twin), "
         f"a longer --warmup ({settings.warmup} steps) or a smaller --clip ({settings.clip:g}); --resume would come "
         "to the same point"

@@ -84,11 +84,21 @@ class TextSettings:
     """Peak learning rate of the sparse network, but for its sparse layers."""
 
     sparse_lr: float | None = None
-    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%; the first
-    density, where it moves."""
+    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%, the first
+    density where it moves; with mup it follows from lr."""
 
     dense_lr: float | None = None
-    """Peak learning rate of the dense twin. Without it: lr / 2, its best in short runs (docs/log.md)."""
+    """Peak learning rate of the dense twin. Without it: lr / 2, its best in short runs (docs/log.md); lr with mup."""
+
+    parametrization: Literal["standard", "mup"] = "standard"
+    """mup: first weights and rates follow width and density, from --lr as the rate of a dense network of --base-width
+    (rarefy.SuPar)."""
+
+    base_width: int = 64
+    """Width of the network that --lr is for, with mup."""
+
+    base_head: int | None = None
+    """Features of a head of that network, with mup. Without it: as here."""
 
     warmup: int | None = None
     """Steps over which the rate rises. Without it: a tenth of the run, at most 100."""
@@ -156,6 +166,11 @@ class TextSettings:
             raise ValueError(
                 f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
             )
+        if self.parametrization == "mup" and self.sparse_lr is not None:
+            raise ValueError(
+                f"sparse_lr ({self.sparse_lr:g}) and parametrization mup both say the sparse layers' rate: with mup it "
+                "follows from lr; leave sparse_lr out"
+            )
         if not isinstance(self.block, int | str | None):
             object.__setattr__(self, "block", tuple(self.block))
         self.gpt()
@@ -163,7 +178,10 @@ class TextSettings:
 
     def gpt(self) -> GPTConfig:
         """The network's shape."""
-        return GPTConfig(width=self.width, layers=self.layers, heads=self.heads, context=self.context, mlp=self.mlp)
+        base = {"base_width": self.base_width, "base_head": self.base_head} if self.parametrization == "mup" else {}
+        return GPTConfig(
+            width=self.width, layers=self.layers, heads=self.heads, context=self.context, mlp=self.mlp, **base
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -198,13 +216,14 @@ class TextSettings:
 
     def settled(self, steps: int) -> TextSettings:
         """Nothing left open: folded, for a run of `steps`."""
-        density = self.folded_plan().density_at(0.0)
+        density, mup = self.folded_plan().density_at(0.0), self.parametrization == "mup"
+        sparse_lr = self.sparse_lr if self.sparse_lr is not None or mup else self.lr / density**0.3
         return dataclasses.replace(
             dataclasses.replace(self, interval=self.auto_interval(steps)).folded(),
             steps=steps,
             minutes=None,
-            sparse_lr=self.sparse_lr if self.sparse_lr is not None else self.lr / density**0.3,
-            dense_lr=self.dense_lr if self.dense_lr is not None else self.lr / 2,
+            sparse_lr=sparse_lr,
+            dense_lr=self.dense_lr if self.dense_lr is not None else self.lr if mup else self.lr / 2,
             warmup=self.warmup if self.warmup is not None else max(1, min(100, steps // 10)),
             eval_interval=self.eval_interval
             if self.eval_interval is not None
