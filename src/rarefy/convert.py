@@ -14,8 +14,8 @@ from rarefy.init import balanced_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
-from rarefy.plan import Decision, Plan, is_conv1d
-from rarefy.rewiring import Rewirer
+from rarefy.plan import ASSUMED_TOKENS, Decision, Plan, is_conv1d, thresholds
+from rarefy.rewiring import Rewirer, choose_compute
 from rarefy.sampling import keyed_generator
 
 
@@ -66,7 +66,19 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if plan.block == "auto":  # what the engine keeps can make the same network again, on any machine
         plan = plan.settled([decision.row() for decision in decisions])
-    return Rewirer(layers, plan.method, seed=plan.seed, plan=plan, left_dense=left_dense, fused=fuse(model))
+    tokens = {d.name: d.tokens or ASSUMED_TOKENS for d in decisions}
+    dense_above = thresholds(layers, plan.dense_above, tokens)
+    for name, layer in layers.items():
+        choose_compute(layer, dense_above.get(name))
+    return Rewirer(
+        layers,
+        plan.method,
+        seed=plan.seed,
+        plan=plan,
+        left_dense=left_dense,
+        fused=fuse(model),
+        dense_above=dense_above,
+    )
 
 
 def _seed(plan: Plan, name: str) -> int:

@@ -14,6 +14,9 @@ from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
 from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
 
+Compute = Literal["sparse", "dense"]
+"""How a layer multiplies: by its units alone, or by torch's dense matmul with the units written out for the call."""
+
 INDEX_BUFFERS = ("crow_indices", "col_indices", "t_crow", "t_rows", "t_perm")
 """In the order of `rarefy.ops.Index`. The first two are the pattern and are saved; the others follow from them."""
 
@@ -29,6 +32,7 @@ class SparseLinear(nn.Module):
     Attributes:
         values: Parameter, (nnz,) for block 1, else (num_units, block rows, block columns), in row order of units.
         bias: Parameter (out_features,) or None.
+        compute: how it multiplies, "sparse" or "dense"; `set_compute` changes it.
     Raises:
         ValueError: density outside (0, 1], or a block that does not divide the matrix.
 
@@ -45,6 +49,7 @@ class SparseLinear(nn.Module):
     t_rows: Tensor
     t_perm: Tensor
     sink: Tensor
+    compute: Compute = "sparse"
     transposed: bool = False
     """Whether the dense layer it took the place of stores its weight as (in, out), which an export must know."""
 
@@ -97,6 +102,8 @@ class SparseLinear(nn.Module):
             "t_rows": self.num_units,
             "t_perm": self.num_units,
         }
+        if self.compute == "dense":
+            lengths |= dict.fromkeys(INDEX_BUFFERS[2:], 0)
         for name, length in lengths.items():
             kind = narrow if name in ("col_indices", "t_rows") else torch.int32
             empty = torch.empty(length, device=device, dtype=kind)
@@ -203,15 +210,47 @@ class SparseLinear(nn.Module):
                 f"a pattern of shape {mine[0]}, block {mine[1]} and {mine[2]} units is needed, "
                 f"got shape {pattern.shape}, block {pattern.block} and {pattern.num_units} units"
             )
-        for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
+        if self.compute == "dense":
+            arrays = (pattern.crow_indices, pattern.col_indices)
+        else:
+            arrays = Index.of(pattern)[: len(INDEX_BUFFERS)]
+        for name, array in zip(INDEX_BUFFERS, arrays, strict=False):
             getattr(self, name).copy_(array)
         if not self.has_pattern:  # after to_empty() the sink holds whatever was in memory
             self.sink = new_sink().to(self.crow_indices.device)
         self.has_pattern = True
 
+    def set_compute(self, compute: Compute) -> None:
+        """Multiply in another way from the next call on; between optimizer steps, or whenever no backward is pending.
+
+        Values, gradients, optimizer state and model files are the same in both ways. "dense" costs what torch's dense
+        layer costs, whatever the density, and a weight's memory during a call; it keeps no index by column, which
+        "sparse" makes again.
+
+        Raises:
+            ValueError: neither "sparse" nor "dense".
+        """
+        if compute not in ("sparse", "dense"):
+            raise ValueError(f'compute must be "sparse" or "dense", got {compute!r}')
+        if compute == self.compute:
+            return
+        # Looked up before the change: what follows from the pattern alone is all that comes or goes.
+        known = self.has_pattern and self.values.device.type != "meta"
+        pattern = self.pattern if known and compute == "sparse" else None
+        _, cols = unit_grid((self.out_features, self.in_features), self.block)
+        sizes = (0, 0, 0) if compute == "dense" else (cols + 1, self.num_units, self.num_units)
+        found = [getattr(self, n).new_empty(size) for n, size in zip(INDEX_BUFFERS[2:], sizes, strict=True)]
+        if pattern is not None:
+            found = list(Index.of(pattern))[2:5]
+        for name, array in zip(INDEX_BUFFERS[2:], found, strict=True):
+            setattr(self, name, array)
+        self.compute = compute
+
     @property
     def index(self) -> Index:
-        """The index tensors, as the ops take them."""
+        """The index tensors, as the ops take them. A layer that computes dense makes those by column anew each time."""
+        if self.compute == "dense":
+            return Index.of(self.pattern)
         return Index(self.crow_indices, self.col_indices, self.t_crow, self.t_rows, self.t_perm, list(self.block))
 
     @property
@@ -236,6 +275,11 @@ class SparseLinear(nn.Module):
         x = self.cast(x)
         # Buffers by their dictionary: through attributes they cost as much as a small product at one token.
         index = self._buffers
+        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is ambiguous without inputs
+        if self.compute == "dense":
+            matrix = (index["crow_indices"], index["col_indices"], self.in_features, self.block)
+            y = torch.ops.rarefy.expanded(self.values, *matrix, rows, self.bias, index["sink"])
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
         y = torch.ops.rarefy.spmm(
             self.values,
             index["crow_indices"],
@@ -244,7 +288,7 @@ class SparseLinear(nn.Module):
             index["t_rows"],
             index["t_perm"],
             self.block,
-            x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]),  # -1 is ambiguous without inputs
+            rows,
             self.bias,
             index["sink"],
         )
@@ -283,7 +327,8 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         block = "" if self.block == (1, 1) else f", block={self.block[0]}x{self.block[1]}"
         bias = "" if self.bias is not None else ", bias=False"
-        return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}"
+        compute = "" if self.compute == "sparse" else f", compute={self.compute}"
+        return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}{compute}"
 
     # -- copies and checkpoints
     # ------------------------------------------------------------------------------------------

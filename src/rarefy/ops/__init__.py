@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rarefy.ops import mlp, reference, schema, sink, tiled
+from rarefy.ops import expanded, mlp, reference, schema, sink, tiled
 from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, using
 from rarefy.ops.index import Index, index_dtype
 
-__all__ = ["Index", "available", "causal_attention", "index_dtype", "mlp", "sink", "using"]
+__all__ = ["Index", "available", "causal_attention", "expanded", "index_dtype", "mlp", "sink", "using"]
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:

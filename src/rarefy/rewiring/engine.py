@@ -35,6 +35,7 @@ class Rewirer:
         plan: the plan it came from, if any; kept for reports.
         left_dense: module name -> why `sparsify` left it dense.
         fused: names of the modules that `sparsify` made run as one call (`rarefy.fuse`).
+        dense_above: layer name -> the density above which it computes dense (`rarefy.rewiring.choose_compute`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
@@ -53,6 +54,7 @@ class Rewirer:
         plan: Any = None,
         left_dense: Mapping[str, str] | None = None,
         fused: Sequence[str] = (),
+        dense_above: Mapping[str, float] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.method = method
@@ -60,6 +62,7 @@ class Rewirer:
         self.plan = plan
         self.left_dense = dict(left_dense or {})
         self.fused = list(fused)
+        self.dense_above = dict(dense_above or {})
         self.t = 0
         self.history: list[dict[str, Any]] = []
         self.skipped = 0
@@ -403,6 +406,8 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "calls_per_step": dict(self._calls_per_step),
+            "dense_above": dict(self.dense_above),
+            "compute": {name: layer.compute for name, layer in self.layers.items()},
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -428,6 +433,10 @@ class Rewirer:
         self.t, self.seed, self.skipped = int(state["t"]), int(state["seed"]), int(state["skipped"])
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
+        # A calibration of today must not change how a run of yesterday computes.
+        self.dense_above = {name: float(density) for name, density in state.get("dense_above", {}).items()}
+        for name, compute in state.get("compute", {}).items():
+            self.layers[name].set_compute(compute)
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._arm()
 
