@@ -124,6 +124,11 @@ RAREFY_API int rarefy_attention_backward_f32(const float *dout, const float *qkv
 RAREFY_API int rarefy_transpose(int64_t num_unit_rows, int64_t num_unit_cols, const int32_t *crow, const void *cols,
                                 int32_t *t_crow, void *t_rows, int32_t *t_perm, int32_t index_bytes);
 
+/* weight (out, in), written whole: the values at the pattern, zeros elsewhere. Any block shape; t_* is not read. */
+RAREFY_API int rarefy_expand_f32(const rarefy_pattern *pattern, const float *values, float *weight, int threads);
+/* values: the entries of weight (out, in) at the pattern. */
+RAREFY_API int rarefy_collect_f32(const rarefy_pattern *pattern, const float *weight, float *values, int threads);
+
 /* Growth: the k best absent units of a dense gradient that is seen a tile at a time.
  *
  * The score of a unit is the mean of |g| over its entries: their float32 sum in row-major order inside the unit, divided

@@ -587,6 +587,25 @@ void check_transpose(const Problem &p, const rarefy_pattern &pattern, int, Found
   found.same("t_perm", t_perm, p.t_perm);
 }
 
+void check_expand(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
+  Floats values(p.num_values());
+  for (size_t i = 0; i < values.size(); ++i) values[i] = float(i + 1);
+  std::vector<float> expected(static_cast<size_t>(p.out * p.in), 0.0f);
+  for (size_t k = 0; k < p.unit_row.size(); ++k) {
+    for (int64_t i = 0; i < p.br; ++i) {
+      for (int64_t j = 0; j < p.bc; ++j) {
+        expected[(p.unit_row[k] * p.br + i) * p.in + p.unit_col[k] * p.bc + j] =
+            values[(int64_t(k) * p.br + i) * p.bc + j];
+      }
+    }
+  }
+  std::vector<float> weight(expected.size(), NAN), back(values.size(), NAN);
+  found.status(rarefy_expand_f32(&pattern, values.data(), weight.data(), threads));
+  found.same("expanded weight", weight, expected);
+  found.status(rarefy_collect_f32(&pattern, expected.data(), back.data(), threads));
+  found.same("collected values", back, std::vector<float>(values.begin(), values.end()));
+}
+
 void check_grow(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Random random = {uint64_t(p.out + p.in)};
   Floats gradient = random.floats(p.out * p.in);
@@ -650,7 +669,7 @@ const Check kChecks[] = {
     {"spmm", check_spmm, true},           {"spmm_t", check_spmm_t, true},       {"sddmm", check_sddmm, true},
     {"backward", check_backward, true},   {"denormals", check_denormals, true}, {"transpose", check_transpose, false},
     {"grow", check_grow, false},          {"bf16", check_bf16, true},           {"rounding", check_rounding, true},
-    {"mlp", check_mlp, true},
+    {"mlp", check_mlp, true},             {"expand", check_expand, false},
 };
 
 // --- Running them.

@@ -14,8 +14,8 @@ from rarefy.init import drawn_pattern, grouped_pattern, magnitude_pattern, row_r
 from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.nn.linear import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
-from rarefy.plan import Decision, Plan, is_conv1d
-from rarefy.rewiring import Rewirer
+from rarefy.plan import ASSUMED_TOKENS, Decision, Plan, is_conv1d, thresholds
+from rarefy.rewiring import Rewirer, choose_compute
 from rarefy.sampling import keyed_generator
 
 
@@ -84,6 +84,10 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     if fresh:
         budget = plan.budget({name: d.shape for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
     fused = fuse(model)
+    tokens = {d.name: d.tokens or ASSUMED_TOKENS for d in decisions}
+    dense_above = thresholds(layers, plan.dense_above, tokens)
+    for name, layer in layers.items():
+        choose_compute(layer, dense_above.get(name))
     return Rewirer(
         layers,
         plan.method,
@@ -94,6 +98,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
         fused=fused,
         balance={name: plan.groups(name.removesuffix(".sparse")) for name in layers},
         pairs=hidden_pairs(model),
+        dense_above=dense_above,
     )
 
 

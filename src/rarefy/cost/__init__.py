@@ -7,7 +7,7 @@ from rarefy.cost.holdout import check
 from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now, working_in
-from rarefy.cost.spot import LayerCost, measure, measure_dense, predict
+from rarefy.cost.spot import LayerCost, break_even, measure, measure_dense, predict
 from rarefy.cost.terms import Work, dense_work
 from rarefy.cost.timing import (
     LEAST_ROUNDS,
@@ -31,6 +31,7 @@ __all__ = [
     "LayerStep",
     "Precision",
     "Work",
+    "break_even",
     "cache_path",
     "calibrate",
     "check",

@@ -154,3 +154,30 @@ def predict(
         return None
     others = {" ".join(name): ms for name, ms in times.items() if ms is not None}
     return LayerCost(sparse_ms, dense_ms, "predicted", now, others)
+
+
+BREAK_EVEN_STEPS = 200
+"""Densities looked at, evenly spaced up to 1."""
+
+
+def break_even(model: CostModel, shape: tuple[int, int], block: tuple[int, int], tokens: int) -> float | None:
+    """The largest density at which the model expects a sparse training step to be faster than a dense one.
+
+    In the precision that torch is set to. Densities past the calibrated ones are extrapolated.
+
+    Returns:
+        0.0: at no density. None if the model does not know the structure or the dense layer.
+    """
+    now = precision_now()
+    dense_ms = model.ms(dense_work(shape, tokens, now))
+    rows, cols = unit_grid(shape, block)
+    best = 0.0
+    for step in range(1, BREAK_EVEN_STEPS + 1):
+        density = step / BREAK_EVEN_STEPS
+        nnz = round(density * rows * cols) * block[0] * block[1]
+        sparse_ms = model.ms(Work(shape, tokens, nnz, block, now))
+        if dense_ms is None or sparse_ms is None:
+            return None
+        if sparse_ms < dense_ms:
+            best = density
+    return best

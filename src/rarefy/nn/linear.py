@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class SparseLinear(nn.Module):
     t_rows: Tensor
     t_perm: Tensor
     sink: Tensor
+    compute: Literal["sparse", "dense"] = "sparse"
+    """How products are computed; see `set_compute`."""
     transposed: bool = False
     """Whether the dense layer it took the place of stores its weight as (in, out), which an export must know."""
 
@@ -101,12 +103,13 @@ class SparseLinear(nn.Module):
         """Buffers of the right sizes for a pattern to come."""
         rows, cols = unit_grid((self.out_features, self.in_features), self.block)
         narrow = index_dtype(rows, cols)
+        by_column = self.num_units if self.compute == "sparse" else 0
         lengths = {
             "crow_indices": rows + 1,
             "col_indices": self.num_units,
             "t_crow": cols + 1,
-            "t_rows": self.num_units,
-            "t_perm": self.num_units,
+            "t_rows": by_column,
+            "t_perm": by_column,
         }
         for name, length in lengths.items():
             kind = narrow if name in ("col_indices", "t_rows") else torch.int32
@@ -220,7 +223,8 @@ class SparseLinear(nn.Module):
             )
         if self.col_indices.shape[0] != self.num_units:
             self._allocate_indices(self.values.device)
-        for name, array in zip(INDEX_BUFFERS, Index.of(pattern), strict=False):
+        index = Index.of(pattern, by_column=self.compute == "sparse")
+        for name, array in zip(INDEX_BUFFERS, index, strict=False):
             getattr(self, name).copy_(array)
         if not self.has_pattern:  # after to_empty() the sink holds whatever was in memory
             self.sink = new_sink().to(self.crow_indices.device)
@@ -240,6 +244,26 @@ class SparseLinear(nn.Module):
         self.values.grad = None
         resize(self.values, self.values.new_zeros(values_shape(pattern)))
         self.set_pattern(pattern)
+
+    def set_compute(self, how: Literal["sparse", "dense"]) -> None:
+        """Compute products over the units only, or, at densities where that is faster, as dense torch does.
+
+        "dense" expands the values to an (out_features, in_features) weight for each product, and forgets it after;
+        parameter, gradient, optimizer state and checkpoints stay those of the units. The index by columns is dropped
+        meanwhile. A compiled model compiles once more. Nothing about results changes but rounding.
+
+        Raises:
+            ValueError: neither of the two.
+        """
+        if how not in ("sparse", "dense"):
+            raise ValueError(f'compute must be "sparse" or "dense", got {how!r}')
+        if how == self.compute:
+            return
+        pattern = self.pattern if self.has_pattern and self.values.device.type != "meta" else None
+        self.compute = how
+        self._allocate_indices(self.values.device)
+        if pattern is not None:
+            self.set_pattern(pattern)
 
     @property
     def index(self) -> Index:
@@ -315,7 +339,8 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         block = "" if self.block == (1, 1) else f", block={self.block[0]}x{self.block[1]}"
         bias = "" if self.bias is not None else ", bias=False"
-        return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}"
+        how = "" if self.compute == "sparse" else ", computes dense"
+        return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}{how}"
 
     # -- copies and checkpoints
     # ------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, activation: str, down: 
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether it is a SparseLinear and nothing but its own arithmetic happens when it is called."""
-    return type(layer) is SparseLinear and not has_hooks(layer)
+    """Whether it is a SparseLinear that computes sparse, and nothing else happens when it is called."""
+    return type(layer) is SparseLinear and layer.compute == "sparse" and not has_hooks(layer)
 
 
 def has_hooks(module: nn.Module) -> bool:

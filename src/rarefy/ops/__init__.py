@@ -4,34 +4,41 @@ backend for tests.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from rarefy.ops import mlp, reference, schema, sink, tiled
+from rarefy.ops import expanded, mlp, reference, schema, sink, tiled
 from rarefy.ops.attention import causal_attention
-from rarefy.ops.backend import available, choose, using
+from rarefy.ops.backend import available, choose, names_plain_torch, using
 from rarefy.ops.index import Index, index_dtype
 
 __all__ = ["Index", "available", "causal_attention", "index_dtype", "mlp", "sink", "using"]
+
+
+def _backend(values: Tensor, index: Index) -> ModuleType:
+    """The module that runs an op on these values."""
+    return expanded if index.expands and not names_plain_torch() else choose(values.dtype, values.device, index.block)
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:
     if x.dim() != 2 or x.shape[1] != (t_crow.shape[0] - 1) * block[1] or not x.dtype.is_floating_point:
         schema.check_spmm(crow, t_crow, block, x)  # says what is wrong; asking costs more than a small product
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    return choose(values.dtype, values.device, index.block).spmm(values, index, x, bias)
+    return _backend(values, index).spmm(values, index, x, bias)
 
 
 def _spmm_t(values, crow, cols, t_crow, t_rows, t_perm, block, dy) -> Tensor:
     schema.check_backward("spmm_t", crow, t_crow, block, dy, None)
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    return choose(values.dtype, values.device, index.block).spmm_t(values, index, dy)
+    return _backend(values, index).spmm_t(values, index, dy)
 
 
 def _sddmm(crow, cols, t_crow, t_rows, t_perm, block, dy, x) -> Tensor:
     schema.check_backward("sddmm", crow, t_crow, block, dy, x)
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    return choose(x.dtype, x.device, index.block).sddmm(index, dy, x)
+    return _backend(x, index).sddmm(index, dy, x)
 
 
 def _grow_candidates(crow, cols, t_crow, t_rows, t_perm, block, dy, x, k) -> tuple[Tensor, Tensor]:
@@ -43,7 +50,7 @@ def _grow_candidates(crow, cols, t_crow, t_rows, t_perm, block, dy, x, k) -> tup
 def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, needs, sink=None):
     schema.check_backward("spmm_backward", crow, t_crow, block, dy, x)
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    backend = choose(values.dtype, values.device, index.block)
+    backend = _backend(values, index)
     if backend in (reference, tiled):
         wide = (dy.to(values.dtype), x.to(values.dtype))
         dx = backend.spmm_t(values, index, dy) if needs[0] else None

@@ -43,6 +43,11 @@ def using(name: str) -> Iterator[None]:
             library.set_isa(isa)
 
 
+def names_plain_torch() -> bool:
+    """Whether the user named one of the implementations in plain torch, so that nothing else may run."""
+    return _named in ("reference", "tiled")
+
+
 def runs_kernels(why_not: str | None) -> bool:
     """Whether the compiled kernels run an op: not if the user named another backend, nor if they cannot (`why_not`).
 

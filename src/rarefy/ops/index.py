@@ -33,11 +33,25 @@ class Index(NamedTuple):
     def num_units(self) -> int:
         return self.cols.shape[0]
 
+    @property
+    def expands(self) -> bool:
+        """Whether the units are listed by row only, which means: compute dense (`rarefy.ops.expanded`)."""
+        return self.t_perm.shape[0] != self.cols.shape[0]
+
     @classmethod
-    def of(cls, pattern: Pattern) -> Index:
-        """The index of a pattern, in the narrowest dtypes. Shares no memory with it."""
+    def of(cls, pattern: Pattern, *, by_column: bool = True) -> Index:
+        """The index of a pattern, in the narrowest dtypes. Shares no memory with it.
+
+        Args:
+            by_column: False: without the list of units by column, for a layer that computes dense.
+        """
         crow = pattern.crow_indices.clone()
         cols = pattern.col_indices.to(index_dtype(pattern.num_unit_rows, pattern.num_unit_cols), copy=True)
+        if not by_column:
+            t_crow = crow.new_zeros(pattern.num_unit_cols + 1)
+            counts = torch.bincount(pattern.col_indices.long(), minlength=pattern.num_unit_cols)
+            t_crow[1:] = torch.cumsum(counts, 0)
+            return cls(crow, cols, t_crow, cols.new_empty(0), crow.new_empty(0), list(pattern.block))
         if crow.device.type == "cpu" and isas():
             return cls(crow, cols, *_counting_sort(crow, cols, pattern.num_unit_cols), list(pattern.block))
         t_crow, t_rows, t_perm = pattern.transposed()

@@ -35,6 +35,8 @@ _SIGNATURES = {
     "rarefy_attention_f32": (ctypes.c_int, [*[POINTER] * 3, *[INT64] * 4, ctypes.c_int]),
     "rarefy_attention_backward_f32": (ctypes.c_int, [*[POINTER] * 5, *[INT64] * 4, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),
+    "rarefy_expand_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),
+    "rarefy_collect_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),
     "rarefy_grow_new": (POINTER, [INT64]),
     "rarefy_grow_scan_f32": (ctypes.c_int, [POINTER, POINTER, POINTER, INT64, INT64, ctypes.c_int]),
     "rarefy_grow_finish": (INT64, [POINTER, POINTER, POINTER, POINTER]),

@@ -52,7 +52,7 @@ def why_not(dtype: torch.dtype, device: torch.device, block: list[int]) -> str |
     return None
 
 
-def _c_pattern(index: Index) -> _CPattern:
+def c_pattern(index: Index) -> _CPattern:
     """Pointers into `index`, which must outlive the call."""
     crow, cols, t_crow, t_rows, t_perm, block = index
     assert crow.is_contiguous() and cols.is_contiguous()
@@ -94,7 +94,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
     (rows,), kind = _rows(x)
     y = empty(x.shape[0], index.out_features, rows.dtype)
     arguments = (values.data_ptr(), rows.data_ptr(), _pointer(bias), y.data_ptr(), x.shape[0], torch.get_num_threads())
-    call(f"rarefy_spmm_{kind}", ctypes.byref(_c_pattern(index)), *arguments)
+    call(f"rarefy_spmm_{kind}", ctypes.byref(c_pattern(index)), *arguments)
     return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
@@ -104,7 +104,7 @@ def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
     (rows,), kind = _rows(dy)
     dx = empty(dy.shape[0], index.in_features, rows.dtype)
     pointers = (values.data_ptr(), rows.data_ptr(), None, dx.data_ptr(), None, None)
-    call(f"rarefy_backward_{kind}", ctypes.byref(_c_pattern(index)), *pointers, dy.shape[0], torch.get_num_threads())
+    call(f"rarefy_backward_{kind}", ctypes.byref(c_pattern(index)), *pointers, dy.shape[0], torch.get_num_threads())
     return dx.to(dy.dtype)
 
 
@@ -118,7 +118,7 @@ def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:
     (dy_rows, x_rows), kind = _rows(dy, x)
     dvalues = _empty_values(index)
     pointers = (None, dy_rows.data_ptr(), x_rows.data_ptr(), None, dvalues.data_ptr(), None)
-    call(f"rarefy_backward_{kind}", ctypes.byref(_c_pattern(index)), *pointers, x.shape[0], torch.get_num_threads())
+    call(f"rarefy_backward_{kind}", ctypes.byref(c_pattern(index)), *pointers, x.shape[0], torch.get_num_threads())
     return dvalues.to(x.dtype)
 
 
@@ -133,7 +133,7 @@ def spmm_backward(
     dbias = v32.new_empty(index.out_features) if needs[2] else None
     inputs = (v32.data_ptr(), dy_rows.data_ptr(), x_rows.data_ptr())
     outputs = (_pointer(dx), _pointer(dvalues), _pointer(dbias))
-    name, pattern = f"rarefy_backward_{kind}", _c_pattern(index)
+    name, pattern = f"rarefy_backward_{kind}", c_pattern(index)
     call(name, ctypes.byref(pattern), *inputs, *outputs, x.shape[0], torch.get_num_threads())
     return (
         None if dx is None else dx.to(dy.dtype),
@@ -166,7 +166,7 @@ class _CMlpGradients(ctypes.Structure):
 def _c_mlp(m: Matrices, biases: Sequence[Tensor | None], activation: int, rows: Tensor, saved: torch.dtype) -> _CMlp:
     """Pointers into the matrices and biases (fp32), which must outlive the call."""
     layers = [
-        _CLayer(ctypes.pointer(_c_pattern(index)), values.data_ptr(), _pointer(bias))
+        _CLayer(ctypes.pointer(c_pattern(index)), values.data_ptr(), _pointer(bias))
         for (values, index), bias in zip(m, biases, strict=True)
     ]
     gate = [_CLayer()] if len(m) == 2 else []
@@ -225,7 +225,7 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
     wanted = min(-(-index.out_features // 4), TILE_ENTRIES // max(1, index.in_features))
     step = max(1, max(TILE_ROWS, wanted) // index.block[0])
     buffer = empty(step * index.block[0], index.in_features)
-    pattern, nonfinite, library = _c_pattern(index), INT64(0), load()
+    pattern, nonfinite, library = c_pattern(index), INT64(0), load()
     assert isinstance(library, ctypes.CDLL)
     selection = library.rarefy_grow_new(k)
     try:

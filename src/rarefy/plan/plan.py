@@ -23,6 +23,7 @@ from rarefy.init import PatternInit, constant_fan_in
 from rarefy.methods import Method, RigL
 from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block, unit_grid
+from rarefy.plan.compute import check_dense_above
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.filters import check_filters, why_left_dense
@@ -84,10 +85,15 @@ class Plan:
     rescale: bool = True
     """Scale kept values by 1/sqrt(row density), as fresh models need; False for trained weights."""
 
+    dense_above: float | Literal["auto"] | None = 0.5
+    """Layers denser than this multiply by torch's dense matmul, their storage unchanged; "auto": denser than this
+    machine's calibrated break-even; None: none do."""
+
     seed: int = 0
     """Of first patterns and random growth."""
 
     def __post_init__(self) -> None:
+        check_dense_above(self.dense_above)
         object.__setattr__(self, "block", _plain_block(self.block))
         own = {pattern: _plain_block(block) for pattern, block in self.block_overrides.items()}
         object.__setattr__(self, "block_overrides", own)

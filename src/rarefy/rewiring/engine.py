@@ -25,6 +25,7 @@ from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
 from rarefy.rewiring.balance import BestOfGroups, choose_in_groups
 from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
+from rarefy.rewiring.compute import choose_compute
 from rarefy.rewiring.guards import GUARDS, SKIPPED, Guard, RunView, Watch
 from rarefy.rewiring.track import Tracker
 from rarefy.selection import num_to_replace
@@ -45,6 +46,7 @@ class Rewirer:
         balance: layer name -> equal groups of unit rows, each of which keeps its number of units.
         pairs: (up, down) names of layers with hidden neurons between them, of which dead ones are warned of.
         guards: who looks on and warns (`rarefy.rewiring.guards`).
+        dense_above: layer name -> the density above which it computes dense (`rarefy.rewiring.choose_compute`).
 
     Attributes:
         t: optimizer steps applied so far (4.1).
@@ -68,6 +70,7 @@ class Rewirer:
         balance: Mapping[str, int] | None = None,
         pairs: Sequence[tuple[str, str]] = (),
         guards: Sequence[Guard] = GUARDS,
+        dense_above: Mapping[str, float] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.method = method
@@ -77,6 +80,7 @@ class Rewirer:
         self.left_dense = dict(left_dense or {})
         self.fused = list(fused)
         self.balance = {name: groups for name, groups in (balance or {}).items() if groups > 1}
+        self.dense_above = dict(dense_above or {})
         self.t = 0
         self.history: list[dict[str, Any]] = []
         self.skipped = 0
@@ -467,7 +471,10 @@ class Rewirer:
             self._watch.rewired(self.t, name, self.method, self._seen, born=newborn.numel(), survival=survival)
 
     def _after_resize(self, name: str) -> None:
-        """What follows a change of a layer's number of units: who watches its units for a later step begins anew."""
+        """What follows a change of a layer's number of units: it computes the faster way, and who watches its units for
+        a later step begins anew.
+        """
+        choose_compute(self.layers[name], self.dense_above.get(name))
         if name in self._collectors and self._collectors[name].request.step > self.t:
             self._forget(name)
 
@@ -522,6 +529,8 @@ class Rewirer:
             "planned_units": dict(self._planned_units),
             "settled": sorted(self._settled),
             "guards": self._watch.state_dict(),
+            "dense_above": dict(self.dense_above),
+            "compute": {name: layer.compute for name, layer in self.layers.items()},
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -551,6 +560,10 @@ class Rewirer:
             self.total_steps = state["total_steps"]
         if "guards" in state:  # files from before there were guards have none
             self._watch.load_state_dict(state["guards"])
+        # A calibration of today must not change how a run of yesterday computes.
+        self.dense_above = {name: float(density) for name, density in state.get("dense_above", {}).items()}
+        for name, compute in state.get("compute", {}).items():
+            self.layers[name].set_compute(compute)
         self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
         self._disarm()
         self._planned_units |= {name: int(units) for name, units in state.get("planned_units", {}).items()}

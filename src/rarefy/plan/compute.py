@@ -1,0 +1,43 @@
+"""Above which density each layer computes dense: a plan's wish, settled once, when the layers are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from rarefy.cost import CostModel, break_even, cost_model
+from rarefy.nn import SparseLinear
+
+DenseAbove = float | Literal["auto"] | None
+
+
+def check_dense_above(value: DenseAbove) -> None:
+    """Raises ValueError for what is not a `Plan.dense_above`."""
+    if value is None or value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f'dense_above must be a density in [0, 1], "auto" or None, got {value!r}')
+
+
+def thresholds(
+    layers: Mapping[str, SparseLinear],
+    dense_above: DenseAbove,
+    tokens: Mapping[str, int],
+    costs: Callable[[], CostModel] = cost_model,
+) -> dict[str, float]:
+    """Layer name -> the density above which it computes dense; layers that always compute sparse are left out.
+
+    Args:
+        tokens: rows of input a layer sees in a step.
+        costs: asked under "auto" alone; a layer that the model does not know stays sparse.
+    """
+    if dense_above is None:
+        return {}
+    if dense_above != "auto":
+        return dict.fromkeys(layers, float(dense_above))
+    model, found = costs(), {}
+    for name, layer in layers.items():
+        even = break_even(model, (layer.out_features, layer.in_features), layer.block, tokens[name])
+        if even is not None:
+            found[name] = even
+    return found
