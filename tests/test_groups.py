@@ -65,16 +65,20 @@ def test_2_3_groups_keep_their_counts_and_choose_alone(case, micro_batches, seed
     with torch.no_grad():
         layer.values.copy_(few[torch.randint(5, layer.values.shape, generator=generator)])
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
-    rewirer = Rewirer({"layer": layer}, method, balance={"layer": groups}).attach(optimizer)
+    push(layer, torch.zeros(groups * rows * cols))
+    optimizer.step()  # so that there is a state to move
+    optimizer.zero_grad()
+    rewirer = Rewirer({"layer": layer}, method, balance={"layer": groups}).attach(optimizer, hook=False)
     before_all = counts(layer, groups)
     for _ in range(3):
         gradient = few[torch.randint(5, (groups * rows * cols,), generator=generator)]
         for _ in range(micro_batches):
             push(layer, gradient)
+        optimizer.step()
         before = snapshot(layer, optimizer)
         k = num_to_replace(rewirer._fraction(rewirer.t + 1), units, groups * rows * cols)
         made = len(rewirer.history)
-        optimizer.step()
+        rewirer.step()
         assert counts(layer, groups) == before_all
         if len(rewirer.history) > made:
             gone, born = check_rewire(before, layer, optimizer)

@@ -306,7 +306,7 @@ def test_the_log_has_what_the_contract_says(tmp_path, text):
     fields = {
         "train": {
             "twin", "step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "train_s", "tokens_per_s", "flops",
-            "churn",
+            "churn", "density",
         },
         "eval": {"twin", "step", "train_s", "flops", "loss", "bits_per_byte"},
         "time": {"twin", "step", "forward_s", "backward_s", "optimizer_s", "rewire_s", "data_s"},
@@ -314,6 +314,7 @@ def test_the_log_has_what_the_contract_says(tmp_path, text):
             "twin", "step", "layer", "num_units", "changed", "churn", "exploration", "newborn_survival", "empty_rows",
             "empty_cols", "seconds", "grown_by",
         },
+        "guard": {"twin", "step", "layer", "guard", "message"},
         "end": {"twin", "step", "reason"},
     }  # fmt: skip
     found = records(tmp_path)

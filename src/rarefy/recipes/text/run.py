@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from rarefy.recipes.text.networks import (
 )
 from rarefy.recipes.text.settings import TextSettings, check_same
 from rarefy.recipes.text.settle import batches, explain, settle
+from rarefy.rewiring import GuardWarning
 from rarefy.settings import from_plain, to_plain
 from rarefy.training.checkpoint import latest, load_checkpoint
 from rarefy.training.data import Corpus, load_corpus
@@ -175,9 +177,13 @@ def load_network(folder: Path, name: str = SPARSE) -> GPT:
         raise ValueError(f"{folder} has no checkpoint yet")
     if name not in entries:
         raise ValueError(f"{folder} has no {name} network; it has: {', '.join(entries)}")
-    twin = (
-        make_dense(settings) if name == DENSE else make_sparse(settings, settled_plan(settings.plan, read_plan(folder)))
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GuardWarning)  # of training, which is over
+        twin = (
+            make_dense(settings)
+            if name == DENSE
+            else make_sparse(settings, settled_plan(settings.plan, read_plan(folder)))
+        )
     load_into(folder / entries[name]["file"], twin.model, rewirer=twin.rewirer)
     return _gpt(twin)
 
