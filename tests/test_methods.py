@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,3 +353,23 @@ def test_rule_2_3_a_method_that_says_so_changes_the_number_of_units(optimizer):
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
     layer(x).sum().backward()
     assert layer.values.grad is not None and layer.values.grad.shape == layer.values.shape
+
+
+def test_the_method_in_the_docs_works():
+    """docs/methods.md, "A method of one's own": the class as it stands there trains, rewires and is known by name."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    found = re.search(r"## A method of one's own.*?```python\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    plan = names["plan"]
+    assert registered()["forgetful"] is type(plan.method) and Plan.from_dict(plan.to_dict()) == plan
+    plan = dataclasses.replace(plan, method=dataclasses.replace(plan.method, interval=2), density=0.3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 12))
+    rewirer = sparsify(model, plan)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rewirer.attach(optimizer, total_steps=20)
+    train(model, optimizer, range(20))
+    assert {record["layer"] for record in rewirer.history} == set(rewirer.layers)
+    assert {record["grown_by"] for record in rewirer.history} == {"gradient"}
