@@ -20,16 +20,23 @@ def layer_flops(nnz: int) -> int:
 
 
 def layer_bytes(
-    shape: tuple[int, int], units: int | None, block: tuple[int, int], value_bytes: int = 4, *, rank: int = 0
+    shape: tuple[int, int],
+    units: int | None,
+    block: tuple[int, int],
+    value_bytes: int = 4,
+    *,
+    rank: int = 0,
+    computes_dense: bool = False,
 ) -> int:
-    """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values, every index tensor it holds, and
-    the low-rank part beside it.
+    """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values, every index tensor it holds (one that
+    computes dense has no list of units by column), and the low-rank part beside it.
     """
     if units is None:
         return shape[0] * shape[1] * value_bytes
     rows, cols = unit_grid(shape, block)
     narrow = index_dtype(rows, cols).itemsize
-    sparse = units * (block[0] * block[1] * value_bytes + 2 * narrow + 4) + (rows + cols + 2) * 4
+    index = narrow if computes_dense else 2 * narrow + 4
+    sparse = units * (block[0] * block[1] * value_bytes + index) + (rows + cols + 2) * 4
     return sparse + low_rank_weights(shape, rank) * value_bytes
 
 

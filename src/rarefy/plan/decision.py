@@ -32,6 +32,8 @@ class Decision:
     """Of the low-rank part beside the units; 0: none."""
     asked_density: float | None = None
     """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
+    computes_dense: bool = False
+    """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
 
     @property
     def is_sparse(self) -> bool:
@@ -87,7 +89,8 @@ class Decision:
             "units": units,
             "rank": rank,
             "nnz": self.nnz,
-            "bytes": layer_bytes(self.shape, units, self.block, rank=rank),
+            "computes": "dense" if self.computes_dense or not self.is_sparse else "sparse",
+            "bytes": layer_bytes(self.shape, units, self.block, rank=rank, computes_dense=self.computes_dense),
             "dense_bytes": layer_bytes(self.shape, None, (1, 1)),
             "flops": layer_flops(self.nnz),
             "dense_flops": dense_flops,

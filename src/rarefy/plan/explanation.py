@@ -122,6 +122,9 @@ class Explanation:
         if moved:  # above all where rows have equal fan-in (rule 2.2)
             more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
             lines.append(f"densities rounded to whole units: {', '.join(moved[:5])}{more}")
+        whole = [row["name"] for row in self.rows if row["kind"] == "sparse" and row["computes"] == "dense"]
+        if whole:
+            lines.append(f"multiplied as dense layers are, above dense_above, at first: {', '.join(whole)}")
         if totals["timed_layers"]:
             sources = {row["times"] for row in self.rows if row["times"]}
             how = "timed" if sources == {"measured"} else "predicted"

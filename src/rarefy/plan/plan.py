@@ -260,8 +260,11 @@ class Plan:
                     found[name] = cost_of(layer, last.get(name), block, rank) if timed else None
                 seen, why = tokens.get(name), why_dense[name]
                 asked = densities.get(name)
+                whole = units is not None and not why and self._computes_dense(layer.shape, units, block)
                 decisions.append(
-                    Decision(name, layer.shape, why, block, units, seen, found[name], last.get(name), rank, asked)
+                    Decision(
+                        name, layer.shape, why, block, units, seen, found[name], last.get(name), rank, asked, whole
+                    )
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
             if not slower:
@@ -431,6 +434,11 @@ class Plan:
             if counts[name] < 1:
                 raise ValueError(f"{name}: {no_room((rows, cols), ranks[name], weights)}")
         return counts
+
+    def _computes_dense(self, shape: tuple[int, int], units: int, block: tuple[int, int]) -> bool:
+        """As far as the plan itself says; under "auto" the cost model decides, when the layers are made."""
+        above, size = self.dense_above, shape[0] * shape[1]
+        return isinstance(above, int | float) and bool(size) and units * block[0] * block[1] / size > above
 
     def _override(self, name: str) -> float | Schedule | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
