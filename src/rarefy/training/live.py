@@ -40,6 +40,7 @@ class LiveLine:
         self._valid: dict[str, float] = {}
         self._churn = 0.0
         self._warnings = 0
+        self._told: set[str] = set()
 
     def say(self, line: str) -> None:
         """A line of its own."""
@@ -64,7 +65,11 @@ class LiveLine:
         if result.rewires:
             self._churn = result.churn
         self._warnings += len(result.guards)
-        for kind in dict.fromkeys(str(record["guard"]) for record in result.guards):
+        # Of each kind the first; what follows is counted here and listed at the end.
+        for kind in dict.fromkeys(
+            str(record["guard"]) for record in result.guards if record["guard"] not in self._told
+        ):
+            self._told.add(kind)
             self.say("warning: " + guard_line([record for record in result.guards if record["guard"] == kind]))
         if self._live is not None:
             self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
