@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy import SET, Constant, Pattern, Plan, Rewirer, RigL, SparseLinear, Static, sparsify
-from rarefy.rewiring.balance import split
+from rarefy.groups import split
+from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens
 from rarefy.selection import num_to_replace
 from rewires import check_rewire, push, snapshot
 
@@ -130,6 +131,35 @@ def test_a_plan_keeps_heads_equal(init, method):
         optimizer.zero_grad()
     assert counts(qkv, 12) == each
     assert method.rewires == any(record["layer"] == "qkv" for record in rewirer.history)
+
+
+SIGNALS = [
+    Exact(),
+    NormProduct(),
+    SampledTokens(tokens=8),
+    Momentum(pool=1.5, steps=2),
+    Momentum(pool=1.5, steps=2, source=NormProduct()),
+]
+
+
+@pytest.mark.parametrize("signal", SIGNALS, ids=str)
+def test_every_signal_finds_enough_in_each_group(signal):
+    """Gradients that are large in one head's rows alone must not leave the others without candidates."""
+    model = Projection()
+    method = RigL(interval=2, end=20, stagger=False, fraction=Constant(0.5), signal=signal)
+    rewirer = sparsify(model, Plan(density=0.2, method=method, balance={"*qkv": 12}))
+    qkv = rewirer.layers["qkv"]
+    before = counts(qkv, 12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rewirer.attach(optimizer)
+    scale = torch.ones(72).index_fill_(0, torch.arange(6), 1000.0)
+    for _ in range(4):
+        (model.qkv(torch.randn(16, 24)) * scale).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made = [record for record in rewirer.history if record["layer"] == "qkv"]
+    assert len(made) == 2 and all(record["changed"] == qkv.num_units // 2 for record in made)
+    assert counts(qkv, 12) == before
 
 
 def test_a_model_on_the_meta_device_is_balanced_too():

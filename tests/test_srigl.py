@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy import Constant, Pattern, Plan, Rewirer, RigL, SparseLinear, SRigL, sparsify
-from rarefy.growth.rows import BestPerRow
+from rarefy.growth import NormProduct
+from rarefy.growth.exact import BestPerRow
 from rarefy.init import constant_fan_in, constant_fan_in_pattern
 from rarefy.selection import num_to_replace
 from rewires import check_rewire, engine, layer_of, push, snapshot, step, units_of, values_of
@@ -149,6 +150,8 @@ def test_srigl_tells_what_to_expect():
     assert SRigL().expects_empty_rows and not SRigL(ablate=False).expects_empty_rows and not RigL().expects_empty_rows
     assert SRigL(ablate="fc*").ablate == ("fc*",)  # type: ignore[arg-type]
     assert SRigL.paper() == SRigL(may_return=True, stagger=False) and SRigL.vit().gamma == 0.95
+    with pytest.raises(ValueError, match=r"signal must be Exact\(\), not NormProduct"):
+        SRigL(signal=NormProduct())
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1.5; the authors' is 0.3"):
         SRigL(gamma=1.5)
 
@@ -283,8 +286,8 @@ def test_rule_6_3_srigl_holds_no_dense_gradient():
         if rewirer._collectors:
             collector = rewirer._collectors["layer"]
             assert isinstance(collector, BestPerRow)
-            found = collector.rows(layer.index, None)
-            assert found.row_cols.shape == (64, 32) and found.units.numel() == 307
+            found = collector.found(layer.index, None).rows
+            assert found is not None and found.row_cols.shape == (64, 32) and found.units.numel() == 307
         optimizer.step()
     assert len(rewirer.history) == 1
     assert isinstance(rewirer, Rewirer) and isinstance(layer.pattern, Pattern)

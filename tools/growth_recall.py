@@ -189,8 +189,8 @@ class Study:
                     collector = watched.get((label, fraction, name))
                     collector = collector or signal.collector(request(name, layer, point, k))
                     collector.add(index, dy, x)
-                    units, scores, _ = collector.found(index, None)
-                    choices[label] = highest(scores, units, k)
+                    found = collector.found(index, None)
+                    choices[label] = highest(found.scores, found.units, k)
                 for label, chosen in choices.items():
                     for against, (units, scores) in by.items():
                         recall, mass = judge(chosen, units, scores)

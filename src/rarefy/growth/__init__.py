@@ -3,7 +3,6 @@
 from rarefy.growth.exact import Exact
 from rarefy.growth.momentum import Momentum
 from rarefy.growth.norms import NormProduct
-from rarefy.growth.rows import RowCollector, row_collector
 from rarefy.growth.signal import Collector, Found, Request, Signal, registered
 from rarefy.growth.tokens import SampledTokens
 
@@ -14,9 +13,7 @@ __all__ = [
     "Momentum",
     "NormProduct",
     "Request",
-    "RowCollector",
     "SampledTokens",
     "Signal",
     "registered",
-    "row_collector",
 ]

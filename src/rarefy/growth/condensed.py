@@ -59,4 +59,4 @@ class Condensed(Collector):
 
     def best(self, index: Index, dy: Tensor, x: Tensor, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
         """At least the k best absent units of dy^T x, and their scores."""
-        return scan(index, dy, x, self.request.k, grow_score)
+        return scan(index, dy, x, self.request, grow_score)

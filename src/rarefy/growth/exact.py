@@ -18,7 +18,9 @@ from rarefy.growth.signal import (
     scan,
     unit_scores,
 )
+from rarefy.ops import tiled
 from rarefy.ops.index import Index
+from rarefy.ops.rows import RowScores, best_in_rows, tiles_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Exact(Signal):
     def collector(self, request: Request) -> Collector:
         """See `Signal`."""
         streams = request.ranks.world_size() == 1 and request.calls == 1
+        if request.row_capacity:
+            return BestPerRow(request) if streams else DenseRows(request)
         return BestUnits(request) if streams else DenseGradient(request)
 
     def held_bytes(self, shape: tuple[int, int], k: int, unit_entries: int) -> int:
@@ -55,13 +59,9 @@ class BestUnits(Collector):
 
     def see(self, index: Index, dy: Tensor, x: Tensor) -> None:
         # Calls of one step cannot be combined: the engine then leaves the rewire out, and accumulates the next time.
-        self._units, self._scores = self.best(index, dy, x)
+        self._units, self._scores = scan(index, dy, x, self.request, self.request.grow_score)
         if self.request.returns:
             self._active_gradient = torch.ops.rarefy.sddmm(*index, dy, x)
-
-    def best(self, index: Index, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The best absent units of the call, and their scores."""
-        return scan(index, dy, x, self.request.k, self.request.grow_score)
 
     def found(self, index: Index, grow_score: GrowScore | None) -> Found:
         active = self._active_gradient
@@ -81,12 +81,49 @@ class DenseGradient(Collector):
         gradient = dy.T @ x
         self.gradient = gradient if self.calls == 1 or self.gradient is None else self.gradient.add_(gradient)
 
-    def found(self, index: Index, grow_score: GrowScore | None) -> Found:
+    def everywhere(self, index: Index, grow_score: GrowScore | None) -> Tensor:
+        """(unit rows, unit columns) scores, the same on all ranks."""
         assert self.gradient is not None
         gradient = self.request.ranks.mean_over_ranks(self.gradient)  # a sum over calls orders as their mean does
-        everywhere = grid_scores(gradient, index.block, grow_score).flatten()
+        return grid_scores(gradient, index.block, grow_score)
+
+    def found(self, index: Index, grow_score: GrowScore | None) -> Found:
+        everywhere = self.everywhere(index, grow_score).flatten()
         active = active_units(index)
         absent = torch.ones_like(everywhere, dtype=torch.bool)
         absent[active] = False
         units = absent.nonzero().flatten()
         return Found(units, everywhere[units], everywhere[active] if self.request.returns else None)
+
+
+class BestPerRow(Collector):
+    """As `BestUnits`, and the best of every row besides: memory O(k + rows * capacity + tile) (rule 6.3)."""
+
+    combines = False
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._rows: RowScores | None = None
+
+    def see(self, index: Index, dy: Tensor, x: Tensor) -> None:
+        scored = (
+            (tile, grid_scores(dense, index.block, self.request.grow_score))
+            for tile, dense in tiled.gradient_tiles(index, dy, x, tiled.TILE_ENTRIES // 4)
+        )
+        self._rows = best_in_rows(index, scored, self.request.k, self.request.row_capacity)
+
+    def found(self, index: Index, grow_score: GrowScore | None) -> Found:
+        assert self._rows is not None
+        return _with_rows(self._rows)
+
+
+class DenseRows(DenseGradient):
+    """As `DenseGradient`, and the best of every row besides."""
+
+    def found(self, index: Index, grow_score: GrowScore | None) -> Found:
+        tiles = tiles_of(index, self.everywhere(index, grow_score))
+        return _with_rows(best_in_rows(index, tiles, self.request.k, self.request.row_capacity))
+
+
+def _with_rows(rows: RowScores) -> Found:
+    return Found(rows.units, rows.scores, rows.active, rows)

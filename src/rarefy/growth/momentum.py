@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.growth.signal import Collector, Found, GrowScore, Request, Signal, active_units, unit_scores
+from rarefy.groups import Group, groups_of, split_over
+from rarefy.growth.signal import Collector, Found, GrowScore, Request, Signal, pattern_of, unit_scores
 from rarefy.ops.index import Index
 from rarefy.pattern import Pattern
 from rarefy.sampling import keyed_generator
@@ -102,10 +103,27 @@ class _Watched(Collector):
         self._now = now
 
     def _drawn(self, index: Index) -> Tensor:
-        active, request = active_units(index), self.request
-        num_all = (index.crow.shape[0] - 1) * (index.t_crow.shape[0] - 1)
+        request = self.request
         generator = keyed_generator(request.seed, request.step, request.name, "pool")
-        return random_absent(active, num_all, min(self._size, num_all - active.numel()), generator)
+        drawn = []
+        for group, size in self._sizes(index):
+            active, every = group.pattern.unit_indices(), group.units.stop - group.units.start
+            absent = random_absent(active, every, min(size, every - active.numel()), generator)
+            drawn.append(group.units.start + absent)
+        return torch.cat(drawn)
+
+    def _sizes(self, index: Index) -> list[tuple[Group, int]]:
+        """Each group of rows that grows alone, and its part of the pool."""
+        groups = list(groups_of(pattern_of(index), self.request.groups))
+        return list(zip(groups, split_over(self._size, groups), strict=True))
+
+    def _chosen(self, index: Index, found: Found) -> Tensor:
+        """The best of each group, by the source."""
+        best = []
+        for group, size in self._sizes(index):
+            here = (found.units >= group.units.start) & (found.units < group.units.stop)
+            best.append(highest(found.scores[here], found.units[here], size))
+        return torch.cat(best)
 
     def step_applied(self, index: Index) -> None:
         """What this step saw joins the mean; or the pool is chosen by it."""
@@ -115,7 +133,7 @@ class _Watched(Collector):
             if not self.request.ranks.any_rank(useless, index.crow.device):
                 found = source.found(index, self.request.grow_score)
                 if bool(torch.isfinite(found.scores).all()):
-                    self._pool, self._source = highest(found.scores, found.units, self._size), None
+                    self._pool, self._source = self._chosen(index, found), None
         self._fold()
         self.calls = 0
 

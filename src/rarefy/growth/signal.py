@@ -14,8 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rarefy.groups import groups_of, split_over
 from rarefy.ops import tiled
 from rarefy.ops.index import Index
+from rarefy.ops.rows import RowScores
+from rarefy.pattern import Pattern
 
 GrowScore = Callable[[Tensor], Tensor]
 """A method's own score: (units,) or (units, b_r, b_c) entries of a gradient -> (units,); the highest grow."""
@@ -52,6 +55,10 @@ class Request:
     ranks: Ranks
     grow_score: GrowScore | None = None
     """The method's own, as of before the step; None: mean |g|, for which there is a native kernel."""
+    groups: int = 1
+    """Equal groups of unit rows, each of which grows its part of k alone."""
+    row_capacity: int = 0
+    """How many of the best of each row may be wanted too; 0: none."""
 
 
 class Found(NamedTuple):
@@ -63,6 +70,8 @@ class Found(NamedTuple):
     """Theirs."""
     returning: Tensor | None
     """(K,) scores of the active units, if they may return."""
+    rows: RowScores | None = None
+    """The best of each row, if the request has a `row_capacity`."""
 
 
 class Collector:
@@ -170,8 +179,26 @@ def grid_scores(gradient: Tensor, block: list[int], grow_score: GrowScore | None
     return scores.to(torch.float32).view(rows // b_r, cols // b_c)
 
 
-def scan(index: Index, dy: Tensor, x: Tensor, k: int, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
-    """The k best absent units of dy^T x, streamed: (units, scores). Memory O(k + tile)."""
+def scan(index: Index, dy: Tensor, x: Tensor, request: Request, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
+    """The best absent units of dy^T x that the request may want, streamed: (units, scores). Memory O(k + tile)."""
+    if request.groups == 1:
+        return _best_absent(index, dy, x, request.k, grow_score)
+    groups = list(groups_of(pattern_of(index), request.groups))
+    units, scores = [], []
+    for group, k in zip(groups, split_over(request.k, groups), strict=True):
+        found = _best_absent(Index.of(group.pattern), dy[:, group.rows].contiguous(), x, k, grow_score)
+        units.append(found[0] + group.units.start)
+        scores.append(found[1])
+    return torch.cat(units), torch.cat(scores)
+
+
+def pattern_of(index: Index) -> Pattern:
+    """The pattern that an index lists."""
+    shape, (b_r, b_c) = (index.out_features, index.in_features), index.block
+    return Pattern(index.crow, index.cols.to(torch.int32), shape, (b_r, b_c))
+
+
+def _best_absent(index: Index, dy: Tensor, x: Tensor, k: int, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
     if grow_score is None:
         return torch.ops.rarefy.grow_candidates(*index, dy, x, k)
     return tiled.grow_candidates(index, dy, x, k, lambda tile: grid_scores(tile, index.block, grow_score))

@@ -23,6 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rarefy.growth import Exact
 from rarefy.methods.base import LayerView, Method, Needs, unit_mean
 from rarefy.methods.candidates import BestInRows, Candidates, Choice
 from rarefy.selection import contains, lowest, places
@@ -48,6 +49,8 @@ class SRigL(Method):
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}; the authors' is 0.3")
+        if not isinstance(self.signal, Exact):
+            raise ValueError(f"SRigL grows row by row, for which signal must be Exact(), not {self.signal!r}")
         if not isinstance(self.ablate, bool):
             globs = (self.ablate,) if isinstance(self.ablate, str) else tuple(self.ablate)
             object.__setattr__(self, "ablate", globs)

@@ -191,22 +191,20 @@ class BeforeChange:
         """Units that were active and are not now, ascending."""
         return self.units[~contains(layer.pattern.unit_indices(), self.units)]
 
-    def candidates(self, active: Tensor, units: Tensor, scores: Tensor, of_seen: Tensor | None) -> Scored:
+    def candidates(self, seen: Scored) -> Scored:
         """What may grow now.
 
         Args:
-            active: units that exist now.
-            units, scores: of units that were absent.
-            of_seen: scores of the units that were active, if they may return.
+            seen: what was found of the pattern as it was, but `active`, the units that exist now.
         """
-        free = ~contains(active, units)
-        units, scores = units[free], scores[free]
-        if of_seen is None:
+        active, free = seen.active, ~contains(seen.active, seen.units)
+        units, scores = seen.units[free], seen.scores[free]
+        if seen.returning is None:
             return Scored(active, units, scores, None)
         gone = ~contains(active, self.units)
-        units, scores = torch.cat([units, self.units[gone]]), torch.cat([scores, of_seen[gone].to(scores)])
+        units, scores = torch.cat([units, self.units[gone]]), torch.cat([scores, seen.returning[gone].to(scores)])
         # Units born at this step are not dropped at it, so no one asks for their score.
-        returning = of_seen.new_zeros(active.numel())
+        returning = seen.returning.new_zeros(active.numel())
         known = contains(self.units, active)
-        returning[known] = of_seen[torch.searchsorted(self.units, active[known])]
+        returning[known] = seen.returning[torch.searchsorted(self.units, active[known])]
         return Scored(active, units, scores, returning)

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.budget import Budget
-from rarefy.growth import Collector, Exact, Request, RowCollector, row_collector
+from rarefy.growth import Request
 from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, BestInRows, Scored
 from rarefy.nn import SparseLinear
-from rarefy.ops import sink as sinks
 from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
-from rarefy.rewiring.balance import BestOfGroups, choose_in_groups
+from rarefy.rewiring.balance import choose_in_groups
 from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
+from rarefy.rewiring.collectors import Collectors
 from rarefy.rewiring.compute import choose_compute
 from rarefy.rewiring.guards import GUARDS, SKIPPED, Guard, RunView, Watch
+from rarefy.rewiring.hooks import StepHooks
 from rarefy.rewiring.track import Tracker
 from rarefy.selection import num_to_replace
 from rarefy.settings import unknown
@@ -86,12 +87,10 @@ class Rewirer:
         self.skipped = 0
         self.total_steps: int | None = None
         self._optimizer: Optimizer | None = None
-        self._hooks: list[Any] = []
-        self._steps_inside = 0
+        self._hooks: StepHooks | None = None
         self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
-        self._collectors: dict[str, Collector] = {}
+        self._collectors = Collectors(self.layers)
         self._before: dict[str, BeforeChange] = {}  # of layers whose size changed after this very step
-        self._calls_per_step: dict[str, int] = {}
         self._planned_units = {name: layer.num_units for name, layer in self.layers.items()}
         self._settled: set[str] = set()
         self._watch = Watch(guards, pairs)
@@ -128,11 +127,7 @@ class Rewirer:
         warn_about_decay(self.layers, held)
         self.detach()
         self._optimizer, self.total_steps = optimizer, total_steps
-        if hook:
-            # On the optimizer, whose copies leave hooks behind; modules' copies would take the engine along.
-            before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-            eager: Any = torch.compiler.disable  # a compiled optimizer step must not trace the engine
-            self._hooks = [before(eager(self._before_step)), after(eager(self._after_step))]
+        self._hooks = StepHooks(optimizer, self._step) if hook else None
         self._arm()
         known = {name: self._seen(name) for name, layer in self.layers.items() if layer.has_pattern}
         sizes = [(layer.num_units, _num_all(layer)) for layer in self.layers.values()]
@@ -157,10 +152,10 @@ class Rewirer:
 
     def detach(self) -> None:
         """Undo `attach`: nothing rewires any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._optimizer = [], None
-        self._disarm()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks, self._optimizer = None, None
+        self._collectors.keep({})
 
     def register_companion(self, model: nn.Module) -> None:
         """Keep a copy of the model (EMA, SWA) in step: layers of the same name rewire with this one's (7.4).
@@ -228,36 +223,27 @@ class Rewirer:
         6.7).
         """
         wanted = self._next_growth()
-        for name, collector in list(self._collectors.items()):
-            if name not in wanted or wanted[name][0] != collector.request.step:
-                self._forget(name)
+        self._collectors.keep({name: step for name, (step, _) in wanted.items()})
         for name, (step, k) in wanted.items():
-            if name in self._collectors:
-                continue
-            layer = self.layers[name]
-            # What other signals keep is not by group: all that is absent is scored, and each group takes its best.
-            grouped = name in self.balance and not isinstance(self.method.signal, Exact)
-            k = None if grouped else k
-            request = Request(
-                name=name,
-                step=step,
-                seed=self.seed,
-                values=layer.values,
-                k=_num_all(layer) if k is None else k,
-                returns=self.method.may_return,
-                calls=None if k is None else self._calls_per_step.get(name),
-                ranks=ranks,
-                grow_score=self._grow_score(name, self.t + 1),
-            )
-            capacity = self.method.row_candidates(self._view(name, self.t + 1))
-            if capacity:
-                collector = row_collector(request, capacity)
-            elif name in self.balance and request.calls == 1 and ranks.world_size() == 1 and not grouped:
-                collector = BestOfGroups(request, layer.pattern, self.balance[name])
-            else:
-                collector = self.method.signal.collector(request)
-            self._collectors[name] = collector
-            sinks.arm(layer.sink, collector)
+            if name not in self._collectors:
+                self._collectors.arm(self._request(name, step, k), self.method.signal)
+
+    def _request(self, name: str, step: int, k: int | None) -> Request:
+        """What the rewire after a step will want to know; k None: who knows how much of it."""
+        layer = self.layers[name]
+        return Request(
+            name=name,
+            step=step,
+            seed=self.seed,
+            values=layer.values,
+            k=_num_all(layer) if k is None else k,
+            returns=self.method.may_return,
+            calls=None if k is None else self._collectors.calls_per_step.get(name),
+            ranks=ranks,
+            grow_score=self._grow_score(name, self.t + 1),
+            groups=self.balance.get(name, 1),
+            row_capacity=self.method.row_candidates(self._view(name, self.t + 1)),
+        )
 
     def _next_growth(self) -> dict[str, tuple[int, int | None]]:
         """Layer -> the step after which it grows and how many it may want, if the method's signal looks at step t + 1
@@ -282,14 +268,6 @@ class Rewirer:
         shares = {name: self._fraction(step) for name in self.due(step)}
         return density.wanted(now, most, sizes, shares, may_return=self.method.may_return)
 
-    def _forget(self, name: str) -> None:
-        sinks.disarm(self.layers[name].sink)
-        del self._collectors[name]
-
-    def _disarm(self) -> None:
-        for name in list(self._collectors):
-            self._forget(name)
-
     def _grow_score(self, name: str, step: int) -> GrowScore | None:
         """The method's score of gradients; None: the default, mean |g|, which has a kernel."""
         if type(self.method).grow_score is Method.grow_score:
@@ -309,23 +287,7 @@ class Rewirer:
             raise ValueError(
                 "call rewirer.attach(optimizer, total_steps=...) first: rewiring moves the optimizer's state too"
             )
-        if not self._hooks:
-            self._step()
-
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        """The pre-step hook. Torch runs the hooks for every class on the way whose `step` it wrapped, so twice where a
-        subclass calls `super().step()`: only the outermost is a step (4.1).
-        """
-        wrapped = sum(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__)
-        self._steps_inside = self._steps_inside + 1 if wrapped > 1 else 1  # a step that raised must not count for ever
-
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        """The post-step hook, which fused optimizers run even for a step that AMP's scaler had them skip (4.1)."""
-        self._steps_inside -= 1
-        if self._steps_inside:
-            return
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
+        if self._hooks is None:
             self._step()
 
     def _step(self) -> None:
@@ -336,13 +298,8 @@ class Rewirer:
             self._rewire(name)
         self._before = {}
         if self.method.needs is Needs.GRADIENT:
-            for name, layer in self.layers.items():
-                calls = sinks.take_calls(layer.sink)
-                if calls:
-                    self._calls_per_step[name] = calls
-        for name, collector in self._collectors.items():
-            if collector.request.step > self.t:
-                collector.step_applied(self.layers[name].index)
+            self._collectors.count_calls()
+        self._collectors.step_applied(self.t)
         self._arm()
 
     def _view(self, name: str, step: int) -> LayerView:
@@ -435,10 +392,11 @@ class Rewirer:
             return AtRandom(active, _num_all(layer), key, method.may_return, barred)
         index = layer.index if before is None else before.index
         collector, score = self._collectors[view.name], self._grow_score(view.name, self.t)
-        if isinstance(collector, RowCollector):
-            return BestInRows(active, collector.rows(index, score), view.pattern.num_unit_cols, method.may_return)
         found = collector.found(index, score)
-        return Scored(active, *found) if before is None else before.candidates(active, *found)
+        if found.rows is not None:
+            return BestInRows(active, found.rows, view.pattern.num_unit_cols, method.may_return)
+        scored = Scored(active, found.units, found.scores, found.returning)
+        return scored if before is None else before.candidates(scored)
 
     def _exchange(self, name: str, choice: Choice, num_before: int, kind: str, grown_by: str, started: float) -> None:
         """Swap the chosen units, see that ranks agree, and write the record."""
@@ -476,7 +434,7 @@ class Rewirer:
         """
         choose_compute(self.layers[name], self.dense_above.get(name))
         if name in self._collectors and self._collectors[name].request.step > self.t:
-            self._forget(name)
+            self._collectors.forget(name)
 
     # -- other sizes --------------------------------------------------------------------------------------------------
 
@@ -524,13 +482,11 @@ class Rewirer:
             "method": type(self.method).__name__.lower(),
             "layers": list(self.layers),
             "num_units": {name: layer.num_units for name, layer in self.layers.items()},
-            "calls_per_step": dict(self._calls_per_step),
-            "collectors": {n: state for n, c in self._collectors.items() if (state := c.state_dict())},
+            "collectors": self._collectors.state_dict(),
             "planned_units": dict(self._planned_units),
             "settled": sorted(self._settled),
             "guards": self._watch.state_dict(),
             "dense_above": dict(self.dense_above),
-            "compute": {name: layer.compute for name, layer in self.layers.items()},
             "trackers": {n: self._tracker(n).state_dict() for n, layer in self.layers.items() if layer.has_pattern},
         }
 
@@ -551,27 +507,24 @@ class Rewirer:
             if name in known:
                 known[name].check(tracked)
         if self.resizes:
-            self._make_room(state.get("num_units", {}))
+            self._make_room(state["num_units"])
         for name, tracked in state["trackers"].items():
             if name in known:
                 known[name].load_state_dict(tracked)
         self.t, self.seed, self.skipped = int(state["t"]), int(state["seed"]), int(state["skipped"])
         if self.total_steps is None:
             self.total_steps = state["total_steps"]
-        if "guards" in state:  # files from before there were guards have none
-            self._watch.load_state_dict(state["guards"])
+        self._watch.load_state_dict(state["guards"])
         # A calibration of today must not change how a run of yesterday computes.
-        self.dense_above = {name: float(density) for name, density in state.get("dense_above", {}).items()}
-        for name, compute in state.get("compute", {}).items():
-            self.layers[name].set_compute(compute)
-        self._calls_per_step = {name: int(calls) for name, calls in state["calls_per_step"].items()}
-        self._disarm()
-        self._planned_units |= {name: int(units) for name, units in state.get("planned_units", {}).items()}
-        self._settled = set(state.get("settled", ()))
+        self.dense_above = {name: float(above) for name, above in state["dense_above"].items()}
+        for name, above in self.dense_above.items():
+            choose_compute(self.layers[name], above)
+        self._planned_units |= {name: int(units) for name, units in state["planned_units"].items()}
+        self._settled = set(state["settled"])
+        self._collectors.keep({})
+        self._collectors.load_calls(state["collectors"])
         self._arm()
-        for name, kept in state.get("collectors", {}).items():
-            if name in self._collectors:
-                self._collectors[name].load_state_dict(kept)
+        self._collectors.load_held(state["collectors"])
 
     def _make_room(self, num_units: Mapping[str, int]) -> None:
         """The sizes that layers had when they were saved, for a model's state that is loaded next (9.4)."""

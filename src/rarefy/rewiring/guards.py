@@ -240,7 +240,7 @@ class DeadColumns(Guard):
 
     def of_pattern(self, seen: PatternView) -> str | None:
         empty, cols = int(_empty_cols(seen.pattern).sum()), seen.pattern.num_unit_cols
-        if getattr(seen.method, "expects_empty_columns", False) or empty <= self.share * cols:
+        if empty <= self.share * cols:
             return None
         return (
             f"{empty} of {cols} unit columns have no unit, so these inputs are not read: give the layer a higher "
