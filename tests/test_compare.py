@@ -17,7 +17,7 @@ import torch
 
 import check_report  # pyright: ignore[reportMissingImports]  (tools/, which pytest puts on the path)
 from rarefy.cli.main import main
-from rarefy.compare import Budget, Comparison, ImagesTask, TextTask, compare, pace
+from rarefy.compare import Comparison, Equal, ImagesTask, TextTask, compare, pace
 from rarefy.compare.contenders import parse_contender, parse_contenders
 from rarefy.compare.jobs import Job, jobs, make_job
 from rarefy.compare.pace import Pace, num_rewires, steps_of
@@ -202,18 +202,18 @@ def test_steps_follow_from_the_budget(task):
     static, rigl = parse_contenders(["static", "rigl:interval=10"], task)
     slow = Pace(step_s=0.5, rewire_s=0.25, step_flops=1000.0, rewire_flops=300.0, layers=4)
     paces = {"static": dataclasses.replace(slow, rewire_s=0, rewire_flops=0), "rigl:interval=10": slow}
-    assert steps_of(Budget(by="steps", amount=70), {}, rigl) == 70
-    assert steps_of(Budget(by="minutes", amount=1), paces, static) == 120
-    assert steps_of(Budget(by="flops", amount=1e5), paces, static) == 100
+    assert steps_of(Equal(by="steps", amount=70), {}, rigl) == 70
+    assert steps_of(Equal(by="minutes", amount=1), paces, static) == 120
+    assert steps_of(Equal(by="flops", amount=1e5), paces, static) == 100
     for budget, each, rewire in (
-        (Budget(by="minutes", amount=1), 0.5, 0.25),
-        (Budget(by="flops", amount=6e4), 1e3, 300),
+        (Equal(by="minutes", amount=1), 0.5, 0.25),
+        (Equal(by="flops", amount=6e4), 1e3, 300),
     ):
         limit = 60 if budget.by == "minutes" else 6e4
         steps = steps_of(budget, paces, rigl)
         spent = [n * each + num_rewires(rigl, n, 4) * rewire for n in (steps, steps + 1)]
         assert spent[0] <= limit < spent[1]
-    assert steps_of(Budget(by="minutes", amount=1e-9), paces, rigl) == 1
+    assert steps_of(Equal(by="minutes", amount=1e-9), paces, rigl) == 1
 
 
 def test_rewires_are_counted_as_the_engine_makes_them(task):
@@ -690,6 +690,6 @@ def test_from_python(text, tmp_path):
         def evaluated(self, twin, loss): ...
         def end(self, job, record): ...
 
-    asked = Comparison(plans=("static",), seeds=(0,), budget=Budget(by="steps", amount=4), out=tmp_path)
+    asked = Comparison(plans=("static",), seeds=(0,), budget=Equal(by="steps", amount=4), out=tmp_path)
     outcome = compare(TextTask(settings(text, steps=None)), asked, Listener())
     assert outcome.data["table"]["rows"][0]["final"]["count"] == 1

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rarefy.cli.compare_table import show
 from rarefy.cli.progress import Progress
-from rarefy.compare import Budget, Comparison, ImagesTask, Task, TextTask, compare
+from rarefy.compare import Comparison, Equal, ImagesTask, Task, TextTask, compare
 from rarefy.plan import Plan
 from rarefy.recipes.images import ImageSettings
 from rarefy.recipes.text import TextSettings
@@ -91,13 +91,13 @@ class Asked:
 
     def comparison(self) -> Comparison:
         """Raises ValueError when two budgets are given, or one that is not positive."""
-        given: list[Budget] = []
+        given: list[Equal] = []
         if self.steps is not None:
-            given.append(Budget(by="steps", amount=self.steps))
+            given.append(Equal(by="steps", amount=self.steps))
         if self.minutes is not None:
-            given.append(Budget(by="minutes", amount=self.minutes))
+            given.append(Equal(by="minutes", amount=self.minutes))
         if self.flops is not None:
-            given.append(Budget(by="flops", amount=self.flops))
+            given.append(Equal(by="flops", amount=self.flops))
         if len(given) > 1:
             raise ValueError(f"{' and '.join(one.by for one in given)} both say what is equal: give one of them")
         if self.jobs < 1:
@@ -105,7 +105,7 @@ class Asked:
         return Comparison(
             plans=self.plans,
             seeds=self.seeds,
-            budget=given[0] if given else Budget(by="minutes", amount=5.0),
+            budget=given[0] if given else Equal(by="minutes", amount=5.0),
             out=self.out,
             against=self.against,
             at_once=self.jobs,

@@ -12,14 +12,14 @@ table       means and spread
 from rarefy.compare.comparison import Comparison, Outcome, compare
 from rarefy.compare.contenders import Contender, parse_contenders
 from rarefy.compare.images import ImagesTask
-from rarefy.compare.pace import Budget
+from rarefy.compare.pace import Equal
 from rarefy.compare.task import Task
 from rarefy.compare.text import TextTask
 
 __all__ = [
-    "Budget",
     "Comparison",
     "Contender",
+    "Equal",
     "ImagesTask",
     "Outcome",
     "Task",

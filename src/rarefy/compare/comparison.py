@@ -15,7 +15,7 @@ import yaml
 
 from rarefy.compare.contenders import parse_contenders
 from rarefy.compare.jobs import Job, jobs, without_none
-from rarefy.compare.pace import Budget, paces, steps_of
+from rarefy.compare.pace import Equal, paces, steps_of
 from rarefy.compare.records import RECORDS
 from rarefy.compare.schedule import Listener, alone_in, make_all
 from rarefy.compare.table import choose_baseline, make_table
@@ -40,7 +40,7 @@ class Comparison:
     plans: tuple[str, ...]
     """Contenders."""
     seeds: tuple[int, ...]
-    budget: Budget
+    budget: Equal
     """What is equal."""
     out: Path | None = None
     """Folder; None: runs/compare-<id>, which follows from the recipe's settings and data, so that the same command

@@ -73,7 +73,7 @@ def parse_contender(text: str, task: Task) -> Contender:
 def _from_file(text: str, task: Task) -> Contender:
     base = dataclasses.replace(task.base, plan=Plan.from_yaml(text))
     plan = base.folded_plan()
-    return Contender(Path(text).stem, False, _said_by_plan(base, plan), plan.method.interval)
+    return Contender(Path(text).stem, False, base.with_plan(plan), plan.method.interval)
 
 
 def _dense(text: str, name: str, own: Mapping[str, Any], task: Task) -> Contender:
@@ -86,7 +86,7 @@ def _dense(text: str, name: str, own: Mapping[str, Any], task: Task) -> Contende
 def _nonzeros(task: Task) -> int:
     """Trained numbers of the network with a fixed pattern, by the settings that all share."""
     plan = dataclasses.replace(task.base.folded_plan(), method=registered()["static"]())
-    settled = _said_by_plan(task.base, plan).settled(1)
+    settled = task.base.with_plan(plan).settled(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those who train such a network say what is wrong with it
         return sum(p.numel() for p in task.make(settled, dense=False).model.parameters())
@@ -131,15 +131,9 @@ def _sparse(text: str, plan: Plan, own: Mapping[str, Any], task: Task, *, preset
         plain = {key: value for key, value in to_plain(method).items() if key != "name"}
         method = from_plain(type(method), {**plain, **for_method}, where=f"plans: {text}")
     plan = from_plain(Plan, {**to_plain(plan), **for_plan, "method": method}, where=f"plans: {text}")
-    settings = _said_by_plan(_changed(task.base, for_settings, text), plan)
+    settings = _changed(task.base, for_settings, text).with_plan(plan)
     fixed = preset or "interval" in for_method or task.base.interval is not None
     return Contender(text, False, settings, method.interval if fixed else None)
-
-
-def _said_by_plan(settings: Any, plan: Plan) -> Any:
-    """Settings whose plan says all about the pattern."""
-    unset = dict.fromkeys(("density", "method", "interval", "distribution", "block"))
-    return dataclasses.replace(settings, plan=plan, **unset)
 
 
 def _changed(settings: Any, own: Mapping[str, Any], text: str) -> Any:

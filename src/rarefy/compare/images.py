@@ -18,7 +18,6 @@ from rarefy.recipes.images import (
     make_dense,
     make_sparse,
 )
-from rarefy.training.loop import LoopSettings
 from rarefy.training.twin import StepData, Twin
 
 TRIED = 2000
@@ -56,17 +55,6 @@ class ImagesTask:
             flip=settings.flip,
         )
         return training, AllImages(data=self._set.valid, scale=self._scale)
-
-    def loop(self, settings: ImageSettings) -> LoopSettings:
-        assert settings.steps is not None and settings.warmup is not None and settings.eval_interval is not None
-        return LoopSettings(
-            steps=settings.steps,
-            warmup=settings.warmup,
-            eval_interval=settings.eval_interval,
-            tokens_per_step=settings.batch,
-            clip=settings.clip,
-            checkpoint_s=settings.checkpoint_s,
-        )
 
     def flops_per_token(self, model: nn.Module) -> int:
         return flops_per_image(model)

@@ -35,7 +35,7 @@ PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class Equal:
     """What is equal between contenders."""
 
     by: Literal["steps", "minutes", "flops"]
@@ -63,7 +63,7 @@ class Pace:
     """Sparse layers."""
 
 
-def steps_of(budget: Budget, paces: Mapping[str, Pace], contender: Contender) -> int:
+def steps_of(budget: Equal, paces: Mapping[str, Pace], contender: Contender) -> int:
     """Optimizer steps of a contender's runs, at least one.
 
     Args:
@@ -153,7 +153,7 @@ class _Rehearsal:
         if not contender.dense:
             method = dataclasses.replace(settings.plan.method, interval=REWIRE_EVERY, begin=0, end=None, stagger=False)
             settings = dataclasses.replace(settings, plan=dataclasses.replace(settings.plan, method=method))
-        self.task, self.loop = task, task.loop(settings)
+        self.task, self.loop = task, settings.loop()
         self.twin: Twin = task.make(settings, dense=contender.dense)
         self.data, _ = task.feed(settings)
         self.plain: list[tuple[int, float]] = []

@@ -67,7 +67,7 @@ def make_record(
         twin: as it is now.
         state: FINISHED or DIVERGED.
     """
-    tokens = task.loop(job.settings).tokens_per_step
+    tokens = job.settings.tokens_per_step
     evals = [record for record in log if record["kind"] == "eval"]
     changes = [record for record in log if "num_units" in record and "layer" in record]
     flops, scanned = flops_at([record["step"] for record in evals] + [twin.step], start, changes, tokens)

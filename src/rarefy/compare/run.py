@@ -58,7 +58,7 @@ def _run(task: Task, job: Job, folder: Path, watcher: Watcher, stop: StopRequest
                 twins=[twin],
                 train_data=data,
                 valid_data=valid,
-                settings=task.loop(job.settings),
+                settings=job.settings.loop(),
                 flops_per_token=lambda twin: task.flops_per_token(twin.model),
                 folder=here,
                 log=log,

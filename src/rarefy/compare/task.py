@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from rarefy.training.loop import LoopSettings
 from rarefy.training.twin import StepData, Twin
 
 NOT_DEFINING = frozenset(
@@ -17,7 +16,7 @@ NOT_DEFINING = frozenset(
 )
 """Settings that say where and how a run goes, not what comes out of it."""
 
-ONLY_SPARSE = frozenset({"plan", "lr", "sparse_lr", "optimizer"})
+ONLY_SPARSE = frozenset({"plan", "lr", "sparse_lr", "optimizer", "ramp"})
 """Settings that a dense network does not look at, but for SGD."""
 
 ONLY_DENSE = frozenset({"dense_lr"})
@@ -61,10 +60,6 @@ class Task(Protocol):
 
     def feed(self, settings: Any) -> tuple[StepData, Iterable[tuple[Tensor, Tensor]]]:
         """What it trains on, and what it is judged by."""
-        ...
-
-    def loop(self, settings: Any) -> LoopSettings:
-        """The loop's part of the settings."""
         ...
 
     def flops_per_token(self, model: nn.Module) -> int:

@@ -15,7 +15,6 @@ from rarefy.recipes.text.networks import flops_per_token, make_dense, make_spars
 from rarefy.recipes.text.settings import TextSettings
 from rarefy.recipes.text.settle import batches
 from rarefy.training.data import load_corpus
-from rarefy.training.loop import LoopSettings
 from rarefy.training.twin import StepData, Twin
 
 WIDTHS = 8
@@ -39,18 +38,6 @@ class TextTask:
 
     def feed(self, settings: TextSettings) -> tuple[StepData, Iterable[tuple[Tensor, Tensor]]]:
         return batches(settings, self._corpus)
-
-    def loop(self, settings: TextSettings) -> LoopSettings:
-        assert settings.steps is not None and settings.warmup is not None and settings.eval_interval is not None
-        return LoopSettings(
-            steps=settings.steps,
-            warmup=settings.warmup,
-            eval_interval=settings.eval_interval,
-            tokens_per_step=settings.tokens_per_step,
-            accumulate=settings.accumulate,
-            clip=settings.clip,
-            checkpoint_s=settings.checkpoint_s,
-        )
 
     def flops_per_token(self, model: nn.Module) -> int:
         assert isinstance(model, GPT)

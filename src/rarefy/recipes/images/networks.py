@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from rarefy.convert import sparsify
 from rarefy.models import MLP
 from rarefy.nn import SparseLinear
-from rarefy.optim import AdamW, param_groups
 from rarefy.plan import Plan
 from rarefy.recipes.images.settings import ImageSettings
+from rarefy.recipes.optimizers import make_optimizer
 from rarefy.training.twin import Twin
 
 
@@ -36,7 +35,7 @@ def make_sparse(settings: ImageSettings, plan: Plan, pixels: int) -> Twin:
     """The sparse network of settled settings, its optimizer, and the engine attached to it."""
     model = make_model(settings, pixels)
     rewirer = sparsify(model, plan)
-    optimizer = _optimizer(model, settings, sparse=True)
+    optimizer = make_optimizer(model, settings, sparse=True)
     rewirer.attach(optimizer, total_steps=settings.steps)
     return Twin("sparse", model, optimizer, rewirer, image_loss, assess=assess, seed=settings.seed)
 
@@ -44,7 +43,7 @@ def make_sparse(settings: ImageSettings, plan: Plan, pixels: int) -> Twin:
 def make_dense(settings: ImageSettings, pixels: int) -> Twin:
     """The dense network of settled settings."""
     model = make_model(settings, pixels)
-    optimizer = _optimizer(model, settings, sparse=False)
+    optimizer = make_optimizer(model, settings, sparse=False)
     return Twin("dense", model, optimizer, None, image_loss, assess=assess, seed=settings.seed)
 
 
@@ -52,20 +51,3 @@ def flops_per_image(model: nn.Module) -> int:
     """FLOPs of training on one image: a multiply and an add a weight, forward and twice backward."""
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     return 6 * (weights + sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLinear)))
-
-
-def _optimizer(model: nn.Module, settings: ImageSettings, *, sparse: bool) -> Optimizer:
-    lr = settings.lr if sparse else settings.dense_lr
-    assert lr is not None, "settled"
-    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay)
-    values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
-    if values:
-        faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
-        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]
-        groups = [group for group in (faster, *groups) if group["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum)
-    betas = (0.9, settings.beta2)
-    if sparse and settings.optimizer == "rarefy":
-        return AdamW(groups, betas=betas)
-    return torch.optim.AdamW(groups, betas=betas, fused=True)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from rarefy.convert import sparsify
 from rarefy.models import GPT
 from rarefy.nn import SparseLinear, SparseLowRank
-from rarefy.optim import AdamW, param_groups
 from rarefy.plan import Plan
+from rarefy.recipes.optimizers import make_optimizer
 from rarefy.recipes.text.settings import TextSettings
 from rarefy.training.twin import Twin
 
@@ -40,7 +39,7 @@ def make_sparse(settings: TextSettings, plan: Plan) -> Twin:
     """The sparse network, its optimizer, and the engine attached to it."""
     model = make_model(settings)
     rewirer = sparsify(model, plan)
-    optimizer = _optimizer(model, settings, sparse=True)
+    optimizer = make_optimizer(model, settings, sparse=True, mup=settings.gpt().supar())
     rewirer.attach(optimizer, total_steps=settings.steps)
     return Twin(SPARSE, model, optimizer, rewirer, text_loss, seed=settings.seed)
 
@@ -48,22 +47,8 @@ def make_sparse(settings: TextSettings, plan: Plan) -> Twin:
 def make_dense(settings: TextSettings) -> Twin:
     """The dense twin, as fast as torch makes it."""
     model = make_model(settings)
-    return Twin(DENSE, model, _optimizer(model, settings, sparse=False), None, text_loss, seed=settings.seed)
-
-
-def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Optimizer:
-    lr = settings.lr if sparse else settings.dense_lr
-    assert lr is not None, "settled"
-    groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay, mup=settings.gpt().supar())
-    values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
-    if values and settings.sparse_lr is not None:
-        faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
-        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]
-        groups = [group for group in (faster, *groups) if group["params"]]
-    betas = (0.9, settings.beta2)
-    if sparse and settings.optimizer == "rarefy":
-        return AdamW(groups, betas=betas)
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    optimizer = make_optimizer(model, settings, sparse=False, mup=settings.gpt().supar())
+    return Twin(DENSE, model, optimizer, None, text_loss, seed=settings.seed)
 
 
 def settled_plan(plan: Plan, layers: Sequence[Mapping[str, Any]]) -> Plan:

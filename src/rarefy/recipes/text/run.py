@@ -33,7 +33,7 @@ from rarefy.training.data import Corpus, load_corpus
 from rarefy.training.folder import SAMPLE, SETTINGS, SUMMARY, read_plan, read_settings, write_plan, write_settings
 from rarefy.training.interrupt import StopRequest
 from rarefy.training.log import METRICS, MetricsLog, cut_log
-from rarefy.training.loop import Loop, LoopSettings, Watcher
+from rarefy.training.loop import Loop, Watcher
 from rarefy.training.machine import check_device, machine, peak_memory_bytes
 from rarefy.training.twin import Diverged, Twin
 
@@ -201,17 +201,7 @@ def _go(
 ) -> Outcome:
     """Train to the end, then write what a finished run leaves."""
     data, windows = batches(settings, corpus)
-    assert settings.steps is not None and settings.warmup is not None and settings.eval_interval is not None
-    loop_settings = LoopSettings(
-        steps=settings.steps,
-        warmup=settings.warmup,
-        eval_interval=settings.eval_interval,
-        tokens_per_step=settings.tokens_per_step,
-        accumulate=settings.accumulate,
-        clip=settings.clip,
-        slice_steps=settings.slice_steps,
-        checkpoint_s=settings.checkpoint_s,
-    )
+    assert settings.steps is not None
     listener.begin(twins, settings.steps, settings.tokens_per_step)
     try:
         with MetricsLog(folder) as log, StopRequest() as stop:
@@ -219,7 +209,7 @@ def _go(
                 twins=twins,
                 train_data=data,
                 valid_data=windows,
-                settings=loop_settings,
+                settings=settings.loop(),
                 flops_per_token=lambda twin: flops_per_token(_gpt(twin)),
                 folder=folder,
                 log=log,

@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any, ClassVar, Literal, Self
 
 from rarefy.models import GPTConfig
 from rarefy.plan import Plan
-from rarefy.recipes.plans import folded, short_interval
+from rarefy.recipes.settings import RunSettings
+from rarefy.training.loop import LoopSettings
 
 DEFAULT_PLAN = Plan(density=0.1, keep_dense=("head",))
 DEFAULT_MINUTES = 3.0
-EVALUATIONS = 10
-"""Of a run, unless it says how many steps lie between them."""
-MIN_EVAL_INTERVAL = 10
-"""Fewer steps between two evaluations would mostly evaluate."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings:
+class TextSettings(RunSettings):
     """Train a small GPT on bytes, sparse from its first step, beside its dense twin."""
+
+    default_plan: ClassVar[Plan] = DEFAULT_PLAN
+    min_eval_interval: ClassVar[int] = 10
 
     data: str | None = None
     """Text: a file (plain, .gz, .xz), a folder, or hf:NAME. Without it: the source of Python's standard library."""
@@ -42,16 +40,6 @@ class TextSettings:
 
     method: str | None = None
     """How the pattern is found: rigl, set or static, or another method's class name. Without it: the plan's, rigl."""
-
-    interval: int | None = None
-    """Steps between two rewires of a layer. Without it: the plan file's, else a twentieth of the run, 10 to 100."""
-
-    distribution: Literal["uniform", "er", "erk"] | None = None
-    """How the density is spread over layers. Without it: the plan's, uniform."""
-
-    block: int | tuple[int, int] | Literal["auto"] | None = None
-    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input, auto each layer's by time. Without
-    it: the plan's, 1."""
 
     measure: bool = True
     """Time each layer shape first, and leave dense what sparse would slow down on this machine."""
@@ -100,20 +88,8 @@ class TextSettings:
     base_head: int | None = None
     """Features of a head of that network, with mup. Without it: as here."""
 
-    warmup: int | None = None
-    """Steps over which the rate rises. Without it: a tenth of the run, at most 100."""
-
     weight_decay: float = 0.1
     """Of weights; biases, norms and embeddings have none."""
-
-    beta2: float = 0.99
-    """Decay of Adam's second moment."""
-
-    clip: float = 1.0
-    """Largest norm of all gradients together; 0: no clipping."""
-
-    optimizer: Literal["rarefy", "torch"] = "rarefy"
-    """AdamW of the sparse network: rarefy's, which knows newborn weights, or torch's. The dense twin has torch's."""
 
     eval_interval: int | None = None
     """Steps between two evaluations. Without it: a tenth of the run, at least 10."""
@@ -124,44 +100,13 @@ class TextSettings:
     slice_steps: int = 5
     """Steps that one network takes before it is the other's turn."""
 
-    checkpoint_s: float = 60.0
-    """Seconds between two checkpoints."""
-
     sample_bytes: int = 300
     """Bytes of text to write at the end."""
 
-    seed: int = 0
-    """Of weights, patterns and data order."""
-
-    device: str = "cpu"
-    """Where to train."""
-
-    threads: int | None = None
-    """CPU threads. Without it: what torch takes."""
-
     def __post_init__(self) -> None:
-        positive = (
-            "steps",
-            "interval",
-            "warmup",
-            "eval_interval",
-            "threads",
-            "batch",
-            "accumulate",
-            "eval_bytes",
-            "slice_steps",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("minutes", "lr", "sparse_lr", "dense_lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "clip", "checkpoint_s", "sample_bytes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._at_least_one("batch", "accumulate", "eval_bytes", "slice_steps")
+        self._positive("minutes")
+        self._not_negative("sample_bytes")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(
                 f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
@@ -171,10 +116,8 @@ class TextSettings:
                 f"sparse_lr ({self.sparse_lr:g}) and parametrization mup both say the sparse layers' rate: with mup it "
                 "follows from lr; leave sparse_lr out"
             )
-        if not isinstance(self.block, int | str | None):
-            object.__setattr__(self, "block", tuple(self.block))
+        super().__post_init__()
         self.gpt()
-        self.folded_plan()
 
     def gpt(self) -> GPTConfig:
         """The network's shape."""
@@ -188,48 +131,30 @@ class TextSettings:
         """Bytes predicted in an optimizer step."""
         return self.batch * self.context * self.accumulate
 
-    def folded_plan(self) -> Plan:
-        """The plan with what the options say on top of it."""
-        return folded(
-            self.plan,
-            method=self.method,
-            interval=self.interval,
-            seed=self.seed,
-            density=self.density,
-            distribution=self.distribution,
-            block=self.block,
-        )
+    def auto_sparse_lr(self, density: float) -> float | None:
+        """See `RunSettings`."""
+        return None if self.parametrization == "mup" else super().auto_sparse_lr(density)
 
-    def folded(self) -> TextSettings:
+    def auto_dense_lr(self) -> float:
+        """See `RunSettings`."""
+        return self.lr if self.parametrization == "mup" else self.lr / 2
+
+    def folded(self) -> Self:
         """The same settings, said with the plan alone, and with the data's whole path."""
         data = self.data
         if data is not None and not data.startswith("hf:"):
             data = str(Path(data).absolute())
-        unset = dict.fromkeys(("density", "method", "interval", "distribution", "block"))
-        return dataclasses.replace(self, plan=self.folded_plan(), data=data, **unset)
+        return dataclasses.replace(self.with_plan(self.folded_plan()), data=data)
 
-    def auto_interval(self, steps: int) -> int:
-        """Steps between two rewires of a layer in a run of `steps`."""
-        if self.interval is not None or self.plan != DEFAULT_PLAN:
-            return self.folded_plan().method.interval
-        return short_interval(steps)
-
-    def settled(self, steps: int) -> TextSettings:
+    def settled(self, steps: int) -> Self:
         """Nothing left open: folded, for a run of `steps`."""
-        density, mup = self.folded_plan().density_at(0.0), self.parametrization == "mup"
-        sparse_lr = self.sparse_lr if self.sparse_lr is not None or mup else self.lr / density**0.3
-        return dataclasses.replace(
-            dataclasses.replace(self, interval=self.auto_interval(steps)).folded(),
-            steps=steps,
-            minutes=None,
-            sparse_lr=sparse_lr,
-            dense_lr=self.dense_lr if self.dense_lr is not None else self.lr if mup else self.lr / 2,
-            warmup=self.warmup if self.warmup is not None else max(1, min(100, steps // 10)),
-            eval_interval=self.eval_interval
-            if self.eval_interval is not None
-            else max(MIN_EVAL_INTERVAL, round(steps / EVALUATIONS)),
-            threads=self.threads if self.threads is not None else torch.get_num_threads(),
-        )
+        if self.minutes is not None:
+            return dataclasses.replace(self, minutes=None).settled(steps)
+        return super().settled(steps).folded()
+
+    def loop(self) -> LoopSettings:
+        """See `RunSettings`."""
+        return dataclasses.replace(super().loop(), accumulate=self.accumulate, slice_steps=self.slice_steps)
 
 
 def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:

@@ -1,0 +1,191 @@
+"""What every recipe lets its user say of the pattern and the training, and how what was left open is filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+
+from rarefy.plan import Plan
+from rarefy.recipes.plans import folded, short_interval
+from rarefy.training.loop import LoopSettings
+
+EVALUATIONS = 10
+"""Of a run, unless it says how many steps lie between them."""
+
+SAID_BY_PLAN = ("density", "method", "interval", "distribution", "block")
+"""Options that say what a plan can say too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The base of a recipe's settings, which adds the data and the network."""
+
+    default_plan: ClassVar[Plan]
+    min_eval_interval: ClassVar[int] = 1
+    """Fewer steps between two evaluations would mostly evaluate."""
+
+    data: str | None = None
+    """What to train on."""
+
+    steps: int | None = None
+    """Optimizer steps of each network."""
+
+    plan: Plan
+    """A plan file (YAML): density, method, blocks, which layers. The options below override it."""
+
+    density: float | None = None
+    """Share of the weights that exist, in (0, 1]. Without it: the plan's."""
+
+    method: str | None = None
+    """How the pattern is found: rigl, set or static, or another method's class name. Without it: the plan's."""
+
+    interval: int | None = None
+    """Steps between two rewires of a layer. Without it: the plan file's, else a twentieth of the run, 10 to 100."""
+
+    distribution: Literal["uniform", "er", "erk"] | None = None
+    """How the density is spread over layers. Without it: the plan's, uniform."""
+
+    block: int | tuple[int, int] | Literal["auto"] | None = None
+    """Unit shape: 1 is unstructured, 4 is 4x4, "4 1" is four outputs of one input, auto each layer's by time. Without
+    it: the plan's, 1."""
+
+    lr: float
+    """Peak learning rate of the sparse network, but for its sparse layers."""
+
+    sparse_lr: float | None = None
+    """Peak learning rate of the sparse layers' values. Without it: lr / density ** 0.3, so twice lr at 10%, the first
+    density where it moves."""
+
+    dense_lr: float | None = None
+    """Peak learning rate of a dense network. Without it: lr."""
+
+    warmup: int | None = None
+    """Steps over which the rate rises. Without it: a tenth of the run, at most 100."""
+
+    weight_decay: float
+    """Of weights; biases, norms and embeddings have none."""
+
+    beta2: float = 0.99
+    """Decay of Adam's second moment."""
+
+    momentum: float = 0.9
+    """Of sgd."""
+
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+
+    optimizer: Literal["rarefy", "torch", "sgd"] = "rarefy"
+    """AdamW of the sparse network: rarefy's, which knows newborn weights, or torch's, which a dense network always has;
+    or SGD with momentum, of both."""
+
+    ramp: int = 25
+    """Steps over which the updates of a newborn weight grow to their full size, with rarefy's AdamW."""
+
+    eval_interval: int | None = None
+    """Steps between two evaluations. Without it: a tenth of the run."""
+
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints."""
+
+    seed: int = 0
+    """Of weights, patterns and data order."""
+
+    device: str = "cpu"
+    """Where to train."""
+
+    threads: int | None = None
+    """CPU threads. Without it: what torch takes."""
+
+    def __post_init__(self) -> None:
+        self._at_least_one("steps", "interval", "warmup", "eval_interval", "threads")
+        self._positive("lr", "sparse_lr", "dense_lr")
+        self._not_negative("weight_decay", "clip", "checkpoint_s", "momentum", "ramp")
+        if not self.momentum < 1:
+            raise ValueError(f"momentum must be below 1, got {self.momentum:g}")
+        if not isinstance(self.block, int | str | None):
+            object.__setattr__(self, "block", tuple(self.block))
+        self.folded_plan()
+
+    def _at_least_one(self, *names: str) -> None:
+        self._check(names, lambda value: value >= 1, "be at least 1")
+
+    def _positive(self, *names: str) -> None:
+        self._check(names, lambda value: value > 0, "be positive")
+
+    def _not_negative(self, *names: str) -> None:
+        self._check(names, lambda value: value >= 0, "not be negative")
+
+    def _check(self, names: Iterable[str], holds: Callable[[float], bool], must: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must {must}, got {value}")
+
+    # -- the plan -----------------------------------------------------------------------------------------------------
+
+    def folded_plan(self) -> Plan:
+        """The plan with what the options say on top of it."""
+        return folded(
+            self.plan,
+            method=self.method,
+            interval=self.interval,
+            seed=self.seed,
+            density=self.density,
+            distribution=self.distribution,
+            block=self.block,
+        )
+
+    def with_plan(self, plan: Plan) -> Self:
+        """The same, with a plan that says all about the pattern."""
+        return dataclasses.replace(self, plan=plan, **dict.fromkeys(SAID_BY_PLAN))
+
+    def auto_interval(self, steps: int) -> int:
+        """Steps between two rewires of a layer in a run of `steps`."""
+        if self.interval is not None or self.plan != self.default_plan:
+            return self.folded_plan().method.interval
+        return short_interval(steps)
+
+    # -- filled in ----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Bytes or images that an optimizer step learns from."""
+        raise NotImplementedError
+
+    def auto_sparse_lr(self, density: float) -> float | None:
+        """The rate of sparse layers that were given none, from the first density where it moves."""
+        return self.lr / density**0.3
+
+    def auto_dense_lr(self) -> float:
+        """The rate of a dense network that was given none."""
+        return self.lr
+
+    def settled(self, steps: int) -> Self:
+        """Nothing left open: the plan says all about the pattern, for a run of `steps`."""
+        plan = dataclasses.replace(self, interval=self.auto_interval(steps)).folded_plan()
+        every = max(self.min_eval_interval, round(steps / EVALUATIONS))
+        return dataclasses.replace(
+            self.with_plan(plan),
+            steps=steps,
+            sparse_lr=self.auto_sparse_lr(plan.density_at(0.0)) if self.sparse_lr is None else self.sparse_lr,
+            dense_lr=self.auto_dense_lr() if self.dense_lr is None else self.dense_lr,
+            warmup=max(1, min(100, steps // 10)) if self.warmup is None else self.warmup,
+            eval_interval=every if self.eval_interval is None else self.eval_interval,
+            threads=torch.get_num_threads() if self.threads is None else self.threads,
+        )
+
+    def loop(self) -> LoopSettings:
+        """The loop's part of settled settings."""
+        assert self.steps is not None and self.warmup is not None and self.eval_interval is not None, "settled"
+        return LoopSettings(
+            steps=self.steps,
+            warmup=self.warmup,
+            eval_interval=self.eval_interval,
+            tokens_per_step=self.tokens_per_step,
+            clip=self.clip,
+            checkpoint_s=self.checkpoint_s,
+        )
