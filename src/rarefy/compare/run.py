@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,44 +36,109 @@ def run_job(task: Task, job: Job, folder: Path, watcher: Watcher, stop: StopRequ
         Interrupted: asked to stop; a checkpoint is saved.
         OSError: a file could not be written.
     """
-    try:
-        record = _run(task, job, folder, watcher, stop)
-    except (Interrupted, OSError):
-        raise
-    except Exception as error:  # whatever a method or an optimizer raises must not end the other runs
-        record = failed_record(task, job, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    write_record(folder, job, record)
-    shutil.rmtree(folder / PARTIAL / job.digest, ignore_errors=True)
-    return record
+    run = Run(task, job, folder, watcher)
+    while run.record is None:
+        run.go_on(stop)
+    return run.record
 
 
-def _run(task: Task, job: Job, folder: Path, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
-    if job.settings.threads is not None:
-        torch.set_num_threads(job.settings.threads)
-    here = folder / PARTIAL / job.digest
-    here.mkdir(parents=True, exist_ok=True)
-    twin, start = _where_it_was(task, job, here)
-    data, valid = task.feed(job.settings)
-    state, message = FINISHED, ""
-    try:
-        with MetricsLog(here) as log:
-            Loop(
+class Run:
+    """One run on its way, in slices; each has a log and checkpoints of its own.
+
+    Args:
+        slice_steps: optimizer steps of a slice; None: as the settings say.
+
+    Attributes:
+        record: None until it has ended.
+    """
+
+    def __init__(self, task: Task, job: Job, folder: Path, watcher: Watcher, *, slice_steps: int | None = None) -> None:
+        self.job = job
+        self.record: dict[str, Any] | None = None
+        self._task, self._folder, self._here = task, folder, folder / PARTIAL / job.digest
+        self._loop: Loop | None = None
+        self._saved_at = time.monotonic()
+        with self._kept_if_it_breaks():
+            self._here.mkdir(parents=True, exist_ok=True)
+            if job.settings.threads is not None:
+                torch.set_num_threads(job.settings.threads)
+            twin, self._start = _where_it_was(task, job, self._here)
+            data, valid = task.feed(job.settings)
+            settings = job.settings.loop()
+            if slice_steps is not None:
+                settings = dataclasses.replace(settings, slice_steps=slice_steps)
+            self._loop = Loop(
                 twins=[twin],
                 train_data=data,
                 valid_data=valid,
-                settings=job.settings.loop(),
+                settings=settings,
                 flops_per_token=lambda twin: task.flops_per_token(twin.model),
-                folder=here,
-                log=log,
+                folder=self._here,
+                log=MetricsLog(self._here),
                 watcher=watcher,
-            ).run(stop)
-    except Diverged as error:
-        state, message = DIVERGED, str(error)
-    log = _read_log(here)
-    last = [record["loss"] for record in log if record["kind"] == "eval"][-1:]
-    if state == FINISHED and last == [None]:  # the log has no name for what is not a number
-        state, message = DIVERGED, f"the loss on held-out data is not a number at step {twin.step:,}"
-    return make_record(task, job, start, log, twin, state=state, message=message)
+            )
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that it has taken."""
+        return 1.0 if self._loop is None else self._loop.twins[0].step / self.job.steps
+
+    def go_on(self, stop: StopRequest) -> None:
+        """One slice, with a checkpoint where it is time for one; after the last, the record is there.
+
+        Raises:
+            Interrupted: asked to stop; a checkpoint is saved.
+            OSError: a file could not be written.
+        """
+        loop = self._loop
+        assert loop is not None and self.record is None
+        try:
+            with self._kept_if_it_breaks(), loop.on_the_way():
+                if not loop.done:
+                    loop.take_slice(stop)
+                if loop.done:
+                    loop.finish()
+                    self._ended(FINISHED)
+                elif time.monotonic() - self._saved_at >= loop.settings.checkpoint_s:
+                    self.save()
+        except Interrupted:
+            loop.log.close()
+            raise
+
+    def save(self) -> None:
+        """A checkpoint. Raises OSError, or Diverged if a parameter is not a number."""
+        assert self._loop is not None
+        self._loop.save()
+        self._saved_at = time.monotonic()
+
+    @contextmanager
+    def _kept_if_it_breaks(self) -> Iterator[None]:
+        """Whatever a method or an optimizer raises must not end the other runs."""
+        try:
+            yield
+        except (Interrupted, OSError):
+            raise
+        except Diverged as error:
+            self._ended(DIVERGED, str(error))
+        except Exception as error:
+            self._keep(failed_record(self._task, self.job, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+    def _ended(self, state: str, message: str = "") -> None:
+        assert self._loop is not None
+        self._loop.log.close()
+        twin, log = self._loop.twins[0], _read_log(self._here)
+        last = [record["loss"] for record in log if record["kind"] == "eval"][-1:]
+        if state == FINISHED and last == [None]:  # the log has no name for what is not a number
+            state, message = DIVERGED, f"the loss on held-out data is not a number at step {twin.step:,}"
+        self._keep(make_record(self._task, self.job, self._start, log, twin, state=state, message=message))
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if self._loop is not None:
+            self._loop.log.close()
+        self._loop = None  # and the network with it
+        write_record(self._folder, self.job, record)
+        shutil.rmtree(self._here, ignore_errors=True)
+        self.record = record
 
 
 def _where_it_was(task: Task, job: Job, here: Path) -> tuple[Twin, Mapping[str, Any]]:

@@ -85,6 +85,13 @@ class RunSettings:
     ramp: int = 25
     """Steps over which the updates of a newborn weight grow to their full size, with rarefy's AdamW."""
 
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of activations and of the arithmetic on them: bf16 runs the forward pass under autocast. Weights, their gradients
+    and the optimizer stay fp32. Without it: fp32."""
+
+    compile: bool | None = None
+    """Have torch.compile make the network's code, which takes a minute first. Without it: no."""
+
     eval_interval: int | None = None
     """Steps between two evaluations. Without it: a tenth of the run."""
 

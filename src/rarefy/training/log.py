@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends records to a run's metrics.jsonl. Use it in `with`."""
+    """Appends records to a run's metrics.jsonl. Use it in `with`, or close it."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / METRICS).open(
@@ -33,6 +33,10 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more is to come; may be called again."""
         self._file.close()
 
     def write(self, kind: str, **fields: Any) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -90,9 +91,25 @@ class Loop:
             Diverged: a loss, gradient or parameter is not a number; the last checkpoint, from before, is untouched.
             OSError: a checkpoint could not be written; the one before is untouched.
         """
+        with self.on_the_way():
+            saved_at = time.monotonic()
+            while not self.done:
+                self.take_slice(stop)
+                if time.monotonic() - saved_at >= self.settings.checkpoint_s:
+                    self.save()
+                    saved_at = time.monotonic()
+            self.finish()
+
+    @property
+    def done(self) -> bool:
+        """Whether all twins have taken all steps."""
+        return all(twin.step >= self.settings.steps for twin in self.twins)
+
+    @contextmanager
+    def on_the_way(self) -> Iterator[None]:
+        """Around slices: what ends a run before its last step is logged, and saved where there is something to save."""
         try:
-            self._train(stop)
-            self.save()
+            yield
         except Interrupted:
             self.save()
             self._end("interrupted")
@@ -100,21 +117,26 @@ class Loop:
         except Diverged:
             self._end("diverged")
             raise
-        self._end("steps")
 
-    def _train(self, stop: StopRequest) -> None:
-        """Slices in turn. Whoever is behind, after an interrupted slice, catches up first."""
-        saved_at, every, last = time.monotonic(), self.settings.slice_steps, self.settings.steps
-        while (behind := min(twin.step for twin in self.twins)) < last:
-            goal = min((behind // every + 1) * every, last)
-            for twin in self.twins:
-                while twin.step < goal:
-                    self._step(twin)
-                    if stop.asked:
-                        raise Interrupted
-            if time.monotonic() - saved_at >= self.settings.checkpoint_s:
-                self.save()
-                saved_at = time.monotonic()
+    def take_slice(self, stop: StopRequest) -> None:
+        """The next slice of every twin, in turn. Whoever is behind, after an interrupted slice, catches up first.
+
+        Raises:
+            Interrupted, Diverged: as `run`, but nothing is saved: to be called in `on_the_way`.
+        """
+        every = self.settings.slice_steps
+        behind = min(twin.step for twin in self.twins)
+        goal = min((behind // every + 1) * every, self.settings.steps)
+        for twin in self.twins:
+            while twin.step < goal:
+                self._step(twin)
+                if stop.asked:
+                    raise Interrupted
+
+    def finish(self) -> None:
+        """After the last step."""
+        self.save()
+        self._end("steps")
 
     def save(self) -> None:
         """A checkpoint of all twins, unless a parameter is not a number.

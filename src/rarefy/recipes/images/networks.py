@@ -10,6 +10,7 @@ from rarefy.convert import sparsify
 from rarefy.models import MLP
 from rarefy.nn import SparseLinear
 from rarefy.plan import Plan
+from rarefy.recipes.execution import make_twin
 from rarefy.recipes.images.settings import ImageSettings
 from rarefy.recipes.optimizers import make_optimizer
 from rarefy.training.twin import Twin
@@ -37,14 +38,14 @@ def make_sparse(settings: ImageSettings, plan: Plan, pixels: int) -> Twin:
     rewirer = sparsify(model, plan)
     optimizer = make_optimizer(model, settings, sparse=True)
     rewirer.attach(optimizer, total_steps=settings.steps)
-    return Twin("sparse", model, optimizer, rewirer, image_loss, assess=assess, seed=settings.seed)
+    return make_twin("sparse", model, optimizer, rewirer, image_loss, settings, assess)
 
 
 def make_dense(settings: ImageSettings, pixels: int) -> Twin:
     """The dense network of settled settings."""
     model = make_model(settings, pixels)
     optimizer = make_optimizer(model, settings, sparse=False)
-    return Twin("dense", model, optimizer, None, image_loss, assess=assess, seed=settings.seed)
+    return make_twin("dense", model, optimizer, None, image_loss, settings, assess)
 
 
 def flops_per_image(model: nn.Module) -> int:

@@ -13,6 +13,7 @@ from rarefy.convert import sparsify
 from rarefy.models import GPT
 from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.plan import Plan
+from rarefy.recipes.execution import make_twin
 from rarefy.recipes.optimizers import make_optimizer
 from rarefy.recipes.text.settings import TextSettings
 from rarefy.training.twin import Twin
@@ -41,14 +42,14 @@ def make_sparse(settings: TextSettings, plan: Plan) -> Twin:
     rewirer = sparsify(model, plan)
     optimizer = make_optimizer(model, settings, sparse=True, mup=settings.gpt().supar())
     rewirer.attach(optimizer, total_steps=settings.steps)
-    return Twin(SPARSE, model, optimizer, rewirer, text_loss, seed=settings.seed)
+    return make_twin(SPARSE, model, optimizer, rewirer, text_loss, settings)
 
 
 def make_dense(settings: TextSettings) -> Twin:
     """The dense twin, as fast as torch makes it."""
     model = make_model(settings)
     optimizer = make_optimizer(model, settings, sparse=False, mup=settings.gpt().supar())
-    return Twin(DENSE, model, optimizer, None, text_loss, seed=settings.seed)
+    return make_twin(DENSE, model, optimizer, None, text_loss, settings)
 
 
 def settled_plan(plan: Plan, layers: Sequence[Mapping[str, Any]]) -> Plan:
