@@ -112,7 +112,7 @@ class Asked:
         )
 
 
-def _recipe(asked: Any, kind: type[Any], **fixed: Any) -> Any:
+def recipe(asked: Any, kind: type[Any], **fixed: Any) -> Any:
     """The recipe's settings, without what belongs to the comparison."""
     own = {field.name: getattr(asked, field.name) for field in dataclasses.fields(kind)}
     return kind(**{**own, "steps": None, **fixed})
@@ -126,11 +126,11 @@ class Text(Asked, TextSettings):
     """Bytes of validation text predicted at each evaluation."""
 
     def __post_init__(self) -> None:
-        _recipe(self, TextSettings, minutes=None)
+        recipe(self, TextSettings, minutes=None)
 
     def task(self) -> Task:
         """Reads the text."""
-        return TextTask(_recipe(self, TextSettings, minutes=None))
+        return TextTask(recipe(self, TextSettings, minutes=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,11 @@ class Images(Asked, ImageSettings):
     plan: Hidden[Plan] = ImageSettings.plan
 
     def __post_init__(self) -> None:
-        _recipe(self, ImageSettings)
+        recipe(self, ImageSettings)
 
     def task(self) -> Task:
         """Reads the images."""
-        return ImagesTask(_recipe(self, ImageSettings))
+        return ImagesTask(recipe(self, ImageSettings))
 
 
 def run(asked: Text | Images) -> None:

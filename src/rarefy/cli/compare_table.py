@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,14 +16,31 @@ WIDE = 140
 
 
 def show(data: Mapping[str, Any], console: Console) -> None:
-    """The table, what went wrong, and what the columns mean."""
+    """The table of a comparison, what went wrong, and what the columns mean."""
+    show_table(data, columns(data), [cells(data, row) for row in data["table"]["rows"]], legend(data), console)
+
+
+def show_table(
+    data: Mapping[str, Any],
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[Sequence[str]],
+    legend: Sequence[str],
+    console: Console,
+) -> None:
+    """A table with lines below it.
+
+    Args:
+        data: a comparison or a race.
+        columns: heads, with a second line each.
+        rows: cells, the label first.
+        legend: what the columns mean.
+    """
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for at, (name, under) in enumerate(columns(data)):
+    for at, (name, under) in enumerate(columns):
         drawn.add_column(f"{name}\n{under}" if under else name, justify="right" if at else "left", no_wrap=True)
-    for row in data["table"]["rows"]:
-        label, *rest = cells(data, row)
+    for label, *rest in rows:
         drawn.add_row(Text(label, style="bold"), *(Text(cell) for cell in rest))
     console.print(drawn)
     for row in data["table"]["rows"]:
@@ -34,5 +51,5 @@ def show(data: Mapping[str, Any], console: Console) -> None:
             console.print(Text(text, style="yellow"), soft_wrap=True)
     if line := disturbed(data):
         console.print(Text(line, style="yellow"), soft_wrap=True)
-    for line in legend(data):
+    for line in legend:
         console.print(Text(line, style="dim"), soft_wrap=True)

@@ -9,6 +9,7 @@ import tyro
 
 from rarefy.report import build_report
 from rarefy.report.comparison import is_comparison, rebuild_comparison
+from rarefy.report.race import is_race, rebuild_race
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ def run(settings: Report) -> None:
     """Build the report and print where it is."""
     if not settings.runs:
         raise ValueError("which run? for example: rarefy report runs/*")
+    if len(settings.runs) == 1 and is_race(settings.runs[0]):
+        print(rebuild_race(settings.runs[0], settings.out))
+        return
     if len(settings.runs) == 1 and is_comparison(settings.runs[0]):
         print(rebuild_comparison(settings.runs[0], settings.out))
         return

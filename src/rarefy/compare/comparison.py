@@ -82,7 +82,7 @@ def compare(
     contenders = parse_contenders(asked.plans, task)
     choose_baseline([contender.label for contender in contenders], asked.against)
     jobs(task, contenders, asked.seeds, lambda _: 100)  # refuses what it refuses before anything is timed
-    folder = asked.out if asked.out is not None else Path("runs") / f"compare-{_id(task)}"
+    folder = asked.out if asked.out is not None else Path("runs") / f"compare-{identity(task)}"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,15 +96,15 @@ def compare(
         known = {} if asked.budget.by == "steps" else paces(folder, task, contenders, say)
         found = jobs(task, contenders, asked.seeds, lambda one: steps_of(asked.budget, known, one))
         records = make_all(task, found, folder, listener, at_once=asked.at_once)
-        data = _summary(task, asked, found, records)
+        data = summary(task, asked, found, records)
         atomic_write(folder / FILE, (json.dumps(data, indent=1) + "\n").encode())
     return Outcome(folder=folder, jobs=found, records=records, data=data)
 
 
-def _summary(
+def summary(
     task: Task, asked: Comparison, found: list[Job], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What was compared, and the table."""
+    """What was compared, and the table, as comparison.json has them."""
     return {
         "task": task.name,
         "data": {"name": task.data.name, "digest": task.data.digest},
@@ -152,6 +152,6 @@ def _shared(task: Task) -> dict[str, Any]:
     return without_none({**plain, "steps": None, "seed": None})
 
 
-def _id(task: Task) -> str:
+def identity(task: Task) -> str:
     text = json.dumps([task.name, task.data.digest, _shared(task)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

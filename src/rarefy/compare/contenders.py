@@ -79,17 +79,16 @@ def _from_file(text: str, task: Task) -> Contender:
 def _dense(text: str, name: str, own: Mapping[str, Any], task: Task) -> Contender:
     settings = task.base
     if name == SMALL_DENSE:
-        settings = task.narrowed(settings, _nonzeros(task))
+        plan = dataclasses.replace(settings.folded_plan(), method=registered()["static"]())
+        settings = task.narrowed(settings, nonzeros(task, settings.with_plan(plan)))
     return Contender(text, True, _changed(settings, own, text), 1)
 
 
-def _nonzeros(task: Task) -> int:
-    """Trained numbers of the network with a fixed pattern, by the settings that all share."""
-    plan = dataclasses.replace(task.base.folded_plan(), method=registered()["static"]())
-    settled = task.base.with_plan(plan).settled(1)
+def nonzeros(task: Task, settings: Any) -> int:
+    """Trained numbers of the sparse network of these settings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those who train such a network say what is wrong with it
-        return sum(p.numel() for p in task.make(settled, dense=False).model.parameters())
+        return sum(p.numel() for p in task.make(settings.settled(1), dense=False).model.parameters())
 
 
 def _method(name: str, task: Task) -> Method:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rarefy.compare.jobs import FORMAT, Job
 from rarefy.compare.task import Task
+from rarefy.cost import training_bytes
 from rarefy.files import atomic_write
 from rarefy.training.machine import machine
 from rarefy.training.twin import Clock, Twin
@@ -58,6 +59,7 @@ def make_record(
     *,
     state: str,
     message: str = "",
+    file_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The record of a run that has ended.
 
@@ -66,6 +68,7 @@ def make_record(
         log: records of metrics.jsonl.
         twin: as it is now.
         state: FINISHED or DIVERGED.
+        file_bytes: of the network, saved.
     """
     tokens = job.settings.tokens_per_step
     evals = [record for record in log if record["kind"] == "eval"]
@@ -80,6 +83,8 @@ def make_record(
         "nonzeros": [start["nonzeros"], num_nonzeros(twin)],
         "density": [start["density"], twin.density],
         "flops_per_token": [start["flops_per_token"], task.flops_per_token(twin.model)],
+        "training_bytes": training_bytes(twin.model, twin.optimizer),
+        "file_bytes": file_bytes,
         "flops": flops[-1],
         "rewire_flops": scanned,
         "final": evals[-1][key] if evals and state == FINISHED else None,

@@ -16,6 +16,7 @@ import torch
 from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, failed_record, make_record, start_of, write_record
 from rarefy.compare.task import Task
+from rarefy.files import save
 from rarefy.training.checkpoint import load_checkpoint
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.log import METRICS, MetricsLog, cut_log
@@ -130,7 +131,11 @@ class Run:
         last = [record["loss"] for record in log if record["kind"] == "eval"][-1:]
         if state == FINISHED and last == [None]:  # the log has no name for what is not a number
             state, message = DIVERGED, f"the loss on held-out data is not a number at step {twin.step:,}"
-        self._keep(make_record(self._task, self.job, self._start, log, twin, state=state, message=message))
+        network = self._here / "network.safetensors"
+        save(twin.model, network)
+        size = network.stat().st_size
+        ended = {"state": state, "message": message, "file_bytes": size}
+        self._keep(make_record(self._task, self.job, self._start, log, twin, **ended))
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self._loop is not None:

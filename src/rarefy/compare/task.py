@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rarefy.training.twin import StepData, Twin
 
 NOT_DEFINING = frozenset(
-    {"data", "minutes", "twin", "measure", "slice_steps", "checkpoint_s", "sample_bytes", "threads"}
+    {"data", "minutes", "twin", "measure", "evaluations", "slice_steps", "checkpoint_s", "sample_bytes", "threads"}
 )
 """Settings that say where and how a run goes, not what comes out of it."""
 

@@ -13,9 +13,6 @@ from rarefy.plan import Plan
 from rarefy.recipes.plans import folded, short_interval
 from rarefy.training.loop import LoopSettings
 
-EVALUATIONS = 10
-"""Of a run, unless it says how many steps lie between them."""
-
 SAID_BY_PLAN = ("density", "method", "interval", "distribution", "block")
 """Options that say what a plan can say too."""
 
@@ -93,7 +90,10 @@ class RunSettings:
     """Have torch.compile make the network's code, which takes a minute first. Without it: no."""
 
     eval_interval: int | None = None
-    """Steps between two evaluations. Without it: a tenth of the run."""
+    """Steps between two evaluations. Without it, by --evaluations."""
+
+    evaluations: int = 10
+    """Evaluations of a run, unless --eval-interval says how many steps lie between two."""
 
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints."""
@@ -108,7 +108,7 @@ class RunSettings:
     """CPU threads. Without it: what torch takes."""
 
     def __post_init__(self) -> None:
-        self._at_least_one("steps", "interval", "warmup", "eval_interval", "threads")
+        self._at_least_one("steps", "interval", "warmup", "eval_interval", "evaluations", "threads")
         self._positive("lr", "sparse_lr", "dense_lr")
         self._not_negative("weight_decay", "clip", "checkpoint_s", "momentum", "ramp")
         if not self.momentum < 1:
@@ -174,7 +174,7 @@ class RunSettings:
     def settled(self, steps: int) -> Self:
         """Nothing left open: the plan says all about the pattern, for a run of `steps`."""
         plan = dataclasses.replace(self, interval=self.auto_interval(steps)).folded_plan()
-        every = max(self.min_eval_interval, round(steps / EVALUATIONS))
+        every = max(self.min_eval_interval, round(steps / self.evaluations))
         return dataclasses.replace(
             self.with_plan(plan),
             steps=steps,

@@ -69,9 +69,9 @@ def comparison_page(name: str, data: Data, records: Mapping[str, Data]) -> str:
         "comparison.html.j2",
         comparison_figures(data, records),
         title=name,
-        about=f"{name} · {data['task']} · {data['data']['name']} · {budget(data)} · {_seeds(data)}",
+        about=f"{name} · {data['task']} · {data['data']['name']} · {budget(data)} · {seeds_in_words(data)}",
         headline=headline(data),
-        notes=_notes(data),
+        notes=notes(data),
         columns=columns(data),
         rows=[
             {"colour": at, "cells": cells(data, row), "best": row["label"] in best(data)} for at, row in enumerate(rows)
@@ -79,6 +79,7 @@ def comparison_page(name: str, data: Data, records: Mapping[str, Data]) -> str:
         legend=legend(data),
         machine=flat(machine),
         settings=flat(data["settings"]),
+        made="Made by rarefy compare.",
     )
 
 
@@ -90,7 +91,7 @@ def budget(data: Data) -> str:
     return f"{say.seconds(60 * amount)} of training each" if by == "minutes" else f"{say.count(amount)} FLOPs each"
 
 
-def _seeds(data: Data) -> str:
+def seeds_in_words(data: Data) -> str:
     return f"{len(data['seeds'])} seed{'s' if len(data['seeds']) > 1 else ''}"
 
 
@@ -166,8 +167,8 @@ def legend(data: Data) -> list[str]:
     equal = {"steps": "steps", "minutes": "training time", "flops": "training FLOPs"}[data["budget"]["by"]]
     better = "higher" if data["metric"]["higher_is_better"] else "lower"
     lines = [
-        f"Equal {equal}: {budget(data)}, {_seeds(data)}. {data['metric']['title'].capitalize()} at the end, {better} "
-        "is better; ± is the standard deviation over seeds."
+        f"Equal {equal}: {budget(data)}, {seeds_in_words(data)}. {data['metric']['title'].capitalize()} at the end, "
+        f"{better} is better; ± is the standard deviation over seeds."
     ]
     if data["table"]["against"]:
         lines.append(
@@ -224,20 +225,21 @@ def headline(data: Data) -> list[str]:
     return lines
 
 
-def _notes(data: Data) -> list[str]:
+def notes(data: Data) -> list[str]:
+    """What a reader should know before trusting the figures."""
     rows = data["table"]["rows"]
-    notes = [f"{row['label']}, {message}" for row in rows for message in row["messages"]]
+    lines = [f"{row['label']}, {message}" for row in rows for message in row["messages"]]
     if len(data["machines"]) > 1:
-        notes.append("These runs come from different machines, threads or versions: their times do not compare.")
-    notes += [disturbed(data)] if disturbed(data) else []
+        lines.append("These runs come from different machines, threads or versions: their times do not compare.")
+    lines += [disturbed(data)] if disturbed(data) else []
     if len(data["seeds"]) < 3:
-        notes.append(f"{_seeds(data).capitalize()}: three are the least that a claim can rest on.")
-    notes += [
+        lines.append(f"{seeds_in_words(data).capitalize()}: three are the least that a claim can rest on.")
+    lines += [
         f"{row['label']}: {row['warnings']} warnings of the guard rails, in its records."
         for row in rows
         if row["warnings"]
     ]
-    return notes
+    return lines
 
 
 def disturbed(data: Data) -> str:

@@ -92,7 +92,7 @@ class TextSettings(RunSettings):
     """Of weights; biases, norms and embeddings have none."""
 
     eval_interval: int | None = None
-    """Steps between two evaluations. Without it: a tenth of the run, at least 10."""
+    """Steps between two evaluations. Without it, by --evaluations, at least 10."""
 
     eval_bytes: int = 16384
     """Bytes of validation text predicted at each evaluation."""

@@ -1,0 +1,45 @@
+"""Short races, from which the finalists are chosen: both sides are tuned with equal effort before they meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rarefy.compare.contenders import SMALL_DENSE, Contender, nonzeros
+from rarefy.compare.records import FINISHED
+from rarefy.compare.task import Task
+
+
+def finalists(
+    task: Task, contenders: Sequence[Contender], records: Mapping[str, Mapping[str, Any]], each: int
+) -> list[Contender]:
+    """The best dense contenders, the best of fixed pattern, and the best that rewire, so many of each.
+
+    Args:
+        records: label -> record of its heat; who did not finish is out.
+    """
+    sign = -1 if task.metric.higher_is_better else 1
+    done = [one for one in contenders if records[one.label]["state"] == FINISHED]
+    done.sort(key=lambda one: sign * records[one.label]["final"])
+    chosen = [one for one in done if one.dense][:each]
+    sparse = [one for one in done if not one.dense]
+    chosen += [one for one in sparse if not _rewires(one)][:each]
+    return chosen + [one for one in sparse if _rewires(one)][:each]
+
+
+def control(task: Task, chosen: Sequence[Contender], records: Mapping[str, Mapping[str, Any]]) -> list[Contender]:
+    """A dense network of as many weights as the best sparse finalist, if there is one."""
+    sign = -1 if task.metric.higher_is_better else 1
+    sparse = [one for one in chosen if not one.dense]
+    return [_small_dense(task, min(sparse, key=lambda one: sign * records[one.label]["final"]))] if sparse else []
+
+
+def _rewires(contender: Contender) -> bool:
+    return contender.settings.plan.method.rewires
+
+
+def _small_dense(task: Task, sparse: Contender) -> Contender:
+    """Dense, of as many weights as the sparse contender, and otherwise with its settings."""
+    settings = task.narrowed(sparse.settings, nonzeros(task, sparse.settings))
+    return Contender(f"{SMALL_DENSE} of {sparse.label}", True, dataclasses.replace(settings, sparse_lr=None), 1)
