@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rarefy
 import tiny
 from cases import gather, scatter
-from rarefy import Plan, RigL, SparseLinear, SparseLowRank, Static, pixelated_butterfly, sltrain, sparsify
+from rarefy import Plan, RigL, SparseLinear, SparseLowRank, SRigL, Static, pixelated_butterfly, sltrain, sparsify
 from rarefy.cost import CostModel, dense_work, measure, predict
 from rarefy.cost.terms import Work, terms
 from tiny import one_thread
@@ -184,6 +184,9 @@ def test_bad_wishes_are_refused():
     for wrong in (-1, 1.0, 1.5, True):
         with pytest.raises(ValueError, match="low_rank must be a rank"):
             Plan(density=0.3, low_rank=wrong)
+    for equal in ({"init": "constant_fan_in"}, {"method": SRigL()}):
+        with pytest.raises(ValueError, match="rows of equal fan-in then cannot be: leave one out"):
+            Plan(density=0.1, low_rank=2, **equal)
     with pytest.raises(ValueError, match="there is none: give low_rank="):
         Plan(density=0.3, low_rank_alpha=2.0)
     with pytest.raises(ValueError, match="alpha must be a positive number"):

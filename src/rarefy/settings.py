@@ -75,24 +75,20 @@ def unknown(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -
 
 
 def _value(kind: Any, item: Any, where: str) -> Any:
-    if type(None) in (options := get_args(kind)) and len(options) == 2:
-        if item is None:
-            return None
-        kind = next(option for option in options if option is not type(None))
-    for family, members in ((Method, methods()), (Schedule, _SCHEDULES), (Signal, signals())):
-        if inspect.isclass(kind) and issubclass(kind, family):
-            return item if isinstance(item, family) else _member(family, members, item, where)
-    if get_origin(kind) in _UNIONS:
-        ours = next((part for part in get_args(kind) if inspect.isclass(part) and _is_ours(part)), None)
-        if ours is not None and isinstance(item, ours):
+    """The value of a field's type that `item` describes; what is not ours is pydantic's to read."""
+    options = get_args(kind) if get_origin(kind) in _UNIONS else (kind,)
+    if item is None and type(None) in options:
+        return None
+    ours = [part for part in options if inspect.isclass(part) and _is_ours(part)]
+    plain = [part for part in options if part not in ours]
+    for part in ours:
+        if isinstance(item, part):
             return item
-        if ours is not None and isinstance(item, Mapping):
-            return _value(ours, item, where)
-        kind = Union[tuple(part for part in get_args(kind) if part is not ours)]  # noqa: UP007
+        if isinstance(item, Mapping) or plain in ([], [type(None)]):
+            return _ours(part, item, where)
+    kind = Union[tuple(plain)]  # noqa: UP007
     if get_origin(kind) is Mapping and get_origin(get_args(kind)[1]) in _UNIONS and isinstance(item, Mapping):
         return {str(key): _value(get_args(kind)[1], part, f"{where}.{key}") for key, part in item.items()}
-    if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
-        return item if isinstance(item, kind) else from_plain(kind, item, where=where)
     from pydantic import TypeAdapter, ValidationError  # not needed to import rarefy, and slow to load
 
     try:
@@ -100,6 +96,14 @@ def _value(kind: Any, item: Any, where: str) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         raise ValueError(f"{where}: {problem['msg']}, got {problem['input']!r}") from None
+
+
+def _ours(kind: Any, item: Any, where: str) -> Any:
+    """A member of one of our families, or a dataclass."""
+    for family, members in ((Method, methods()), (Schedule, _SCHEDULES), (Signal, signals())):
+        if issubclass(kind, family):
+            return _member(family, members, item, where)
+    return from_plain(kind, item, where=where)
 
 
 def _is_ours(kind: type) -> bool:

@@ -153,6 +153,10 @@ class Plan:
                 f"low_rank must be a rank (an int, at least 0) or a share of the weights in [0, 1), got {self.low_rank}"
             )
         check_alpha(self.low_rank_alpha)
+        if self.low_rank and self.first_pattern == "constant_fan_in":
+            raise ValueError(
+                "low_rank= takes weights off each layer, and rows of equal fan-in could not stay so: leave one out"
+            )
         if self.low_rank_alpha is not None and not self.low_rank:
             raise ValueError("low_rank_alpha scales a low-rank part, and there is none: give low_rank= too")
 
@@ -421,18 +425,16 @@ class Plan:
         if not self.keeps_sizes:
             return {**counts, **budget.counts(progress)}
         for name, density in budget.densities(progress).items():
-            rows, cols = fresh[name]
-            if self.first_pattern == "constant_fan_in" and not ranks[name]:
-                unit_rows, unit_cols = unit_grid(fresh[name], blocks[name])
+            (rows, cols), rank = fresh[name], ranks[name]
+            if not self.low_rank:
+                unit_rows, unit_cols = unit_grid((rows, cols), blocks[name])
                 counts[name] = unit_rows * constant_fan_in(density, unit_cols)
                 continue
-            if not ranks[name]:
-                counts[name] = max(1, units_beside(density * rows * cols, 0, blocks[name]))
-                continue
             weights = density * rows * cols
-            counts[name] = units_beside(weights, low_rank_weights((rows, cols), ranks[name]), blocks[name])
-            if counts[name] < 1:
-                raise ValueError(f"{name}: {no_room((rows, cols), ranks[name], weights)}")
+            units = units_beside(weights, low_rank_weights((rows, cols), rank), blocks[name])
+            if rank and units < 1:
+                raise ValueError(f"{name}: {no_room((rows, cols), rank, weights)}")
+            counts[name] = max(1, units)
         return counts
 
     def _computes_dense(self, shape: tuple[int, int], units: int, block: tuple[int, int]) -> bool:
