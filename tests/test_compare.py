@@ -429,9 +429,9 @@ def test_two_comparisons_do_not_share_a_folder_at_once(text, tmp_path, capsys):
 
 
 def test_the_default_folder_follows_from_settings_and_data(task, text):
-    from rarefy.compare.comparison import _id
+    from rarefy.compare.comparison import identity
 
-    assert _id(task) == _id(with_base(text)) != _id(with_base(text, lr=0.1))
+    assert identity(task) == identity(with_base(text)) != identity(with_base(text, lr=0.1))
 
 
 # -- what the user can mend --------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class Plan:
         check_alpha(self.low_rank_alpha)
         if self.low_rank and self.first_pattern == "constant_fan_in":
             raise ValueError(
-                "low_rank= takes weights off each layer, and rows of equal fan-in could not stay so: leave one out"
+                "low_rank= takes weights off each layer, and rows of equal fan-in then cannot be: leave one out"
             )
         if self.low_rank_alpha is not None and not self.low_rank:
             raise ValueError("low_rank_alpha scales a low-rank part, and there is none: give low_rank= too")
