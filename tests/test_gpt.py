@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import rarefy
+from rarefy import Plan, RigL, sparsify
 from rarefy.models import GPT, GPTConfig
 from rarefy.nn import SparseLinear
 
@@ -90,3 +91,32 @@ def test_a_plan_finds_the_layers_by_name_and_leaves_the_head_dense():
     assert list(rewirer.left_dense) == ["head"]
     assert isinstance(model.get_submodule("blocks.1.mlp.up"), SparseLinear)
     assert rewirer.layers["blocks.1.mlp.up"].density == 0.5
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_blocks_run_again_instead_of_being_kept(density):
+    """The same loss and gradients, bit for bit; growth sees one backward call; nothing runs twice without gradients."""
+    config = GPTConfig(width=32, layers=2, heads=2, context=16)
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for recompute in (False, True):
+        model = GPT(config, torch.Generator().manual_seed(0))
+        rewirer = None
+        if density is not None:
+            rewirer = sparsify(model, Plan(density=density, method=RigL(interval=1), keep_dense=("head",)))
+            rewirer.attach(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10)
+        model.recompute = recompute
+        runs = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_, seen=runs: seen.append(1))
+        loss = model(tokens).square().mean()
+        loss.backward()
+        assert len(runs) == (4 if recompute else 2)
+        if rewirer is not None:
+            assert [collector.calls for collector in rewirer._collectors.values()] == [1] * 8
+        found[recompute] = [loss.detach(), *(p.grad for p in model.parameters())]
+        with torch.no_grad():
+            model(tokens)
+        assert len(runs) == (6 if recompute else 4)
+    for here, there in zip(*found.values(), strict=True):
+        assert torch.equal(here, there)

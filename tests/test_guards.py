@@ -319,13 +319,6 @@ def test_warnings_are_the_same_after_save_and_load(tmp_path: Path):
     assert resumed.state_dict()["guards"] == straight.state_dict()["guards"]
 
 
-def test_a_state_from_before_there_were_guards_loads():
-    rewirer, _ = engine(layer_of({0: 1.0}, (2, 2)), SET(interval=1, end=5))
-    state = rewirer.state_dict()
-    del state["guards"]
-    rewirer.load_state_dict(state)
-
-
 # -- a text run -------------------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from rarefy.training.twin import StepData, Twin
 
 NOT_DEFINING = frozenset(
-    {"data", "minutes", "twin", "measure", "evaluations", "slice_steps", "checkpoint_s", "sample_bytes", "threads"}
-)
+    {
+        "data", "minutes", "twin", "measure", "evaluations", "slice_steps", "checkpoint_s", "recompute", "sample_bytes",
+        "threads",
+    }
+)  # fmt: skip
 """Settings that say where and how a run goes, not what comes out of it."""
 
 ONLY_SPARSE = frozenset({"plan", "lr", "sparse_lr", "optimizer", "ramp"})

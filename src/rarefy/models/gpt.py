@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rarefy.models.cache import Cache, LayerCache
 from rarefy.ops import causal_attention
@@ -163,6 +164,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether training keeps only what enters each block and runs the blocks again in the backward pass: less
+        memory for activations, a forward pass more of time."""
         self.embedding = nn.Embedding(VOCABULARY, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -207,7 +211,10 @@ class GPT(nn.Module):
             raise ValueError(f"{T} bytes are more than the context of {self.config.context}")
         x_BTC = self.embedding(tokens_BT) + self.position.weight[:T]
         for block in self.blocks:
-            x_BTC = block(x_BTC)
+            if self.recompute and torch.is_grad_enabled():
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC)
         return self.head(self.norm(x_BTC))
 
     def step(self, tokens_BT: Tensor, past: Cache) -> Tensor:

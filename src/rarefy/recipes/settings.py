@@ -79,7 +79,7 @@ class RunSettings:
     """AdamW of the sparse network: rarefy's, which knows newborn weights, or torch's, which a dense network always has;
     or SGD with momentum, of both."""
 
-    ramp: int = 25
+    ramp: int = 0
     """Steps over which the updates of a newborn weight grow to their full size, with rarefy's AdamW."""
 
     precision: Literal["fp32", "bf16"] | None = None

@@ -20,6 +20,7 @@ from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, BestInRows, Scored
 from rarefy.nn import SparseLinear
+from rarefy.ops import memory
 from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
 from rarefy.rewiring.balance import choose_in_groups
@@ -292,11 +293,14 @@ class Rewirer:
 
     def _step(self) -> None:
         self.t += 1
+        known = len(self.history)
         if self.density_is_due(self.t):
             resizing.change_density(self)
         for name in self.due(self.t):
             self._rewire(name)
         self._before = {}
+        if len(self.history) > known:
+            memory.trim()  # old indices and state leave holes of a layer's size, which the C library would keep
         if self.method.needs is Needs.GRADIENT:
             self._collectors.count_calls()
         self._collectors.step_applied(self.t)

@@ -24,7 +24,8 @@ class Tracker:
         sampled = min(rows, max(1, pattern.num_units // max(cols, 1)))
         self.rows = sample_without_replacement(rows, sampled, keyed_generator("exploration", name))
         self.seen = torch.zeros(sampled, cols, dtype=torch.bool)
-        self.newborns = torch.empty(0, dtype=torch.int64)
+        self._kind = torch.int32 if rows * cols <= torch.iinfo(torch.int32).max else torch.int64
+        self.newborns = torch.empty(0, dtype=self._kind)
         self._see(pattern)
 
     def _see(self, pattern: Pattern) -> None:
@@ -45,9 +46,9 @@ class Tracker:
         """
         survival = None
         if self.newborns.numel():
-            survival = float(contains(pattern.unit_indices().cpu(), self.newborns).float().mean())
+            survival = float(contains(pattern.unit_indices().cpu(), self.newborns.long()).float().mean())
         born = torch.cat([self.newborns, grown.cpu()]).unique() if keep else grown.cpu()
-        self.newborns = born
+        self.newborns = born.to(self._kind)
         self._see(pattern)
         used_cols = torch.zeros(pattern.num_unit_cols, dtype=torch.bool)
         used_cols[pattern.col_indices.long().cpu()] = True
@@ -73,4 +74,4 @@ class Tracker:
         """Raises as `check`, with nothing changed."""
         self.check(state)
         self.seen = state["seen"].bool().clone()
-        self.newborns = state["newborns"].long().clone()
+        self.newborns = state["newborns"].to(self._kind, copy=True)

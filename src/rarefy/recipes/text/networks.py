@@ -28,7 +28,9 @@ def text_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def make_model(settings: TextSettings) -> GPT:
     """The dense network with the first weights that the seed draws."""
-    return GPT(settings.gpt(), torch.Generator().manual_seed(settings.seed)).to(settings.device)
+    model = GPT(settings.gpt(), torch.Generator().manual_seed(settings.seed)).to(settings.device)
+    model.recompute = settings.recompute
+    return model
 
 
 def make_twins(settings: TextSettings, plan: Plan) -> list[Twin]:

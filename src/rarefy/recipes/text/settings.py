@@ -94,6 +94,10 @@ class TextSettings(RunSettings):
     eval_interval: int | None = None
     """Steps between two evaluations. Without it, by --evaluations, at least 10."""
 
+    recompute: bool = False
+    """Keep only what enters each block, and run the blocks again in the backward pass: less memory for activations, and
+    a forward pass more of time."""
+
     eval_bytes: int = 16384
     """Bytes of validation text predicted at each evaluation."""
 
