@@ -157,7 +157,7 @@ def test_product_with_any_tiles(block, tiles):
 
 @on_every_block
 @pytest.mark.parametrize("tiles", [{"WIDTH": 16, "TOKENS": 16}, {"WIDTH": 128, "TOKENS": 64}], ids=str)
-@pytest.mark.parametrize("split", [20, 10_000])
+@pytest.mark.parametrize("split", [32, 10_000])
 def test_sddmm_with_any_tiles(block, tiles, split, monkeypatch):
     """Units of several rows in a tile, tiles of one unit, tokens in parts that are no multiple of anything."""
     monkeypatch.setattr(sddmm, "SPLIT_TOKENS", split)

@@ -16,6 +16,9 @@ from rarefy.ops.triton import sddmm as sampled
 from rarefy.ops.triton.panel import panel_input_gradient
 from rarefy.ops.triton.product import product
 
+ALIGNED = 16
+"""Rows of so many entries are read in whole vectors; Triton asks for as much of a size before it relies on it."""
+
 
 def _product_dtype(values: Tensor, x: Tensor) -> torch.dtype:
     half = x.dtype in (torch.bfloat16, torch.float16)
@@ -29,8 +32,12 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_feature(x: Tensor) -> Tensor:
-    """(inputs, tokens): a panel reads single inputs, of many tokens each."""
-    return x.T.contiguous()
+    """(inputs, tokens): a panel reads single inputs, of many tokens each. Rows end in zeros, and begin aligned."""
+    tokens, inputs = x.shape
+    by_feature = x.new_empty(inputs, -(-tokens // ALIGNED) * ALIGNED)
+    by_feature[:, :tokens].copy_(x.T)
+    by_feature[:, tokens:].zero_()
+    return by_feature
 
 
 def _values(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,6 +55,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
         index.crow,
         index.cols,
         None,
+        tokens=x.shape[0],
         outputs=index.block[0],
         side=index.block[1],
         out_dtype=x.dtype,
@@ -68,6 +76,7 @@ def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
         index.t_crow,
         index.t_rows,
         index.t_perm,
+        tokens=dy.shape[0],
         outputs=index.block[1],
         side=index.block[0],
         out_dtype=dy.dtype,

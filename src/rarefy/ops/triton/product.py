@@ -32,6 +32,9 @@ _CONFIGS = [
         (128, 128, 8, 3),
         (256, 32, 8, 4),
         (256, 64, 8, 3),
+        # More stages: by the transposed index a load waits for two others, and each takes its share of them.
+        (64, 64, 4, 6),
+        (128, 64, 8, 6),
     ]
     for group, waves in [(8, 0), (16, 0), (16, 2)]
 ]
@@ -53,6 +56,7 @@ def product_kernel(
     perm,
     order,
     num_tokens,
+    x_tokens,
     num_rows,
     x_token,
     x_feature,
@@ -81,7 +85,7 @@ def product_kernel(
         within = tile % (GROUP * num_rows)
         row = tl.load(order + within // group)
         token = ((first_tile + within % group) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-        is_token = token < num_tokens
+        in_x = token < x_tokens
         begin = tl.load(pointers + row)
         end = tl.load(pointers + row + 1)
         acc = tl.zeros((TOKENS, N), dtype=tl.float32)
@@ -95,7 +99,7 @@ def product_kernel(
                     unit = tl.load(perm + unit)
                 value = values + unit.to(tl.int64) * (N * SIDE) + inner[:, None] * VALUE_SIDE + n[None, :] * VALUE_N
                 w = tl.load(value)
-                a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, is_token[:, None], other=0.0)
+                a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, in_x[:, None], other=0.0)
             else:
                 unit = begin + entry // SIDE
                 inner = entry % SIDE
@@ -105,13 +109,13 @@ def product_kernel(
                     unit = tl.load(perm + unit, exists, other=0)
                 place = unit.to(tl.int64) * (N * SIDE) + inner * VALUE_SIDE
                 w = tl.load(values + place[:, None] + n[None, :] * VALUE_N, exists[:, None], other=0.0)
-                known = is_token[:, None] & exists[None, :]
+                known = in_x[:, None] & exists[None, :]
                 a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, known, other=0.0)
             acc = dot(a, w, acc, PRECISION, UPCAST)
         if BIAS:
             acc += tl.load(bias + row * N + n).to(tl.float32)[None, :]
         out = y + token[:, None] * y_token + (row * N + n)[None, :]
-        tl.store(out, acc.to(y.dtype.element_ty), is_token[:, None])
+        tl.store(out, acc.to(y.dtype.element_ty), (token < num_tokens)[:, None])
 
 
 def product(
@@ -122,6 +126,7 @@ def product(
     columns: Tensor,
     perm: Tensor | None,
     *,
+    tokens: int,
     outputs: int,
     side: int,
     out_dtype: torch.dtype,
@@ -130,13 +135,13 @@ def product(
     """(tokens, rows * outputs): each row's units applied to the inputs they name, and the bias.
 
     Args:
-        x: (tokens, inputs), or (inputs, tokens) if `by_feature`; of the values' dtype.
+        x: (tokens, inputs), or if `by_feature` (inputs, tokens, and zeros beyond them); of the values' dtype.
         values: (units, b_r, b_c) contiguous, fp32, bf16 or fp16.
         pointers: (rows + 1,) where each row's units begin.
         columns: (units,) which `side` inputs each reads.
         perm: where in `values` each unit is; None: in order, and a unit is (outputs, side). Else (side, outputs).
     """
-    tokens, rows = x.shape[1 if by_feature else 0], pointers.shape[0] - 1
+    rows = pointers.shape[0] - 1
     y = torch.empty(tokens, rows * outputs, dtype=device.stored(out_dtype), device=x.device)
     if not y.numel():
         return y.to(out_dtype)
@@ -159,6 +164,7 @@ def product(
             perm,
             longest_first(pointers),
             tokens,
+            x.shape[1] if by_feature else tokens,
             rows,
             x_token,
             x_feature,

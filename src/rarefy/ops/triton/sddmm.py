@@ -22,6 +22,9 @@ from rarefy.ops.triton.tuning import bucket, tuned
 SPLIT_TOKENS = 512
 """Fewer tokens are not worth a program of their own."""
 
+MOST_SPLITS = 16
+"""Parts whose sums are kept apart until they are added, as many times the gradient's memory."""
+
 _CONFIGS = [
     triton.Config({"WIDTH": width, "TOKENS": tokens}, num_warps=warps, num_stages=stages)
     for width, tokens, warps, stages in [
@@ -49,6 +52,7 @@ def sddmm_kernel(
     num_rows,
     num_units,
     num_tokens,
+    x_tokens,
     split_tokens,
     dy_token,
     x_token,
@@ -64,6 +68,7 @@ def sddmm_kernel(
 ):
     # WIDTH columns of the gradient, of as many neighbouring units as they hold; a wide unit is never split.
     UNITS: tl.constexpr = WIDTH // BC if WIDTH > BC else 1
+    TURNED: tl.constexpr = BR < 64  # a Hopper tensor core takes 64 rows or more
     entry = tl.arange(0, UNITS * BC)
     inner = entry % BC
     m = tl.arange(0, BR)
@@ -78,23 +83,28 @@ def sddmm_kernel(
         units = unit + entry // BC
         exists = units < stop
         feature = features_of(tl.load(cols + units, exists, other=0), inner, BC)
-        acc = tl.zeros((BR, UNITS * BC), dtype=tl.float32)
+        acc = tl.zeros((UNITS * BC, BR) if TURNED else (BR, UNITS * BC), dtype=tl.float32)
         for at in range(begin, end, TOKENS):
             token = (at + tl.arange(0, TOKENS)).to(tl.int64)
             is_token = token < end
             g = tl.load(dy + token[:, None] * dy_token + (row * BR + m)[None, :], is_token[:, None], other=0.0)
-            known = is_token[:, None] & exists[None, :]
+            known = (token < x_tokens)[:, None] & exists[None, :]  # what is not of this part, g makes zero
             a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, known, other=0.0)
-            acc = dot(tl.trans(g), a, acc, PRECISION, UPCAST)
+            if TURNED:
+                acc = dot(tl.trans(a), g, acc, PRECISION, UPCAST)
+            else:
+                acc = dot(tl.trans(g), a, acc, PRECISION, UPCAST)
+        if TURNED:
+            acc = tl.trans(acc)
         place = units.to(tl.int64) * (BR * BC) + inner
         tl.store(out + m[:, None] * BC + place[None, :], acc.to(out.dtype.element_ty), exists[None, :])
         unit = stop
 
 
-def _splits(units: int, tokens: int, processors: int) -> int:
-    """Parts of the tokens: so many that every processor has work, as a function of sizes alone."""
-    wanted = -(-2 * processors // max(1, units))
-    return max(1, min(wanted, -(-tokens // SPLIT_TOKENS), 16))
+def _split_tokens(units: int, tokens: int, processors: int) -> int:
+    """Tokens of a part: so many that every processor has work, by sizes alone. A multiple of 16, for whole vectors."""
+    wanted = max(1, min(2 * processors // max(1, units), MOST_SPLITS))
+    return max(SPLIT_TOKENS, -(-tokens // (16 * wanted)) * 16)
 
 
 def sddmm(index: Index, dy: Tensor, x: Tensor, *, out_dtype: torch.dtype, by_feature: bool = False) -> Tensor:
@@ -102,11 +112,12 @@ def sddmm(index: Index, dy: Tensor, x: Tensor, *, out_dtype: torch.dtype, by_fea
 
     Args:
         dy: (tokens, outputs), rows contiguous.
-        x: (tokens, inputs), or (inputs, tokens) if `by_feature`; of the same dtype.
+        x: (tokens, inputs), or if `by_feature` (inputs, tokens, and zeros beyond them); of the same dtype.
     """
     b_r, b_c = index.block
     tokens, units = dy.shape[0], index.num_units
-    splits = _splits(units * b_c // max(b_c, 128), tokens, device.num_processors(x))
+    split_tokens = _split_tokens(units * b_c // max(b_c, 128), tokens, device.num_processors(x))
+    splits = max(1, -(-tokens // split_tokens))
     dtype = device.stored(out_dtype) if splits == 1 else torch.float32
     parts = torch.empty(splits, units, b_r, b_c, dtype=dtype, device=x.device)
     if not units:
@@ -123,7 +134,8 @@ def sddmm(index: Index, dy: Tensor, x: Tensor, *, out_dtype: torch.dtype, by_fea
             index.crow.shape[0] - 1,
             units,
             tokens,
-            -(-tokens // splits),
+            x.shape[1] if by_feature else tokens,
+            split_tokens,
             dy.stride(0),
             x_token,
             x_feature,

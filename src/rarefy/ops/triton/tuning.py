@@ -33,6 +33,7 @@ class Tuned:
     def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str], interpreted: Meta) -> None:
         self.name = kernel.fn.__name__
         self.kernel = kernel
+        self.configs = list(configs)
         self._interpreted = interpreted
         self._tuner = triton.autotune(configs=list(configs), key=list(key), cache_results=True)(kernel)
 
