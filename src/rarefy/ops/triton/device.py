@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from rarefy.ops.triton import interpreted
-
 
 @functools.cache
 def _num_processors(index: int) -> int:
@@ -31,13 +29,3 @@ def precision(dtype: torch.dtype) -> str:
     """How a product of fp32 factors is computed: in full, unless torch is allowed TF32."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
-
-
-def upcasts(dtype: torch.dtype) -> bool:
-    """Whether factors become fp32 before a product: the interpreter's bf16 products are wrong (Triton 3.9)."""
-    return interpreted() and dtype == torch.bfloat16
-
-
-def stored(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel writes for this dtype: the interpreter cuts bf16 off where a GPU rounds, so torch rounds after."""
-    return torch.float32 if upcasts(dtype) else dtype

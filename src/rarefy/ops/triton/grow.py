@@ -45,7 +45,6 @@ def unit_scores_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -61,7 +60,7 @@ def unit_scores_kernel(
         g = tl.load(dy + token[:, None] * dy_token + m[None, :], is_token[:, None], other=0.0)
         known = is_token[:, None] & exists[None, :]
         a = tl.load(x + token[:, None] * x_token + feature[None, :], known, other=0.0)
-        acc = dot(tl.trans(g), a, acc, PRECISION, UPCAST)
+        acc = dot(tl.trans(g), a, acc, PRECISION)
     pooled = tl.sum(tl.sum(tl.reshape(tl.abs(acc), (BR, UNITS, BC)), axis=2), axis=0) / (BR * BC)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     tl.store(scores + at_row * num_cols + unit, pooled, unit < num_cols)
@@ -120,7 +119,6 @@ def grow_candidates(index: Index, dy: Tensor, x: Tensor, k: int) -> tuple[Tensor
                 BR=b_r,
                 BC=b_c,
                 PRECISION=device.precision(x.dtype),
-                UPCAST=device.upcasts(x.dtype),
             )
             # What is not finite shows among the best: rewiring rule 8.3 needs to see it.
             torch.nan_to_num(scores, nan=torch.inf, posinf=torch.inf, out=scores)

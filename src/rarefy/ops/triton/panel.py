@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rarefy.ops.index import Index
 from rarefy.ops.triton import device
-from rarefy.ops.triton.rows import dot, row_of
+from rarefy.ops.triton.rows import dot, rounded, row_of
 from rarefy.ops.triton.tuning import bucket, tuned
 
 PRODUCT_BYTES = 24 << 20
@@ -46,7 +46,6 @@ def unit_products_kernel(
     tokens_key,
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     UNITS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -64,7 +63,7 @@ def unit_products_kernel(
         place = units.to(tl.int64)
         v = tl.load(values + place[:, None] * BR + m[None, :], mine[:, None], other=0.0)
         g = tl.load(dy + token[None, :] * dy_token + (row * BR + m)[:, None], is_token[None, :], other=0.0)
-        acc = dot(v, g, tl.zeros((UNITS, TOKENS), dtype=tl.float32), PRECISION, UPCAST)
+        acc = dot(v, g, tl.zeros((UNITS, TOKENS), dtype=tl.float32), PRECISION)
         known = mine[:, None] & is_token[None, :]
         tl.store(products + place[:, None] * num_tokens + token[None, :], acc, known)
         unit = stop
@@ -105,7 +104,7 @@ def column_sums_kernel(
         known = exists[:, None] & is_token[None, :]
         acc += tl.load(products + unit[:, None] * num_tokens + token[None, :], known, other=0.0)
     out = dx + token[:, None] * dx_token + column[None, :]
-    tl.store(out, tl.trans(acc).to(dx.dtype.element_ty), is_token[:, None] & is_column[None, :])
+    tl.store(out, rounded(tl.trans(acc), dx.dtype.element_ty), is_token[:, None] & is_column[None, :])
 
 
 def _tokens_at_a_time(units: int, tokens: int) -> int:
@@ -117,7 +116,7 @@ def _tokens_at_a_time(units: int, tokens: int) -> int:
 def panel_input_gradient(index: Index, values: Tensor, dy: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """(tokens, inputs) from dy (tokens, outputs), rows contiguous, and values (units, b_r, 1) of its dtype."""
     tokens, units, columns = dy.shape[0], index.num_units, index.in_features
-    dx = torch.empty(tokens, columns, dtype=device.stored(out_dtype), device=dy.device)
+    dx = torch.empty(tokens, columns, dtype=out_dtype, device=dy.device)
     step = _tokens_at_a_time(units, tokens)
     products = torch.empty(units * min(step, tokens), dtype=torch.float32, device=dy.device)
     units_key = bucket(units)
@@ -140,7 +139,6 @@ def panel_input_gradient(index: Index, values: Tensor, dy: Tensor, *, out_dtype:
                     bucket(count),
                     BR=index.block[0],
                     PRECISION=device.precision(dy.dtype),
-                    UPCAST=device.upcasts(dy.dtype),
                 )
             column_sums_kernel.launch(
                 lambda meta, count=count: (triton.cdiv(columns, meta["COLUMNS"]), triton.cdiv(count, meta["TOKENS"])),
@@ -154,4 +152,4 @@ def panel_input_gradient(index: Index, values: Tensor, dy: Tensor, *, out_dtype:
                 units_key,
                 bucket(count),
             )
-    return dx.to(out_dtype)
+    return dx

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rarefy.ops.triton import device
+from rarefy.ops.triton.epilogue import Epilogue, finish
 from rarefy.ops.triton.order import longest_first
-from rarefy.ops.triton.rows import dot, features_of
+from rarefy.ops.triton.rows import dot, features_of, rounded
 from rarefy.ops.triton.tuning import Meta, bucket, tuned
 
 _CONFIGS = [
@@ -42,7 +43,7 @@ _CONFIGS = [
 
 @tuned(
     _CONFIGS,
-    key=["tokens_key", "length_key", "N", "SIDE", "PERMUTED"],
+    key=["tokens_key", "length_key", "N", "SIDE", "PERMUTED", "EPILOGUE"],
     interpreted={"TOKENS": 32, "DEPTH": 32, "GROUP": 2, "WAVES": 1},
 )
 @triton.jit(do_not_specialize=["tokens_key", "length_key"])
@@ -51,6 +52,9 @@ def product_kernel(
     values,
     bias,
     y,
+    second,
+    third,
+    kept,
     pointers,
     columns,
     perm,
@@ -61,6 +65,7 @@ def product_kernel(
     x_token,
     x_feature,
     y_token,
+    kept_features,
     tokens_key,
     length_key,
     N: tl.constexpr,
@@ -69,8 +74,9 @@ def product_kernel(
     VALUE_SIDE: tl.constexpr,
     PERMUTED: tl.constexpr,
     BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -111,11 +117,16 @@ def product_kernel(
                 w = tl.load(values + place[:, None] + n[None, :] * VALUE_N, exists[:, None], other=0.0)
                 known = in_x[:, None] & exists[None, :]
                 a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, known, other=0.0)
-            acc = dot(a, w, acc, PRECISION, UPCAST)
+            acc = dot(a, w, acc, PRECISION)
         if BIAS:
             acc += tl.load(bias + row * N + n).to(tl.float32)[None, :]
-        out = y + token[:, None] * y_token + (row * N + n)[None, :]
-        tl.store(out, acc.to(y.dtype.element_ty), (token < num_tokens)[:, None])
+        is_token = token < num_tokens
+        if EPILOGUE == "none":
+            out = y + token[:, None] * y_token + (row * N + n)[None, :]
+            tl.store(out, rounded(acc, y.dtype.element_ty), is_token[:, None])
+        else:
+            feature = row * N + n
+            finish(acc, y, second, third, kept, token, feature, is_token, y_token, kept_features, EPILOGUE, ACTIVATION)
 
 
 def product(
@@ -131,8 +142,10 @@ def product(
     side: int,
     out_dtype: torch.dtype,
     by_feature: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
-    """(tokens, rows * outputs): each row's units applied to the inputs they name, and the bias.
+    """(tokens, rows * outputs): each row's units applied to the inputs they name, and the bias; or what an epilogue
+    makes of it.
 
     Args:
         x: (tokens, inputs), or if `by_feature` (inputs, tokens, and zeros beyond them); of the values' dtype.
@@ -142,9 +155,9 @@ def product(
         perm: where in `values` each unit is; None: in order, and a unit is (outputs, side). Else (side, outputs).
     """
     rows = pointers.shape[0] - 1
-    y = torch.empty(tokens, rows * outputs, dtype=device.stored(out_dtype), device=x.device)
+    y = torch.empty(tokens, rows * outputs, dtype=out_dtype, device=x.device)
     if not y.numel():
-        return y.to(out_dtype)
+        return y
     x_token, x_feature = (x.stride(1), x.stride(0)) if by_feature else (x.stride(0), x.stride(1))
     processors = device.num_processors(x)
 
@@ -159,6 +172,7 @@ def product(
             values,
             bias,
             y,
+            *((None, None, None) if epilogue is None else (epilogue.second, epilogue.third, epilogue.kept)),
             pointers,
             columns,
             perm,
@@ -169,6 +183,7 @@ def product(
             x_token,
             x_feature,
             y.stride(0),
+            0 if epilogue is None else epilogue.kept.shape[1],
             bucket(tokens),
             bucket(columns.shape[0] // rows),
             N=outputs,
@@ -177,7 +192,8 @@ def product(
             VALUE_SIDE=1 if perm is None else outputs,
             PERMUTED=perm is not None,
             BIAS=bias is not None,
+            EPILOGUE="none" if epilogue is None else epilogue.kind,
+            ACTIVATION=0 if epilogue is None else epilogue.activation,
             PRECISION=device.precision(x.dtype),
-            UPCAST=device.upcasts(x.dtype),
         )
-    return y.to(out_dtype)
+    return y

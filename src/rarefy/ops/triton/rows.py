@@ -1,9 +1,14 @@
-"""Where a kernel finds units: the row of one by its position, and features of several at once."""
+"""What kernels share: where units are found, and arithmetic that is right in the interpreter too."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from rarefy.ops.triton import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
+"""The interpreter (Triton 3.7 to 3.9) multiplies bf16 wrongly, and cuts off where it should round to bf16."""
 
 
 @triton.jit
@@ -30,9 +35,19 @@ def features_of(columns, inner, SIDE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in fp32."""
-    if UPCAST:
+    if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp32 rounded to the nearest of another dtype."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = value.to(tl.uint32, bitcast=True)
+        even = bits + (0x7FFF + ((bits >> 16) & 1))
+        value = tl.where(value == value, (even & 0xFFFF0000).to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rarefy.ops.index import Index
 from rarefy.ops.triton import device
-from rarefy.ops.triton.rows import dot, features_of, row_of
+from rarefy.ops.triton.rows import dot, features_of, rounded, row_of
 from rarefy.ops.triton.tuning import bucket, tuned
 
 SPLIT_TOKENS = 512
@@ -62,7 +62,6 @@ def sddmm_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -91,13 +90,13 @@ def sddmm_kernel(
             known = (token < x_tokens)[:, None] & exists[None, :]  # what is not of this part, g makes zero
             a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, known, other=0.0)
             if TURNED:
-                acc = dot(tl.trans(a), g, acc, PRECISION, UPCAST)
+                acc = dot(tl.trans(a), g, acc, PRECISION)
             else:
-                acc = dot(tl.trans(g), a, acc, PRECISION, UPCAST)
+                acc = dot(tl.trans(g), a, acc, PRECISION)
         if TURNED:
             acc = tl.trans(acc)
         place = units.to(tl.int64) * (BR * BC) + inner
-        tl.store(out + m[:, None] * BC + place[None, :], acc.to(out.dtype.element_ty), exists[None, :])
+        tl.store(out + m[:, None] * BC + place[None, :], rounded(acc, out.dtype.element_ty), exists[None, :])
         unit = stop
 
 
@@ -118,7 +117,7 @@ def sddmm(index: Index, dy: Tensor, x: Tensor, *, out_dtype: torch.dtype, by_fea
     tokens, units = dy.shape[0], index.num_units
     split_tokens = _split_tokens(units * b_c // max(b_c, 128), tokens, device.num_processors(x))
     splits = max(1, -(-tokens // split_tokens))
-    dtype = device.stored(out_dtype) if splits == 1 else torch.float32
+    dtype = out_dtype if splits == 1 else torch.float32
     parts = torch.empty(splits, units, b_r, b_c, dtype=dtype, device=x.device)
     if not units:
         return parts[0].to(out_dtype)
@@ -144,6 +143,5 @@ def sddmm(index: Index, dy: Tensor, x: Tensor, *, out_dtype: torch.dtype, by_fea
             BR=b_r,
             BC=b_c,
             PRECISION=device.precision(x.dtype),
-            UPCAST=device.upcasts(x.dtype),
         )
     return (parts[0] if splits == 1 else parts.sum(dim=0)).to(out_dtype)
