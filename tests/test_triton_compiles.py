@@ -30,7 +30,8 @@ def test_kernels_compile_for(target, blocks, tmp_path):
     assert made.returncode == 0, made.stdout + made.stderr
     products = [line for line in made.stdout.splitlines() if line.startswith(("product_kernel", "sddmm_kernel"))]
     assert len(products) >= 2 * len(blocks)
-    tensor_cores = "wgmma" if target == 90 else "mma"
+    by_tensor_cores = "wgmma" if target == 90 else "mma"
     for line in products:
-        figures = dict(re.findall(r"(registers|spilled|wgmma|mma|cp\.async) +(\d+)", line))
-        assert int(figures[tensor_cores]) > 0 and int(figures["cp.async"]) > 0 and int(figures["spilled"]) == 0, line
+        figures = dict(re.findall(r"(registers|spilled|wgmma|mma|cp\.async|in flight) +(\d+)", line))
+        assert int(figures["in flight"]) > 0, line
+        assert int(figures[by_tensor_cores]) > 0 and int(figures["cp.async"]) > 0 and int(figures["spilled"]) == 0, line

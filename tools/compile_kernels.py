@@ -50,15 +50,17 @@ class Built:
     wgmma: int
     mma: int
     async_copies: int
+    in_flight: int
+    """Copies that the inner loop leaves under way while it computes; 0: it waits for all of them."""
     narrow_loads: int
-    """Loads from global memory of less than 8 bytes a thread, whose addresses are no indices."""
+    """Loads of one or two bytes from global memory: indices, or a tile whose rows are not aligned."""
 
     def __str__(self) -> str:
         tiles = " ".join(f"{key}={value}" for key, value in self.tiles.items())
         return (
             f"{self.name:22} {tiles:56} registers {self.registers:3} spilled {self.spilled_bytes:5} "
             f"shared {self.shared_bytes >> 10:3}K wgmma {self.wgmma:3} mma {self.mma:3} cp.async {self.async_copies:3} "
-            f"narrow {self.narrow_loads:3}"
+            f"in flight {self.in_flight:2} narrow {self.narrow_loads:3}"
         )
 
 
@@ -111,6 +113,7 @@ def build(kernel: Any, arguments: dict[str, Any], config: Any, capability: int) 
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"mma\.sync", ptx)),
         len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        max([int(num) for num in re.findall(r"async_wait .*?num = (\d+)", made.asm["ttgir"])], default=0),
         len(re.findall(r"ld\.global(?:\.\w+)*\.b(?:8|16)\b", ptx)),
     )
 
@@ -119,7 +122,7 @@ def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: in
     """Every operation once."""
     from rarefy import Pattern
     from rarefy.ops import Index
-    from rarefy.ops.triton import operations
+    from rarefy.ops.triton import is_square, operations
 
     for block in blocks:
         side = 1024
@@ -131,6 +134,10 @@ def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: in
             operations.spmm(values, index, x, torch.zeros(side, dtype=dtype))
             operations.spmm_backward(values, index, dy, x, [True, True, True])
             operations.grow_candidates(index, dy, x, 10)
+            for layers in (2, 3) if is_square(list(block)) else ():
+                m = [(values, index)] * layers
+                _, z = operations.mlp(m, x, [None] * layers, 0, dtype)
+                operations.mlp_backward(m, dy, x, z, 0, [True] * (1 + 2 * layers))
 
 
 def compiling(capability: int, *, first: bool, failures: list[str]) -> Callable[..., None]:

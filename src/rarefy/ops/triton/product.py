@@ -17,7 +17,7 @@ from torch import Tensor
 from rarefy.ops.triton import device
 from rarefy.ops.triton.epilogue import Epilogue, finish
 from rarefy.ops.triton.order import longest_first
-from rarefy.ops.triton.rows import dot, features_of, rounded
+from rarefy.ops.triton.rows import dot, features_of, int32_of, rounded
 from rarefy.ops.triton.tuning import Meta, bucket, tuned
 
 _CONFIGS = [
@@ -33,8 +33,6 @@ _CONFIGS = [
         (128, 128, 8, 3),
         (256, 32, 8, 4),
         (256, 64, 8, 3),
-        # More stages: by the transposed index a load waits for two others, and each takes its share of them.
-        (64, 64, 4, 6),
         (128, 64, 8, 6),
     ]
     for group, waves in [(8, 0), (16, 0), (16, 2)]
@@ -102,7 +100,7 @@ def product_kernel(
                 inner = at % SIDE + tl.arange(0, DEPTH)
                 feature = tl.load(columns + unit).to(tl.int64) * SIDE + inner
                 if PERMUTED:
-                    unit = tl.load(perm + unit)
+                    unit = int32_of(perm, unit, True)
                 value = values + unit.to(tl.int64) * (N * SIDE) + inner[:, None] * VALUE_SIDE + n[None, :] * VALUE_N
                 w = tl.load(value)
                 a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, in_x[:, None], other=0.0)
@@ -112,7 +110,7 @@ def product_kernel(
                 exists = unit < end
                 feature = features_of(tl.load(columns + unit, exists, other=0), inner, SIDE)
                 if PERMUTED:
-                    unit = tl.load(perm + unit, exists, other=0)
+                    unit = int32_of(perm, unit, exists)
                 place = unit.to(tl.int64) * (N * SIDE) + inner * VALUE_SIDE
                 w = tl.load(values + place[:, None] + n[None, :] * VALUE_N, exists[:, None], other=0.0)
                 known = in_x[:, None] & exists[None, :]
@@ -175,7 +173,7 @@ def product(
             *((None, None, None) if epilogue is None else (epilogue.second, epilogue.third, epilogue.kept)),
             pointers,
             columns,
-            perm,
+            None if perm is None else perm.view(torch.uint16),
             longest_first(pointers),
             tokens,
             x.shape[1] if by_feature else tokens,
