@@ -97,7 +97,7 @@ def product_kernel(
             entry = at + tl.arange(0, DEPTH)
             if DEPTH <= SIDE:  # within one unit
                 unit = begin + at // SIDE
-                inner = at % SIDE + tl.arange(0, DEPTH)
+                inner = tl.multiple_of(at % SIDE, DEPTH) + tl.arange(0, DEPTH)
                 feature = tl.load(columns + unit).to(tl.int64) * SIDE + inner
                 if PERMUTED:
                     unit = int32_of(perm, unit, True)
