@@ -504,6 +504,15 @@ def test_sizes_share_their_tiles():
     assert [bucket(n) for n in (0, 1, 16, 17, 64, 8191, 8192)] == [16, 16, 16, 32, 64, 8192, 8192]
 
 
+def test_a_rewire_renews_the_order_that_a_captured_graph_reads():
+    layer = SparseLinear(64, 64, density=0.5, block=16, device=DEVICE)
+    layer(torch.randn(3, 64, device=DEVICE))
+    found = order.longest_first(layer.crow_indices)
+    units = torch.tensor([0, 1, 4, 8, 9, 10, 11, 12], device=DEVICE)
+    layer.set_pattern(Pattern.from_units(units, (64, 64), 16))
+    assert found.tolist() == [2, 0, 1, 3]
+
+
 def test_copies_of_a_layer_have_an_order_of_their_own():
     layer = SparseLinear(64, 64, density=0.4, block=16, device=DEVICE)
     other = copy.deepcopy(layer)

@@ -29,5 +29,12 @@ def longest_first(pointers: Tensor) -> Tensor:
     return sorted_rows
 
 
+def refresh(*pointers: Tensor) -> None:
+    """Sort anew where someone uses an order of these pointers: for graphs that were captured, after a rewire."""
+    for each in pointers:
+        if each in _orders:
+            longest_first(each)
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
