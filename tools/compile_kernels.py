@@ -78,6 +78,9 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str],
             signature[parameter.name] = "constexpr"
             constants[(at,)] = value
             continue
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            continue
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             aligned = value % 16 == 0 and not parameter.do_not_specialize
@@ -122,7 +125,7 @@ def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: in
     """Every operation once."""
     from rarefy import Pattern
     from rarefy.ops import Index
-    from rarefy.ops.triton import is_square, operations
+    from rarefy.ops.triton import adamw, is_square, operations
 
     for block in blocks:
         side = 1024
@@ -134,10 +137,14 @@ def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: in
             operations.spmm(values, index, x, torch.zeros(side, dtype=dtype))
             operations.spmm_backward(values, index, dy, x, [True, True, True])
             operations.grow_candidates(index, dy, x, 10)
+            gradient, m, v = (torch.zeros_like(values) for _ in range(3))
+            tables, age = (torch.zeros(2), torch.zeros(2)), torch.zeros(index.num_units, dtype=torch.int32)
+            settings = {"decay": 0.9, "betas": (0.9, 0.99), "eps": 1e-8, "keys": (1, 2, 3)}
+            adamw.update(values, gradient, m, v, age, tables, **settings)
             for layers in (2, 3) if is_square(list(block)) else ():
-                m = [(values, index)] * layers
-                _, z = operations.mlp(m, x, [None] * layers, 0, dtype)
-                operations.mlp_backward(m, dy, x, z, 0, [True] * (1 + 2 * layers))
+                matrices = [(values, index)] * layers
+                _, z = operations.mlp(matrices, x, [None] * layers, 0, dtype)
+                operations.mlp_backward(matrices, dy, x, z, 0, [True] * (1 + 2 * layers))
 
 
 def compiling(capability: int, *, first: bool, failures: list[str]) -> Callable[..., None]:

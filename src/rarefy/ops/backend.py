@@ -65,6 +65,13 @@ def runs_kernels(why_not: str | None) -> bool:
     return why_not is None and _named not in ("reference", "tiled", "triton")
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton that know any block, such as an optimizer's, run on a device."""
+    if _named == "triton":
+        return triton.usable()
+    return _named == "auto" and device.type == "cuda" and triton.usable() and not triton.interpreted()
+
+
 def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> ModuleType:
     """The module whose functions run an op for values of this dtype, device and block.
 
