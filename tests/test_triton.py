@@ -485,6 +485,18 @@ def test_on_a_gpu_the_dispatcher_takes_triton_where_it_can(compiled_for_gpu):
             assert backend.choose(torch.float64, gpu, [16, 16]) is tiled
 
 
+def test_older_gpus_compute_in_plain_torch(compiled_for_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    triton._too_old.cache_clear()
+    try:
+        with using("auto"), pytest.warns(UserWarning, match="Ampere or newer, not Tesla T4"):
+            assert backend.choose(torch.float32, torch.device("cuda", 0), [16, 16]) is tiled
+    finally:
+        triton._too_old.cache_clear()
+
+
 def test_without_triton_a_gpu_computes_in_plain_torch_and_says_why(compiled_for_gpu, monkeypatch):
     monkeypatch.setattr(triton, "_installed", lambda: False)
     with using("auto"), pytest.warns(UserWarning, match="triton is not installed"):

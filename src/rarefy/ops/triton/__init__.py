@@ -18,6 +18,9 @@ SQUARES = (16, 32, 64, 128)
 PANELS = (64, 128)
 """Heights of row panels that have kernels: blocks of (height, 1), so that so many outputs share a list of inputs."""
 
+OLDEST = (8, 0)
+"""Compute capability from which GPUs have bf16 products and asynchronous copies: Ampere."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of values and activations."""
 
@@ -35,6 +38,14 @@ def interpreted() -> bool:
 def usable() -> bool:
     """Whether this machine can run the kernels at all."""
     return interpreted() or (_installed() and torch.cuda.is_available())
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    """Why a GPU is not one that the kernels are written for."""
+    if torch.cuda.get_device_capability(index) >= OLDEST:
+        return None
+    return f"the Triton kernels need an NVIDIA GPU of Ampere or newer, not {torch.cuda.get_device_name(index)}"
 
 
 def is_panel(block: list[int]) -> bool:
@@ -60,4 +71,4 @@ def why_not(dtype: torch.dtype, device: torch.device, block: list[int]) -> str |
             f"there is no Triton kernel for blocks of {block[0]}x{block[1]}: fast there are square blocks of "
             "16, 32, 64 and 128, and row panels of (64, 1) and (128, 1)"
         )
-    return None
+    return _too_old(device.index or 0) if device.type == "cuda" and torch.cuda.is_available() else None
