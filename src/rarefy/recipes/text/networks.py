@@ -16,7 +16,7 @@ from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.plan import Plan
 from rarefy.recipes.text.settings import TextSettings
-from rarefy.training.twin import Twin
+from rarefy.training.twin import Loss, Twin
 
 SPARSE, DENSE = "sparse", "dense"
 
@@ -24,6 +24,16 @@ SPARSE, DENSE = "sparse", "dense"
 def text_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats a byte; inputs and targets (B, T) int64."""
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def bf16_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The same under bf16 autocast."""
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        return text_loss(model, inputs, targets)
+
+
+def _loss(settings: TextSettings) -> Loss:
+    return bf16_loss if settings.precision == "bf16" else text_loss
 
 
 def make_model(settings: TextSettings) -> GPT:
@@ -42,13 +52,13 @@ def make_sparse(settings: TextSettings, plan: Plan) -> Twin:
     rewirer = sparsify(model, plan)
     optimizer = _optimizer(model, settings, sparse=True)
     rewirer.attach(optimizer, total_steps=settings.steps)
-    return Twin(SPARSE, model, optimizer, rewirer, text_loss, seed=settings.seed)
+    return Twin(SPARSE, model, optimizer, rewirer, _loss(settings), seed=settings.seed)
 
 
 def make_dense(settings: TextSettings) -> Twin:
     """The dense twin, as fast as torch makes it."""
     model = make_model(settings)
-    return Twin(DENSE, model, _optimizer(model, settings, sparse=False), None, text_loss, seed=settings.seed)
+    return Twin(DENSE, model, _optimizer(model, settings, sparse=False), None, _loss(settings), seed=settings.seed)
 
 
 def _optimizer(model: nn.Module, settings: TextSettings, *, sparse: bool) -> Optimizer:

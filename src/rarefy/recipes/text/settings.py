@@ -136,6 +136,9 @@ class TextSettings:
     device: str = "cpu"
     """Where to train."""
 
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In what both networks compute: bf16 under autocast, with fp32 weights and gradients of weights."""
+
     threads: int | None = None
     """CPU threads. Without it: what torch takes."""
 
