@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rarefy.bench.gpu import dense_on_gpu, kernels_on_gpu, peers_on_gpu, sparse_
 from rarefy.bench.gpu_peers import GpuPeer, installed_for_gpu
 from rarefy.cli.bench import Bench, name_of, wish
 from rarefy.cli.bench_tables import show
+from rarefy.cost import Lap
 from rarefy.nn import SparseLinear
 from rarefy.ops import triton, using
 from rarefy.report.bench import bench_page
@@ -27,11 +29,17 @@ PATTERN = Pattern.from_units(torch.tensor([0, 3, 4, 5]), (32, 48), 16)
 interpreted = pytest.mark.skipif(not triton.interpreted(), reason="needs Triton's interpreter")
 
 
+def run(lap: Lap) -> Any:
+    return lap()
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, rtol: float = 1e-4, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(found.float(), exact, rtol=rtol, atol=atol)
+
+
 def batch(tokens: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tokens, 48, generator=generator).to(dtype), torch.randn(tokens, 32, generator=generator).to(
-        dtype
-    )
+    return torch.randn(tokens, 48, generator=generator), torch.randn(tokens, 32, generator=generator)
 
 
 @interpreted
@@ -62,20 +70,21 @@ def test_the_laps_compute_what_they_are_named_after(dtype):
     with using("triton"):
         assert kernels_on_gpu((16, 16), CPU) == "triton"
         ours = sparse_on_gpu(layer, x, dy, dtype, with_growth=True)
-        weight = layer.dense_weight()
+        weight, bias = layer.dense_weight(), layer.bias
+        assert bias is not None
         exact = dy.T @ x
         units = exact.view(2, 16, 3, 16).transpose(1, 2).reshape(6, 16, 16)
-        torch.testing.assert_close(ours.laps["forward"]().float(), x @ weight.T + layer.bias, **tolerance)
-        dx, dvalues, dbias = ours.laps["backward"]()
-        torch.testing.assert_close(dx.float(), dy @ weight, **tolerance)
-        torch.testing.assert_close(dvalues.float(), units[[0, 3, 4, 5]], rtol=0.05, atol=0.3)
-        torch.testing.assert_close(dbias, dy.sum(0), rtol=0.03, atol=0.1)
-        torch.testing.assert_close(ours.laps["dx"]().float(), dy @ weight, **tolerance)
-        grown, _ = ours.laps["growth"]()
+        close(run(ours.laps["forward"]), x @ weight.T + bias, **tolerance)
+        dx, dvalues, dbias = run(ours.laps["backward"])
+        close(dx, dy @ weight, **tolerance)
+        close(dvalues, units[[0, 3, 4, 5]], rtol=0.05, atol=0.3)
+        close(dbias, dy.sum(0), rtol=0.03, atol=0.1)
+        close(run(ours.laps["dx"]), dy @ weight, **tolerance)
+        grown, _ = run(ours.laps["growth"])
         assert set(grown.tolist()) <= {1, 2}
     dense = dense_on_gpu((32, 48), x, dy, dtype)
-    torch.testing.assert_close(dense.laps["dw"]().float(), exact, rtol=0.05, atol=0.3)
-    assert dense.laps["forward"]().dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+    close(run(dense.laps["dw"]), exact, rtol=0.05, atol=0.3)
+    assert run(dense.laps["forward"]).dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
     assert dense.flops == 6 * 32 * 48 * 32 and ours.flops == 6 * 4 * 256 * 32
 
 
@@ -85,7 +94,7 @@ def test_blocks_without_a_kernel_are_named_tiled_and_timed(monkeypatch):
         assert kernels_on_gpu((2, 3), CPU) == "tiled"
 
 
-# -- other libraries -----------------------------------------------------------------------------------------------------
+# -- other libraries -------------------------------------------------------------------------------------
 
 
 class Stk:
@@ -114,10 +123,10 @@ def test_stk_is_given_our_pattern_and_its_three_products_are_asked_for():
     x, dy = batch()
     laps = peers.stk(Stk, PATTERN, x, dy)
     weight = scatter(peers._values(PATTERN, x), PATTERN)
-    torch.testing.assert_close(laps["forward"](), x @ weight.T)
-    dx, (dw, topology) = laps["backward"]()
-    torch.testing.assert_close(dx, dy @ weight)
-    torch.testing.assert_close(dw, dy.T @ x)
+    close(run(laps["forward"]), x @ weight.T)
+    dx, (dw, topology) = run(laps["backward"])
+    close(dx, dy @ weight)
+    close(dw, dy.T @ x)
     assert not topology.turned
 
 
@@ -142,17 +151,17 @@ class Blksprs:
 def test_blksprs_is_given_our_pattern_and_gives_both_gradients():
     x, dy = batch()
     laps = peers.blksprs(Blksprs(), PATTERN, x, dy)
-    laps["forward"]()
-    da, dw = laps["backward"]()
+    run(laps["forward"])
+    da, dw = run(laps["backward"])
     weight = torch.randn(1, 48, 32, generator=torch.Generator().manual_seed(0))[0] * PATTERN.to_mask().T
-    torch.testing.assert_close(da[0], dy @ weight.T)
-    torch.testing.assert_close(dw[0], x.T @ dy)
+    close(da[0], dy @ weight.T)
+    close(dw[0], x.T @ dy)
 
 
 def test_torchs_layout_is_right():
     x, dy = batch()
     weight = scatter(peers._values(PATTERN, x), PATTERN)
-    torch.testing.assert_close(peers.torch_bsr(PATTERN, x, dy)["forward"](), x @ weight.T)
+    close(run(peers.torch_bsr(PATTERN, x, dy)["forward"]), x @ weight.T)
 
 
 def test_a_peer_that_fails_is_noted_and_one_that_does_not_fit_is_not_asked():
@@ -176,7 +185,7 @@ def test_without_others_only_torch_is_beside_us(monkeypatch):
     assert [peer.name for peer in installed_for_gpu([])] == ["torch BSR"]
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------------
 
 
 def test_the_command_passes_the_device_on_and_a_machine_without_one_says_so():

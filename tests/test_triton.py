@@ -28,7 +28,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 if not triton.usable():
     pytest.skip("no GPU, and triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
-from rarefy.ops.triton import grow, operations, order, panel, sddmm
+from rarefy.ops.triton import grow, operations, order, panel, sddmm, tuning
 from rarefy.ops.triton import product as products
 from rarefy.ops.triton.tuning import Tuned, bucket, forced
 
@@ -61,7 +61,8 @@ on_every_block = pytest.mark.parametrize("block", BLOCKS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _named():
+def _named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "_times", False)  # on a GPU, timing the tiles of each of these sizes takes minutes
     with using("triton"):
         yield
 
@@ -510,6 +511,43 @@ def test_on_a_cpu_nobody_imports_the_kernels():
         "layer(torch.randn(2, 32)).sum().backward(); assert 'rarefy.ops.triton.operations' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(triton.interpreted(), reason="the interpreter has no clock worth asking")
+@on_every_block
+def test_the_tiles_that_are_fastest_compute_the_same(block, monkeypatch):
+    monkeypatch.setattr(tuning, "_times", True)
+    p = there(problem(shaped(block, 4, 37 if block[1] == 1 else 5, density=0.5, batch=300), activations=torch.bfloat16))
+    admits(expected_output(p, torch.bfloat16), OPS.spmm(*sparse(p), p.x, p.bias))
+    dx, dvalues, _ = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
+    admits((Near.of(p.dy.cpu()) @ weight_of(p, torch.bfloat16)).stored(torch.bfloat16), dx)
+    admits(expected_values_gradient(p), dvalues)
+
+
+@pytest.mark.skipif(triton.interpreted(), reason="needs a GPU")
+@on_every_block
+def test_a_captured_graph_survives_a_rewire(block):
+    """Forward, both gradients and growth, replayed after the pattern was replaced in place."""
+    case = shaped(block, 4, 37 if block[1] == 1 else 5, density=0.5, batch=100)
+    p = there(problem(case))
+
+    def run() -> tuple[Tensor, ...]:
+        y = OPS.spmm(*sparse(p), p.x, p.bias)
+        return y, *OPS.spmm_backward(*sparse(p), p.dy, p.x, [True] * 3), *OPS.grow_candidates(*p.index, p.dy, p.x, 3)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    other = Pattern.with_units(case.shape, p.index.num_units, block, torch.Generator().manual_seed(99))
+    for array, new in zip(p.index[:-1], Index.of(other)[:-1], strict=True):
+        array.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(found, again) for found, again in zip(outputs, run(), strict=True))
 
 
 def test_sizes_share_their_tiles():

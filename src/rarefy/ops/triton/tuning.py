@@ -2,11 +2,12 @@
 
 Triton's own autotuner times and keeps them, in its cache folder (`TRITON_CACHE_DIR`, else ~/.triton/cache), by kernel
 source, GPU, Triton version, dtypes and the key. Keys are sizes rounded to powers of two, so that batches of other
-sizes and rewires tune nothing anew.
+sizes and rewires tune nothing anew. `RAREFY_TUNE=0` takes the first tiles, which fit everywhere, and times nothing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,13 +20,16 @@ Meta = Mapping[str, Any]
 
 _forced: dict[str, Meta] = {}
 
+_times = os.environ.get("RAREFY_TUNE", "1") != "0"
+
 
 class Tuned:
     """A kernel and the tiles it may have.
 
     Args:
         kernel: what `triton.jit` made.
-        configs: to choose from.
+        configs: to choose from; the first fits on every GPU. One alone is never timed, so that it may be of a kernel
+            that cannot run twice.
         key: names of the kernel's arguments that the choice depends on, besides dtypes.
         interpreted: tiles for the interpreter, which has no clock worth asking.
     """
@@ -40,6 +44,8 @@ class Tuned:
     def launch(self, grid: Callable[[Meta], tuple[int, ...]], *arguments: Any, **constants: Any) -> None:
         """Run it over a grid that depends on the tiles."""
         meta = _forced.get(self.name, self._interpreted if interpreted() else None)
+        if meta is None and not _times:
+            meta = self.configs[0].all_kwargs()
         if meta is None:
             self._tuner[grid](*arguments, **constants)
         else:
