@@ -47,6 +47,7 @@ class Built:
     shared_bytes: int
     registers: int
     spilled_bytes: int
+    """A thread's stack, which holds what found no register."""
     wgmma: int
     mma: int
     async_copies: int
@@ -105,7 +106,7 @@ def build(kernel: Any, arguments: dict[str, Any], config: Any, capability: int) 
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stdout
     return Built(
         kernel.fn.__name__,

@@ -87,3 +87,34 @@ def finish(
         _store(y + place, acc * z * slope(g, ACTIVATION), mask)
         _store(second + place, acc * act, mask)
         _store(third + place, act * z, mask)
+
+
+@triton.jit
+def halves(acc, TOKENS: tl.constexpr, N: tl.constexpr):
+    """A tile's left and right columns, (TOKENS, N / 2) each."""
+    return tl.split(tl.permute(tl.reshape(acc, (TOKENS, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish_in_slices(
+    acc,
+    y,
+    second,
+    third,
+    kept,
+    token,
+    first_feature,
+    is_token,
+    y_token,
+    kept_features,
+    TOKENS: tl.constexpr,
+    N: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """`finish`, a few columns at a time: z and what follows from it would not all find registers beside the sums."""
+    half = tl.arange(0, N // 2) + first_feature
+    left, right = halves(acc, TOKENS, N)
+    finish(left, y, second, third, kept, token, half, is_token, y_token, kept_features, EPILOGUE, ACTIVATION)
+    half += N // 2
+    finish(right, y, second, third, kept, token, half, is_token, y_token, kept_features, EPILOGUE, ACTIVATION)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rarefy.ops.triton import device
-from rarefy.ops.triton.epilogue import Epilogue, finish
+from rarefy.ops.triton.epilogue import Epilogue, finish, finish_in_slices, halves
 from rarefy.ops.triton.order import longest_first
 from rarefy.ops.triton.rows import dot, features_of, int32_of, rounded
 from rarefy.ops.triton.tuning import Meta, bucket, tuned
@@ -120,9 +120,33 @@ def product_kernel(
         if EPILOGUE == "none":
             out = y + token[:, None] * y_token + (row * N + n)[None, :]
             tl.store(out, rounded(acc, y.dtype.element_ty), is_token[:, None])
-        else:
+        elif N == 16:
             feature = row * N + n
             finish(acc, y, second, third, kept, token, feature, is_token, y_token, kept_features, EPILOGUE, ACTIVATION)
+        elif N < 128:
+            finish_in_slices(
+                *(acc, y, second, third, kept, token, row * N, is_token, y_token, kept_features),
+                TOKENS,
+                N,
+                EPILOGUE,
+                ACTIVATION,
+            )
+        else:
+            left, right = halves(acc, TOKENS, N)
+            finish_in_slices(
+                *(left, y, second, third, kept, token, row * N, is_token, y_token, kept_features),
+                TOKENS,
+                N // 2,
+                EPILOGUE,
+                ACTIVATION,
+            )
+            finish_in_slices(
+                *(right, y, second, third, kept, token, row * N + N // 2, is_token, y_token, kept_features),
+                TOKENS,
+                N // 2,
+                EPILOGUE,
+                ACTIVATION,
+            )
 
 
 def product(
