@@ -13,16 +13,23 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlp_cases
-from cases import CASES, Case, Problem, problem
+from cases import CASES, Case, Problem, problem, scatter
 from near import Near
 from rarefy import Constant, Pattern, Plan, RigL, SparseLinear, sparsify
 from rarefy.ops import Index, backend, reference, tiled, triton, using
 from rarefy.ops.mlp import ACTIVATIONS
+from rarefy.recipes.text.networks import make_sparse
+from rarefy.recipes.text.settle import batches
+from rarefy.training.data import load_corpus
+from tiny import settings as text_settings
+from tiny import write_text
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 if not triton.usable():
@@ -196,6 +203,46 @@ def test_panels_hand_back_input_gradients_a_few_tokens_at_a_time(block, units, c
         forced(panel.column_sums_kernel, {"COLUMNS": columns, "TOKENS": 64}),
     ):
         admits(Near.of(p.dy.cpu()) @ Near.of(p.weight), OPS.spmm_t(*sparse(p), p.dy))
+
+
+@st.composite
+def any_problem(draw: st.DrawFn) -> tuple[Problem, dict[str, int], dict[str, int]]:
+    """Any pattern, skewed or not, with tiles that fit it well or badly."""
+    block = draw(st.sampled_from([(16, 16), (32, 32), (64, 1)]))
+    rows, cols = draw(st.integers(1, 5)), draw(st.integers(1, 40 if block[1] == 1 else 4))
+    units = draw(st.sets(st.integers(0, rows * cols - 1), max_size=rows * cols))
+    pattern = Pattern.from_units(
+        torch.tensor(sorted(units), dtype=torch.int64), (rows * block[0], cols * block[1]), block
+    )
+    drawn = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tokens = draw(st.integers(1, 50))
+    values = torch.randn(pattern.num_units, *block, generator=drawn)
+    x, dy = (torch.randn(tokens, n, generator=drawn) for n in (pattern.shape[1], pattern.shape[0]))
+    weight = scatter(values, pattern).double()
+    side = st.sampled_from([16, 32, 64])
+    tiles = {
+        "TOKENS": draw(side),
+        "DEPTH": draw(side),
+        "GROUP": draw(st.integers(1, 3)),
+        "WAVES": draw(st.integers(0, 1)),
+    }
+    p = Problem(pattern, Index.of(pattern), values, weight, None, x, dy)
+    return p, tiles, {"WIDTH": draw(side), "TOKENS": draw(side)}
+
+
+@settings(max_examples=40)
+@given(any_problem())
+def test_any_pattern_with_any_tiles(drawn):
+    p, tiles, gradient_tiles = drawn
+    q = there(p)
+    with forced(products.product_kernel, tiles), forced(sddmm.sddmm_kernel, gradient_tiles):
+        admits(expected_output(p, torch.float32), OPS.spmm(*sparse(q), q.x))
+        admits(Near.of(p.dy) @ Near.of(p.weight), OPS.spmm_t(*sparse(q), q.dy))
+        admits(expected_values_gradient(p), OPS.sddmm(*q.index, q.dy, q.x))
+    units, scores = OPS.grow_candidates(*q.index, q.dy, q.x, 5)
+    wanted, exact = reference.grow_candidates(p.index, p.dy.double(), p.x.double(), 5)
+    torch.testing.assert_close(scores.cpu(), exact, rtol=1e-4, atol=1e-5)
+    assert len(set(units.tolist())) == len(wanted) and not set(units.tolist()) & set(p.pattern.unit_indices().tolist())
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
@@ -451,6 +498,26 @@ def test_training_rewires_and_one_graph_holds(block):
     if DEVICE.type == "cpu":
         with using("tiled"):
             assert train(block, compiled=False)[0] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_text_run_has_the_loss_curve_and_the_patterns_of_the_cpu_kernels(precision, tmp_path):
+    """The whole step: a GPT, its MLPs as one call, growth, and AdamW's kernel."""
+    torch._dynamo.reset()
+    text = write_text(tmp_path / "text.txt")
+    plan = Plan(density=0.4, block=16, method=RigL(interval=2, end=9, fraction=Constant(0.3)), keep_dense=("head",))
+    runs = []
+    for name, device in (("triton", DEVICE.type), ("auto", "cpu")):
+        asked = text_settings(text, width=64, plan=plan, device=device, precision=precision, twin=False).settled(12)
+        data, _ = batches(asked, load_corpus(str(text)))
+        with using(name):
+            twin = make_sparse(asked, asked.plan)
+            runs.append(([twin.train_step(data).loss for _ in range(4)], twin.rewirer))
+    (losses, rewirer), (theirs, other) = runs
+    assert losses == pytest.approx(theirs, rel=2e-3 if precision == "bf16" else 1e-4)
+    assert rewirer is not None and other is not None and len(rewirer.history) == len(other.history) >= 3
+    if precision == "fp32":
+        assert all(layer.pattern == other.layers[name].pattern for name, layer in rewirer.layers.items())
 
 
 def test_blocks_without_a_kernel_are_refused_by_name():
