@@ -213,7 +213,11 @@ def test_bf16_is_autocast_around_the_loss_alone(text, make):
         twin = make(given, given.plan) if make is make_sparse else make(given)
         seen: list[torch.dtype] = []
         linear = next(m for m in twin.model.modules() if isinstance(m, SparseLinear | nn.Linear))
-        linear.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.dtype))
+
+        def look(module: nn.Module, inputs: object, output: torch.Tensor, seen: list[torch.dtype] = seen) -> None:
+            seen.append(output.dtype)
+
+        linear.register_forward_hook(look)
         losses.append(twin.train_step(data).loss)
         assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
         held = [p.dtype for p in twin.model.parameters()]
