@@ -17,7 +17,7 @@ endif
 # Runs a command in silence; if it fails, shows the end of what it said.
 quiet = @mkdir -p build; echo "$(1) ..."; { $(2); } >build/make.log 2>&1 || { tail -n 40 build/make.log; echo "failed; all of it: build/make.log"; exit 1; }
 
-.PHONY: help demo test check lint bench readme wheel wheel-check report-check sanitize kernels-check neon clean
+.PHONY: help demo test test-gpu check lint bench readme wheel wheel-check report-check sanitize kernels-check neon clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -27,6 +27,10 @@ demo: .venv/rarefy  ## train a language model sparse, beside its dense twin: thr
 
 test: .venv/dev     ## all tests
 	@$(BIN)/python -m pytest -q --durations=15 $(ARGS)
+
+test-gpu: .venv/dev ## the Triton kernels' tests on this machine's NVIDIA GPU, compiled, not interpreted
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no NVIDIA GPU here"; exit 1; }
+	@$(BIN)/python -m pytest -q tests/test_triton.py $(ARGS)
 
 check: lint         ## before a push: lint and the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not browser and not data" $(ARGS)

@@ -18,6 +18,16 @@ settings.register_profile(
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# Without a GPU the Triton kernels are tested in Triton's interpreter. Triton asks when it is imported, which torch's
+# compiler does, which rarefy imports.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tiny networks give reason for most of them. Not in pyproject.toml: it would import rarefy before the line above.
+    config.addinivalue_line("filterwarnings", "ignore::rarefy.GuardWarning")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

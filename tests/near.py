@@ -54,7 +54,10 @@ class Near:
 
     def stored(self, dtype: torch.dtype) -> Near:
         """Rounded to a narrower dtype: by half a unit in the last place, of at most `eps` of the magnitude."""
-        return Near(self.exact, self.off + BF16 / 2 * self.size) if dtype == torch.bfloat16 else self
+        if dtype not in (torch.bfloat16, torch.float16):
+            return self
+        kind = torch.finfo(dtype)
+        return Near(self.exact, self.off + kind.eps / 2 * self.size + kind.eps * kind.tiny / 2)
 
     def admits(self, found: Tensor) -> None:
         """Fails where `found` is further off than it may be."""

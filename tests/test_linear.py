@@ -443,6 +443,15 @@ def test_a_state_without_the_layer_may_be_allowed():
     assert "up.values" in found.missing_keys and model["up"].pattern == make().pattern
 
 
+def test_the_sink_stays_on_the_cpu_and_armed():
+    """A GPU that held it would make every backward pass wait."""
+    layer = make()
+    sink = layer.sink
+    moved = layer.to("meta")
+    assert moved.sink is sink and sink.device.type == "cpu" and moved.values.device.type == "meta"
+    assert copy.deepcopy(moved).sink.device.type == "cpu"
+
+
 # -- the meta device --
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy import Constant, Plan, Rewirer, RigL, SparseLinear, sparsify
+from rarefy.ops import triton, using
+from rarefy.rounding import key_of, to_bfloat16
 from rewires import layer_of, push, units_of
 
 EIGHT = torch.tensor([5.0, 1, 2, 3, 4, 6, 7, 8])
@@ -267,3 +269,78 @@ def test_tied_weights_are_in_one_group_once():
     model["head"].weight = model["embed"].weight
     groups = rarefy.param_groups(model, lr=0.1, weight_decay=0.2)
     assert [len(group["params"]) for group in groups] == [1] and groups[0]["weight_decay"] == 0.0
+
+
+# -- bf16, and the kernel --
+
+
+def test_stochastic_rounding_takes_a_neighbour_and_the_mean_is_exact():
+    exact = torch.randn(2_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.randint(-20, 20, (2_000,))
+    low = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    high = ((exact.view(torch.int32) & ~0xFFFF) + 0x10000).view(torch.float32)
+    draws = torch.stack([to_bfloat16(exact, key_of(1, at)).float() for at in range(400)])
+    assert ((draws == low) | (draws == high)).all()
+    share, wanted = (draws == high).float().mean(0), (exact - low) / (high - low)
+    assert ((share - wanted).abs() < 5 * (wanted * (1 - wanted) / 400).sqrt() + 1e-3).all()
+    assert abs(float((share - wanted).mean())) < 4 * 0.5 / (400 * 2_000) ** 0.5
+
+
+def test_stochastic_rounding_leaves_alone_what_it_must():
+    special = torch.tensor([0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, torch.nan])
+    quiet = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a nan whose bits would overflow
+    for key in range(20):
+        found = to_bfloat16(torch.cat([special, quiet]), key)
+        torch.testing.assert_close(found[:-1].float(), special, rtol=0, atol=0, equal_nan=True)
+        assert found[-1].isnan() and torch.equal(found[:2].signbit(), torch.tensor([False, True]))
+
+
+def test_rounding_is_that_of_its_key_alone():
+    exact = torch.randn(1_000)
+    assert torch.equal(to_bfloat16(exact, 7), to_bfloat16(exact, 7))
+    assert torch.equal(to_bfloat16(exact[:10], 7), to_bfloat16(exact, 7)[:10])
+    assert not torch.equal(to_bfloat16(exact, 7), to_bfloat16(exact, 8))
+    assert len({key_of(step, at) for step in range(100) for at in range(100)}) == 10_000
+
+
+def test_weights_in_bf16_move_by_steps_below_their_precision():
+    """A thousand steps of 1e-4 at a weight of 1, whose neighbours in bf16 are 4e-3 below and 8e-3 above."""
+    p = nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
+    optimizer = rarefy.AdamW([p], lr=1e-4, weight_decay=0.0)
+    for _ in range(1_000):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert float(p.detach().float().mean()) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40,), (7, 4, 3), (), (0, 4), (300, 5)], ids=str)
+def test_the_kernel_does_what_plain_torch_does(dtype, shape):
+    """Newborns among them; in bf16 the same draws, so the same bits but where fp32 rounding decides."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    if not triton.usable():
+        pytest.skip("no GPU, and triton was imported without TRITON_INTERPRET=1")
+    where = "cpu" if triton.interpreted() else "cuda"
+    settings = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.95), "ramp": 5}
+    ps, optimizers = [], []
+    for device, name in (("cpu", "auto"), (where, "triton")):
+        p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype))
+        optimizer = rarefy.AdamW([p], **settings)
+        for step in range(8):
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step + 9)).to(device, dtype)
+            if step == 4 and p.dim():
+                for state in ("age", "exp_avg", "exp_avg_sq"):
+                    optimizer.state[p][state][::3] = 0
+            version = p._version
+            with using(name):
+                optimizer.step()
+            assert not p.numel() or p._version > version
+        ps.append(p.detach().cpu().float())
+        optimizers.append(optimizer.state[p])
+    if dtype == torch.float32:
+        torch.testing.assert_close(ps[1], ps[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(optimizers[1]["exp_avg_sq"].cpu(), optimizers[0]["exp_avg_sq"], rtol=1e-5, atol=1e-7)
+    else:
+        same = ps[0] == ps[1]
+        assert same.float().mean() > 0.9 or same.numel() < 2
+        torch.testing.assert_close(ps[1], ps[0], rtol=0.03, atol=0.01)
+    assert torch.equal(optimizers[0]["age"], optimizers[1]["age"].cpu())

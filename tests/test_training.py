@@ -203,6 +203,29 @@ def test_evaluation_is_the_mean_over_all_bytes(text):
     assert twin.evaluate(windows) == pytest.approx(text_loss(twin.model, inputs, targets).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("make", [make_sparse, make_dense], ids=["sparse", "dense"])
+def test_bf16_is_autocast_around_the_loss_alone(text, make):
+    """Weights, their gradients and the optimizer's state stay fp32; the loss is that of fp32 within bf16's rounding."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        given = settings(text, precision=precision).settled(12)
+        data, _ = batches(given, load_corpus(str(text)))
+        twin = make(given, given.plan) if make is make_sparse else make(given)
+        seen: list[torch.dtype] = []
+        linear = next(m for m in twin.model.modules() if isinstance(m, SparseLinear | nn.Linear))
+
+        def look(module: nn.Module, inputs: object, output: torch.Tensor, seen: list[torch.dtype] = seen) -> None:
+            seen.append(output.dtype)
+
+        linear.register_forward_hook(look)
+        losses.append(twin.train_step(data).loss)
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        held = [p.dtype for p in twin.model.parameters()]
+        held += [p.grad.dtype for p in twin.model.parameters() if p.grad is not None]
+        assert set(held) == {torch.float32}
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_clipping_bounds_the_norm_that_the_optimizer_sees(text):
     given = settings(text).settled(12)
     data, _ = batches(given, load_corpus(str(text)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.nn import SparseLinear
+from rarefy.ops import backend
+from rarefy.rounding import key_of, to_bfloat16
 from rarefy.supar import SuPar
 
 
@@ -28,6 +32,10 @@ class AdamW(Optimizer):
         ramp: steps over which a newborn's update grows to full size; 0: none.
     Raises:
         ValueError: a setting out of range.
+
+    Parameters in bf16 are updated in fp32 and, with their moments, rounded stochastically (`rarefy.rounding`): rounded
+    to the nearest, most of them would not move. On an NVIDIA GPU with triton a step is one kernel a parameter, and
+    nothing waits for the GPU.
 
     State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for
     unstructured layers.
@@ -58,13 +66,21 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
+        tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        parameters = ((group, p) for group in self.param_groups for p in group["params"])
+        for ordinal, (group, p) in enumerate(parameters):
+            if p.grad is not None:
+                self._update(p, p.grad, group, ordinal, tables)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        ordinal: int,
+        tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]],
+    ) -> None:
         if grad.is_sparse:
             raise ValueError(
                 "rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape"
@@ -76,20 +92,44 @@ class AdamW(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p)
             state["age"] = torch.zeros(p.shape[:1], dtype=torch.int32, device=p.device)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        age = state["age"].add_(1)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        if not p.dim() or not p.numel() or int(age.min()) == state["step"]:
-            # No newborn, so one correction for all: torch's own arithmetic.
-            scale1, scale2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]) ** 0.5
-            denominator = (state["exp_avg_sq"].sqrt() / scale2).add_(group["eps"])
-            p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / scale1)
-            return
-        size, root = (factor[age].view(-1, *[1] * (p.dim() - 1)) for factor in _by_age(state["step"], group, p))
-        denominator = state["exp_avg_sq"].sqrt().mul_(root).add_(group["eps"])
-        p.sub_((state["exp_avg"] / denominator).mul_(size))
+        stored = (p, state["exp_avg"], state["exp_avg_sq"])
+        keys = [key_of(state["step"], ordinal, place) for place in range(3)]
+        if _kernel(stored) is not None:
+            self._update_by_kernel(stored, grad, group, state, keys, tables)
+        elif p.dtype != torch.bfloat16:
+            _update_in_place(*stored, grad, group, state)
+        else:
+            wide = (p.float(), state["exp_avg"].float(), state["exp_avg_sq"].float())
+            _update_in_place(*wide, grad.float(), group, state)
+            for tensor, exact, key in zip(stored, wide, keys, strict=True):
+                tensor.copy_(to_bfloat16(exact, key))
+
+    def _update_by_kernel(
+        self,
+        stored: tuple[Tensor, Tensor, Tensor],
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        keys: list[int],
+        tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]],
+    ) -> None:
+        p, kernel = stored[0], _kernel(stored)
+        assert kernel is not None
+        key = (state["step"], id(group), p.device)
+        if key not in tables:
+            tables[key] = _by_age(state["step"], group, p.device, torch.float32)
+        kernel.update(
+            p,
+            grad,
+            *stored[1:],
+            state["age"].add_(1),
+            tables[key],
+            decay=1 - group["lr"] * group["weight_decay"],
+            betas=group["betas"],
+            eps=group["eps"],
+            keys=tuple(keys),
+        )
+        torch.autograd.graph.increment_version(stored)  # written where autograd does not see it (rewiring rule 7.5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's, but ages stay integers: torch casts all state to the parameter's dtype."""
@@ -106,19 +146,47 @@ class AdamW(Optimizer):
             group.setdefault("ramp", 100)
 
 
-def _by_age(step: int, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel(tensors: tuple[Tensor, ...]) -> ModuleType | None:
+    """The kernel that updates such a parameter and moments; None: plain torch does."""
+    if not backend.runs_triton(tensors[0].device):
+        return None
+    kernel = importlib.import_module("rarefy.ops.triton.adamw")
+    return kernel if kernel.runs(*tensors) else None
+
+
+def _update_in_place(
+    p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]
+) -> None:
+    beta1, beta2 = group["betas"]
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    age = state["age"].add_(1)
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    if not p.dim() or not p.numel() or int(age.min()) == state["step"]:
+        # No newborn, so one correction for all: torch's own arithmetic.
+        scale1, scale2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]) ** 0.5
+        denominator = (exp_avg_sq.sqrt() / scale2).add_(group["eps"])
+        p.addcdiv_(exp_avg, denominator, value=-group["lr"] / scale1)
+        return
+    tables = _by_age(state["step"], group, p.device, p.dtype)
+    size, root = (factor[age].view(-1, *[1] * (p.dim() - 1)) for factor in tables)
+    denominator = exp_avg_sq.sqrt().mul_(root).add_(group["eps"])
+    p.sub_((exp_avg / denominator).mul_(size))
+
+
+def _by_age(step: int, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Tables over age 0 .. step: the update's factor lr * ramp / (1 - beta1^age), and 1 / sqrt(1 - beta2^age).
 
-    In float64, then p's dtype: a table of `step` entries is cheaper than powers of K ages.
+    In float64, then `dtype`: a table of `step` entries is cheaper than powers of K ages.
     """
     beta1, beta2 = group["betas"]
-    ages = torch.arange(step + 1, dtype=torch.float64, device=p.device).clamp(min=1)
+    ages = torch.arange(step + 1, dtype=torch.float64, device=device).clamp(min=1)
     size = group["lr"] / (1 - beta1**ages)
     if group["ramp"]:
         size[:-1] *= (ages[:-1] / group["ramp"]).clamp(
             max=1
         )  # the last entry is for those that were there from the start
-    return size.to(p.dtype), (1 - beta2**ages).rsqrt().to(p.dtype)
+    return size.to(dtype), (1 - beta2**ages).rsqrt().to(dtype)
 
 
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float, mup: SuPar | None = None) -> list[dict[str, Any]]:

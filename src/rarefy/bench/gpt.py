@@ -25,24 +25,36 @@ from rarefy.recipes.text.networks import flops_per_token, text_loss
 
 CLIP, LEARNING_RATE = 1.0, 1e-4
 
+CPU = torch.device("cpu")
+
+GPU_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""In which the dense network is timed on a GPU."""
+
 
 def bench_gpt(
-    size: Pair, settings: Settings, kernels: Mapping[Pair, str], notes: list[str], *, budget_s: float
+    size: Pair,
+    settings: Settings,
+    kernels: Mapping[Pair, str],
+    notes: list[str],
+    *,
+    budget_s: float,
+    device: torch.device = CPU,
 ) -> list[Row]:
     """Rows of a GPT. Memory: one dense network with its optimizer, and a sparse one for each density and block; the
     dtypes share them.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (settings.step_tokens // settings.context, settings.context)
-    inputs, targets = (torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(2))
+    inputs, targets = (torch.randint(0, VOCABULARY, shape, generator=generator).to(device) for _ in range(2))
     config = gpt_config(*size, settings.context)
 
     def network() -> GPT:
-        return GPT(config, torch.Generator().manual_seed(0))
+        return GPT(config, torch.Generator().manual_seed(0)).to(device)
 
     model = network()
     optimizer = torch.optim.AdamW(param_groups(model, lr=LEARNING_RATE, weight_decay=0.1), fused=True)
-    steps = {dtype: TrainingStep(model, optimizer, inputs, targets, dtype) for dtype in dense_precisions()}
+    precisions = dense_precisions() if device.type == "cpu" else GPU_PRECISIONS
+    steps = {dtype: TrainingStep(model, optimizer, inputs, targets, dtype) for dtype in precisions}
     flops = flops_per_token(model) * settings.step_tokens
     contenders = [
         Contender(name=DENSE, dtype=dtype, kernels="torch", laps=step.laps(), flops=flops)
@@ -50,7 +62,7 @@ def bench_gpt(
     ]
     if settings.compiled:
         torch.compiler.reset()
-    for dtype in dense_precisions() if settings.compiled else ():
+    for dtype in precisions if settings.compiled else ():
         step = compiled(
             lambda dtype=dtype: TrainingStep(layer_compiled(model), optimizer, inputs, targets, dtype), notes
         )
@@ -99,6 +111,18 @@ def _density(model: nn.Module) -> float:
     return sum(layer.values.numel() for layer in layers) / entries if entries else 1.0
 
 
+def waited_for(device: torch.device, lap: Lap) -> Lap:
+    """The lap, and what it left an accelerator to do."""
+    if device.type == "cpu":
+        return lap
+
+    def whole() -> None:
+        lap()
+        torch.accelerator.synchronize(device)
+
+    return whole
+
+
 class TrainingStep:
     """A step of training in three laps. Data stay the same; weights move on from step to step."""
 
@@ -114,7 +138,7 @@ class TrainingStep:
 
     def forward(self) -> None:
         """The loss, to be remembered for `backward`."""
-        with working_in(self.dtype):
+        with working_in(self.dtype, device=self.inputs.device.type):
             self._loss = text_loss(self.model, self.inputs, self.targets)
 
     def backward(self) -> None:
@@ -131,8 +155,9 @@ class TrainingStep:
         self.optimizer.step()
 
     def laps(self) -> dict[str, Lap]:
-        """By the names of `rarefy.bench.contender.COUNTED`."""
-        return {"forward": self.forward, "backward": self.backward, "optimizer": self.update}
+        """By the names of `rarefy.bench.contender.COUNTED`; on a GPU each ends when its work is done."""
+        laps = {"forward": self.forward, "backward": self.backward, "optimizer": self.update}
+        return {name: waited_for(self.inputs.device, lap) for name, lap in laps.items()}
 
     def __call__(self) -> None:
         self.forward()

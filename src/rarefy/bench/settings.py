@@ -49,6 +49,9 @@ class Settings:
     peers: bool = True
     """Also time other libraries that are installed, on unstructured layers in fp32."""
 
+    device: str = "cpu"
+    """Where it is timed: cpu, or cuda (`rarefy.bench.gpu`)."""
+
     threads: int | None = None
     """For torch and all kernels; None: what torch uses now."""
 

@@ -14,6 +14,8 @@ import torch
 
 from rarefy import ops, probe
 from rarefy.bench.gpt import bench_gpt
+from rarefy.bench.gpu import bench_layer_on_gpu, kernels_on_gpu, timed_on
+from rarefy.bench.gpu_peers import installed_for_gpu
 from rarefy.bench.layers import bench_apart, bench_layer
 from rarefy.bench.peers import installed
 from rarefy.bench.results import DENSE, Check, Results, Row
@@ -21,10 +23,13 @@ from rarefy.bench.settings import Pair, Settings
 from rarefy.cost import interleaved, kernels_for, random_batch
 from rarefy.ops import library
 from rarefy.settings import to_plain
-from rarefy.training.machine import machine
+from rarefy.training.machine import check_device, machine
 
 PROBE_S, REFERENCE_S = 0.8, 0.5
 """For each of the two looks at the machine."""
+
+GPU_SIDE = 4096
+"""Of the matrices of a GPU's dense reference."""
 
 ABOVE = 1.05
 """A share of the ceiling that no noise explains."""
@@ -38,6 +43,8 @@ def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: No
     Raises:
         ValueError: a backend or a block that the machine does not offer; before anything is timed.
     """
+    if settings.device != "cpu":
+        return _run_on_gpu(settings, progress)
     started = time.perf_counter()
     notes: list[str] = []
     rows: list[Row] = []
@@ -74,6 +81,42 @@ def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: No
     ][:1]
     took = time.perf_counter() - started
     return Results(machine=about, settings=to_plain(settings), rows=rows, check=check, seconds=took, notes=notes)
+
+
+def _run_on_gpu(settings: Settings, progress: Callable[[str], None]) -> Results:
+    """The same on a GPU: no probe looks at it, so no row has a ceiling."""
+    started = time.perf_counter()
+    check_device(settings.device)
+    device, rows = torch.device(settings.device), []
+    notes = [] if not settings.shapes else [ON_GPU]
+    about = {**machine(), "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    with _threads(settings.threads), ops.using(settings.isa):
+        peers = installed_for_gpu(notes) if settings.peers and settings.shapes else []
+        first_ms = _look_at_gpu(device)
+        for job in _jobs(settings, with_apart=False):
+            progress(job.name)
+            if job.kind == "gpt":
+                kernels = {block: kernels_on_gpu(block, device) for block in settings.blocks}
+                rows += bench_gpt(job.shape, settings, kernels, notes, budget_s=job.budget_s, device=device)
+            else:
+                given = (job.shape, job.tokens, settings, peers, notes)
+                rows += bench_layer_on_gpu(*given, device=device, budget_s=job.budget_s)
+        check = Check(first_ms, _look_at_gpu(device))
+    took = time.perf_counter() - started
+    return Results(machine=about, settings=to_plain(settings), rows=rows, check=check, seconds=took, notes=notes)
+
+
+ON_GPU = (
+    "On a GPU the laps of layers are CUDA graphs, replayed: no Python and no autograd; backward is dX, dW and the "
+    "gradient of the bias, called directly. Steps of GPTs run eagerly, Python included."
+)
+
+
+def _look_at_gpu(device: torch.device) -> float:
+    """Median milliseconds of a dense bf16 product of fixed size."""
+    a, b = (torch.ones(GPU_SIDE, GPU_SIDE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    laps = interleaved([[timed_on(device, lambda: a @ b, [])]], budget_s=REFERENCE_S, rounds=1000)
+    return statistics.median(laps[0][0])
 
 
 def _look(settings: Settings) -> tuple[float, probe.Ceilings]:

@@ -56,6 +56,9 @@ class Bench:
     compile: bool = False
     """Also time dense torch under torch.compile; compiling is not counted."""
 
+    device: str = "cpu"
+    """Where to time: cpu, or cuda for an NVIDIA GPU (docs/gpu.md)."""
+
     threads: int | None = None
     """CPU threads. Default: what torch takes."""
 
@@ -69,7 +72,7 @@ class Bench:
     """About how long it may take; longer where three rounds do not fit."""
 
     peers: bool = True
-    """Also time torch's CSR and BSR layouts and, if installed, SparseLab and SparseProp."""
+    """Also time torch's CSR and BSR layouts and, if installed, SparseLab and SparseProp; on a GPU blksprs and stk."""
 
     json: bool = False
     """Print JSON, and nothing else, to stdout."""
@@ -137,6 +140,7 @@ def wish(settings: Bench) -> Settings:
         step_tokens=settings.step_tokens,
         compiled=settings.compile,
         peers=settings.peers,
+        device=settings.device,
         threads=settings.threads,
         rounds=settings.rounds,
         isa=settings.isa,
@@ -168,8 +172,11 @@ def sides(text: int | str, option: str) -> tuple[int, int]:
 def name_of(results: Results) -> str:
     """A file name made of date, processor, instruction set and threads."""
     about = results.machine
-    cpu = "".join(c if c.isalnum() else " " for c in about["cpu"].replace("(R)", "").replace("(TM)", ""))
-    slug = "-".join(cpu.lower().split())
+    on_gpu = results.settings.get("device", "cpu") != "cpu"
+    name = about["gpu"] if on_gpu else about["cpu"].replace("(R)", "").replace("(TM)", "")
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
+    if on_gpu:
+        return f"{about['date'][:10]}-{slug}.json"
     return f"{about['date'][:10]}-{slug}-{about['isa'].replace(' ', '-')}-{about['threads']}t.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,27 @@ def show(results: Results, console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
     about = results.machine
+    on_gpu = results.settings.get("device", "cpu") != "cpu"
+    if on_gpu:
+        console.print(
+            f"{about['gpu']}, torch {about['torch']}, rarefy {about['rarefy']}, {about['date']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        _say_cpu(about, console)
+    console.print(_ceilings(results), soft_wrap=True)
+    for kind in ("layer", "gpt"):
+        rows = [row for row in results.rows if row.kind == kind]
+        if rows:
+            console.print(table(rows, "triton" if on_gpu else about["isa"], wide=console.width >= WIDE))
+    if results.break_evens:
+        console.print(break_evens(results))
+    for line in [*_legend(results), *results.notes]:
+        console.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def _say_cpu(about: dict[str, Any], console: Console) -> None:
     console.print(
         f"{about['cpu']}, {about['threads']} threads, kernels {about['isa']}, dense {about['dense_isa']}"
         f"{' + bf16' if about['dense_bf16'] else ''}, torch {about['torch']}, rarefy {about['rarefy']}, "
@@ -29,15 +51,6 @@ def show(results: Results, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_ceilings(results), soft_wrap=True)
-    for kind in ("layer", "gpt"):
-        rows = [row for row in results.rows if row.kind == kind]
-        if rows:
-            console.print(table(rows, about["isa"], wide=console.width >= WIDE))
-    if results.break_evens:
-        console.print(break_evens(results))
-    for line in [*_legend(results), *results.notes]:
-        console.print(Text(line, style="dim"), soft_wrap=True)
 
 
 def table(rows: list[Row], usual: str, *, wide: bool = True) -> Table:

@@ -12,7 +12,7 @@ from rarefy import probe
 
 Precision = Literal["fp32", "medium", "bf16"]
 """fp32: full. medium: `torch.set_float32_matmul_precision("medium")`, fp32 tensors that products may read as
-bf16. bf16: CPU autocast, bf16 activations and gradients of activations, fp32 weights."""
+bf16. bf16: autocast, bf16 activations and gradients of activations, fp32 weights."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -25,18 +25,19 @@ def precision_now() -> Precision:
 
 
 @contextlib.contextmanager
-def working_in(precision: Precision, *, autocast: bool = True) -> Iterator[None]:
+def working_in(precision: Precision, *, autocast: bool = True, device: str = "cpu") -> Iterator[None]:
     """Set what torch reads of a precision, and put it back.
 
     Args:
         autocast: False in a backward pass, which a loop runs outside of autocast.
+        device: type of the device that computes.
     """
     before, wanted = torch.get_float32_matmul_precision(), "medium" if precision == "medium" else "highest"
     cast = autocast and precision == "bf16"
     if before != wanted:  # setting it takes some microseconds, which a small product would notice
         torch.set_float32_matmul_precision(wanted)
     try:
-        with torch.autocast("cpu", torch.bfloat16) if cast else contextlib.nullcontext():
+        with torch.autocast(device, torch.bfloat16) if cast else contextlib.nullcontext():
             yield
     finally:
         if before != wanted:

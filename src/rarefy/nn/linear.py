@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +20,7 @@ from rarefy.init import (
 from rarefy.ops import Index, index_dtype
 from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
+from rarefy.ops.triton import order
 from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
 
 INDEX_BUFFERS = ("crow_indices", "col_indices", "t_crow", "t_rows", "t_perm")
@@ -226,8 +227,7 @@ class SparseLinear(nn.Module):
         index = Index.of(pattern, by_column=self.compute == "sparse")
         for name, array in zip(INDEX_BUFFERS, index, strict=False):
             getattr(self, name).copy_(array)
-        if not self.has_pattern:  # after to_empty() the sink holds whatever was in memory
-            self.sink = new_sink().to(self.crow_indices.device)
+        order.refresh(self.crow_indices, self.t_crow)
         self.has_pattern = True
 
     def make_room(self, num_units: int) -> None:
@@ -342,6 +342,15 @@ class SparseLinear(nn.Module):
         how = "" if self.compute == "sparse" else ", computes dense"
         return f"{self.in_features}, {self.out_features}, density={self.density:.4g}{block}{bias}{how}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As every module's, but the sink stays where it is: each backward pass reads it on the CPU, and would wait for
+        a GPU that holds it.
+        """
+        sink = self._buffers["sink"]
+        super()._apply(fn, recurse)
+        self._buffers["sink"] = sink
+        return self
+
     # -- copies and checkpoints
     # ------------------------------------------------------------------------------------------
 
@@ -353,7 +362,7 @@ class SparseLinear(nn.Module):
         super().__setstate__(state)
         # A copy must not answer for the layer that it was copied from; a shallow one shares the dict of buffers.
         self._buffers = self._buffers | _viewed(self._buffers, torch.int16, torch.uint16)
-        self._buffers["sink"] = new_sink().to(self.sink.device)
+        self._buffers["sink"] = new_sink()
 
     def _load_from_state_dict(
         self,

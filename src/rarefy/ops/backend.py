@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,15 +11,20 @@ from types import ModuleType
 
 import torch
 
-from rarefy.ops import library, native, reference, tiled
+from rarefy.ops import library, native, reference, tiled, triton
 
 _named = os.environ.get("RAREFY_BACKEND", "auto")
 _told: set[str] = set()
 
 
-def available() -> list[str]:
-    """Names that `using` takes on this machine, the specification first, the fastest last."""
-    return ["reference", "tiled", *reversed(library.isas())]
+def available(device: str = "cpu") -> list[str]:
+    """Names that `using` takes for tensors on a device of this machine, the specification first, the fastest last.
+
+    "triton" is a name too where its kernels are interpreted on the CPU, which is for tests and not listed.
+    """
+    if device == "cpu":
+        return ["reference", "tiled", *reversed(library.isas())]
+    return ["reference", "tiled", *(["triton"] if device == "cuda" and triton.usable() else [])]
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def using(name: str) -> Iterator[None]:
         ValueError: the machine or the build does not offer it. Inside, an op that the backend cannot run raises too.
     """
     global _named
-    if name != "auto" and name not in available():
+    if name not in ("auto", *available()) and not (name == "triton" and triton.usable()):
         raise ValueError(f"backend {name!r} is not available here; there are: {', '.join(available())}")
     before, isa = _named, library.isa()
     _named = name
@@ -54,9 +60,16 @@ def runs_kernels(why_not: str | None) -> bool:
     Raises:
         ValueError: they cannot, and the user named them.
     """
-    if why_not is not None and _named not in ("auto", "reference", "tiled"):
+    if why_not is not None and _named not in ("auto", "reference", "tiled", "triton"):
         raise ValueError(f"backend {_named!r} was asked for, but {why_not}")
-    return why_not is None and _named not in ("reference", "tiled")
+    return why_not is None and _named not in ("reference", "tiled", "triton")
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton that know any block, such as an optimizer's, run on a device."""
+    if _named == "triton":
+        return triton.usable()
+    return _named == "auto" and device.type == "cuda" and triton.usable() and not triton.interpreted()
 
 
 def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> ModuleType:
@@ -69,11 +82,24 @@ def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> Module
         return reference
     if _named == "tiled":
         return tiled
+    if _named == "triton" or (_named == "auto" and device.type == "cuda"):
+        why_not = triton.why_not(dtype, device, block)
+        if why_not is None:
+            return importlib.import_module("rarefy.ops.triton.operations")
+        if _named == "triton":
+            raise ValueError(f"backend 'triton' was asked for, but {why_not}")
+        return _fallback(why_not, device, dtype)
     why_not = native.why_not(dtype, device, block)
     if why_not is None or runs_kernels(why_not):
         return native
+    return _fallback(why_not, device, dtype)
+
+
+def _fallback(why_not: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Plain torch; says once why, where someone expects speed: float64 is for checking gradients."""
     if why_not not in _told:
         _told.add(why_not)
-        if device.type == "cpu" and dtype != torch.float64:  # float64 is for checking gradients; no one expects speed
-            warnings.warn(f"rarefy runs in plain torch, slower than its kernels: {why_not}", stacklevel=2)
+        if device.type in ("cpu", "cuda") and dtype != torch.float64:
+            slower = "at a dense layer's cost or more" if device.type == "cuda" else "slower than its kernels"
+            warnings.warn(f"rarefy runs in plain torch, {slower}: {why_not}", stacklevel=3)
     return tiled

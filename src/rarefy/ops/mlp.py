@@ -15,12 +15,13 @@ of `spmm`, the activation, and `spmm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.ops import native, sink
+from rarefy.ops import native, reference, sink, tiled, triton
 from rarefy.ops.backend import choose
 from rarefy.ops.index import Index
 from rarefy.ops.native import SAVED_TOKENS
@@ -136,14 +137,17 @@ def _fake_backward(count: int, arguments: Sequence) -> tuple[Tensor, ...]:
     return tuple(r if need else r.new_empty(0) for r, need in zip(results, needs, strict=True))
 
 
-def _fused(m: Matrices, x: Tensor, saved: torch.dtype) -> bool:
-    """Whether the kernels take the whole MLP at once."""
-    fitting = {x.dtype, saved} <= {torch.float32, torch.bfloat16}
-    known = all(
-        choose(values.dtype, values.device, index.block) is native and values.dtype == torch.float32
-        for values, index in m
-    )
-    return known and fitting and x.shape[0] >= FUSED_TOKENS
+def _fused(m: Matrices, x: Tensor, saved: torch.dtype) -> ModuleType | None:
+    """The kernels that take the whole MLP at once, if any do."""
+    first, *others = (choose(values.dtype, values.device, index.block) for values, index in m)
+    if any(other is not first for other in others):
+        return None
+    if first is native:
+        fitting = {x.dtype, saved} <= {torch.float32, torch.bfloat16}
+        fp32 = all(values.dtype == torch.float32 for values, _ in m)
+        return native if fp32 and fitting and x.shape[0] >= FUSED_TOKENS else None
+    squares = all(triton.is_square(index.block) for _, index in m)
+    return first if first not in (reference, tiled) and squares else None
 
 
 def _spmm(matrix: tuple[Tensor, Index], x: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,8 +159,9 @@ def _forward(count: int, arguments: Sequence) -> tuple[Tensor, Tensor]:
     m, (x, *rest) = _split(arguments, count)
     biases, (activation, saved) = rest[:count], rest[count : count + 2]
     _check(m, x, activation)
-    if _fused(m, x, saved):
-        return native.mlp(m, x, biases, ACTIVATIONS.index(activation), saved)
+    kernels = _fused(m, x, saved)
+    if kernels is not None:
+        return kernels.mlp(m, x, biases, ACTIVATIONS.index(activation), saved)
     z = torch.cat([pack(_spmm(*given), saved) for given in zip(m[:-1], [x] * count, biases, strict=False)], dim=1)
     first, *factors = unpack(z, x.shape[0]).to(x.dtype).chunk(count - 1, dim=1)
     h = activate(first, activation)
@@ -169,10 +174,11 @@ def _backward_op(count: int, arguments: Sequence) -> tuple[Tensor, ...]:
     m, (dy, x, z, activation, needs, *sinks) = _split(arguments, count)
     sinks += [None] * (count - len(sinks))  # torch leaves out defaults
     given = [each for each in sinks if each is not None]
-    if _fused(m, x, z.dtype) and not any(map(sink.armed, given)):
+    kernels = _fused(m, x, z.dtype)
+    if kernels is not None and not any(map(sink.armed, given)):
         for each in given:
             sink.count(each)
-        gradients = native.mlp_backward(m, dy, x, z, ACTIVATIONS.index(activation), needs)
+        gradients = kernels.mlp_backward(m, dy, x, z, ACTIVATIONS.index(activation), needs)
     else:
         gradients = _composed_backward(m, dy, x, z, activation, needs, sinks)
     wanted = zip(gradients, needs, strict=True)

@@ -17,8 +17,8 @@ time and O(k + tile) memory. W is (O, I) and exists nowhere. `spmm` returns x's 
 values'. The arrays of the index are plain tensors in the schema, so a rewire, which writes them in place, recompiles
 nothing.
 
-Each op has a specification (`reference`), a plain-torch fallback of bounded memory (`tiled`) and CPU kernels
-(`native`).
+Each op has a specification (`reference`), a plain-torch fallback of bounded memory (`tiled`), CPU kernels (`native`)
+and, for blocks that tensor cores like, GPU kernels (`triton`).
 """
 
 from __future__ import annotations

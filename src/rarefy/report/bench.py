@@ -17,7 +17,7 @@ def bench_page(data: Mapping[str, Any]) -> str:
         "bench.html.j2",
         bench_figures(data),
         title=f"bench {machine['date'][:10]}",
-        about=f"{machine['cpu']} · {machine['threads']} threads · {machine['isa']} · {machine['date'][:10]}",
+        about=_about(data),
         headline=_headline(data["rows"]),
         notes=[*_disturbed(data["check"]), *data["notes"]],
         cards=[_card(name, both) for name, both in data["check"]["readings"].items()],
@@ -26,6 +26,14 @@ def bench_page(data: Mapping[str, Any]) -> str:
         machine=flat(machine),
         settings=flat({**data["settings"], "seconds taken": data["seconds"]}),
     )
+
+
+def _about(data: Mapping[str, Any]) -> str:
+    """The machine in a line."""
+    machine = data["machine"]
+    if data["settings"].get("device", "cpu") != "cpu":
+        return f"{machine['gpu']} · {machine['date'][:10]}"
+    return f"{machine['cpu']} · {machine['threads']} threads · {machine['isa']} · {machine['date'][:10]}"
 
 
 def _headline(rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,10 @@ from rarefy.ops import library
 
 
 def machine() -> dict[str, Any]:
-    """cpu (model name), isa (of the kernels, or "plain torch"), threads, torch, rarefy, python."""
+    """cpu (model name), isa (of the kernels, or "plain torch"), threads, torch, rarefy, python; gpu (name), where torch
+    sees one.
+    """
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": cpu_name(),
         "isa": library.isa() or "plain torch",
@@ -23,6 +26,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "rarefy": rarefy.__version__,
         "python": platform.python_version(),
+        **gpu,
     }
 
 
