@@ -202,6 +202,51 @@ int rarefy_mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, co
   return kernels->mlp_backward(mlp, dy, x, z, dx, gradients, batch, thread_count(threads));
 }
 
+static bool bad(const rarefy_conv *c, const rarefy_pattern *p) {
+  if (c == nullptr || c->images < 0 || c->channels < 0 || c->out_channels < 0 || bad(p, 0, true)) return true;
+  for (int i = 0; i < 2; ++i) {
+    if (c->in_size[i] < 0 || c->kernel[i] < 1 || c->stride[i] < 1 || c->padding[i] < 0 || c->dilation[i] < 1) return true;
+    const int64_t room = c->in_size[i] + 2 * c->padding[i] - c->dilation[i] * (c->kernel[i] - 1) - 1;
+    if (room < 0 || c->out_size[i] != room / c->stride[i] + 1) return true;
+  }
+  return p->out_features != c->out_channels || p->in_features != c->channels * c->kernel[0] * c->kernel[1];
+}
+
+static bool bad(const rarefy_images *images, const int64_t *size, int64_t count) {
+  if (images == nullptr || missing(images->data, count)) return true;
+  const int64_t *s = images->strides;
+  return count > 0 && s[0] != 1 && s[1] != 1 && (s[3] != 1 || s[2] != size[1]);
+}
+
+int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const rarefy_images *x,
+                    const float *bias, const rarefy_images *y, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(conv, pattern) || missing(values, pattern->num_units) ||
+      bad(x, conv->in_size, conv->images * conv->channels * conv->in_size[0] * conv->in_size[1]) ||
+      bad(y, conv->out_size, conv->images * conv->out_channels)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->convolve(conv, pattern, values, x, bias, y, thread_count(threads));
+}
+
+int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
+                             const rarefy_images *dy, const rarefy_images *x, const rarefy_images *dx, float *dvalues,
+                             float *dbias, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(conv, pattern) || missing(values, dx != nullptr ? pattern->num_units : 0) ||
+      missing(dvalues, pattern->num_units)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  const int64_t inputs = conv->images * conv->channels * conv->in_size[0] * conv->in_size[1];
+  if (bad(dy, conv->out_size, conv->images * conv->out_channels) || bad(x, conv->in_size, inputs) ||
+      (dx != nullptr && bad(dx, conv->in_size, inputs))) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->convolve_backward(conv, pattern, values, dy, x, dx, dvalues, dbias, thread_count(threads));
+}
+
 int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
                          int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();

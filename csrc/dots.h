@@ -74,9 +74,9 @@ class Dots {
   bool add_;
 };
 
-// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j].
+// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j]. x's vectors lie `x_step` floats apart.
 template <int BR, int BC, int NV>
-inline void unit_dots(const float *dy, const float *x, Dots<false> &dots) {
+inline void unit_dots(const float *dy, const float *x, int64_t x_step, Dots<false> &dots) {
   constexpr int P = NV * VL;
   constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
   for (int i0 = 0; i0 < BR; i0 += RI) {
@@ -88,7 +88,7 @@ inline void unit_dots(const float *dy, const float *x, Dots<false> &dots) {
         for (int i = 0; i < RI; ++i) {
           const vec y = load(dy + (i0 + i) * P + v * VL);
 #pragma GCC unroll 16
-          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + (j0 + j) * P + v * VL);
+          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + (j0 + j) * P + v * x_step);
         }
       }
       if constexpr (RI * RJ == VL) {

@@ -56,17 +56,47 @@ inline void carve_matrix(Matrix &m, Carver &carver) {
   if (carver.data != nullptr) cut_chunks(m.ptr(), m.num_rows(), m.s.chunk_rows, m.s.parts, m.s.first_row);
 }
 
+// To be called by all threads: the stream of a pattern, or of its transpose. values may be null: then only the index is
+// built. offset_of(column) within its tile.
+template <class OffsetOf>
+void build_stream(const Stream &s, const rarefy_pattern *p, bool transposed, const float *values, int32_t *scratch,
+                  OffsetOf offset_of) {
+  const int64_t entries = p->block_rows * p->block_cols;
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
+    if (p->index_bytes == 2) {
+      build_chunk(s, transposed ? by_cols<uint16_t>(p) : by_rows<uint16_t>(p), values, entries, chunk, offset_of, scratch);
+    } else {
+      build_chunk(s, transposed ? by_cols<int32_t>(p) : by_rows<int32_t>(p), values, entries, chunk, offset_of, scratch);
+    }
+  }
+}
+
+// The offsets of a tile whose inputs lie side by side, `inputs` for each column.
+struct SideBySide {
+  int64_t mask;
+  int step;
+  SideBySide(const Stream &s, int64_t inputs)
+      : mask(s.tile_cols - 1), step(int(inputs) * kPanel * int(sizeof(float)) / kOffsetBytes) {}
+  uint16_t operator()(int64_t column) const { return uint16_t((column & mask) * step); }
+};
+
 // To be called by all threads. values may be null: then only the index is built.
 inline void build(const Matrix &m, const float *values, int32_t *scratch) {
-  const int step = int(m.inputs()) * kPanel * int(sizeof(float)) / kOffsetBytes;
-#pragma omp for schedule(dynamic, 1) nowait
-  for (int64_t chunk = 0; chunk < m.s.num_chunks; ++chunk) {
-    if (m.p->index_bytes == 2) {
-      const View<uint16_t> view = m.transposed ? by_cols<uint16_t>(m.p) : by_rows<uint16_t>(m.p);
-      build_chunk(m.s, view, values, m.unit_entries(), chunk, step, scratch);
-    } else {
-      const View<int32_t> view = m.transposed ? by_cols<int32_t>(m.p) : by_rows<int32_t>(m.p);
-      build_chunk(m.s, view, values, m.unit_entries(), chunk, step, scratch);
+  build_stream(m.s, m.p, m.transposed, values, scratch, SideBySide(m.s, m.inputs()));
+}
+
+// To be called by all threads: the values' gradient in its own order, from the sum of `parts` in that of the stream.
+inline void put_in_order(const Stream &s, int64_t entries, int64_t parts, const float *in_order, float *dvalues) {
+  const int64_t part_floats = s.num_places * entries;
+#pragma omp for schedule(static) nowait
+  for (int64_t k = 0; k < s.num_places; ++k) {
+    if (s.order[k] < 0) continue;
+    for (int64_t e = 0; e < entries; ++e) {
+      const float *from = in_order + k * entries + e;
+      float sum = from[0];
+      for (int64_t part = 1; part < parts; ++part) sum += from[part * part_floats];
+      dvalues[s.order[k] * entries + e] = sum;
     }
   }
 }
@@ -228,17 +258,7 @@ inline void pack_dy(const RowMajor &dy, int64_t first, int64_t count, int64_t ba
 
 // To be called by all threads, after all chunks: the values' gradient in its own order, and the bias' summed.
 inline void finish_gradients(const Gradients &g, int64_t panels, float *dvalues, float *dbias) {
-  const Stream &s = g.m.s;
-  const int64_t entries = g.m.unit_entries();
-#pragma omp for schedule(static) nowait
-  for (int64_t k = 0; k < s.num_places; ++k) {
-    if (s.order[k] < 0) continue;
-    if (entries == 1) {
-      dvalues[s.order[k]] = g.in_order[k];
-    } else {
-      memcpy(dvalues + s.order[k] * entries, g.in_order + k * entries, size_t(entries) * sizeof(float));
-    }
-  }
+  put_in_order(g.m.s, g.m.unit_entries(), 1, g.in_order, dvalues);
   if (dbias != nullptr) add_sums(g.bias_parts, panels, g.out(), dbias);
 }
 

@@ -4,6 +4,7 @@
 #include "internal.h"
 
 #include "attention.h"
+#include "drive_conv.h"
 #include "drive_direct.h"
 #include "drive_few.h"
 #include "drive_mlp.h"
@@ -167,13 +168,31 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
                               {dx, in, half}, batch, threads);
 }
 
+int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const rarefy_images *x,
+             const float *bias, const rarefy_images *y, int threads) {
+  const Block *block = find_block(p->block_rows, p->block_cols);
+  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const Conv c = conv_of(*conv);
+  return rarefy::convolve(p, &block->tiled, c, values, images_of(c, *x, true), bias, images_of(c, *y, false), threads);
+}
+
+int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const rarefy_images *dy,
+                      const rarefy_images *x, const rarefy_images *dx, float *dvalues, float *dbias, int threads) {
+  const Block *block = find_block(p->block_rows, p->block_cols);
+  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const Conv c = conv_of(*conv);
+  const Images gradient = dx != nullptr ? images_of(c, *dx, true) : Images{};
+  return rarefy::convolve_backward(p, &block->tiled, c, values, images_of(c, *dy, false), images_of(c, *x, true), gradient,
+                                   dvalues, dbias, threads);
+}
+
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)
 #define RAREFY_TEXT_(x) #x
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
 #define RAREFY_JOIN_(a, b) a##b
 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
-                            attention_forward,          attention_backward, probe};
+                            attention_forward,          attention_backward, convolve, convolve_backward, probe};
 
 }  // namespace
 

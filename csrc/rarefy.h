@@ -27,6 +27,7 @@ enum {
   RAREFY_BAD_ARGUMENT = -1,      /* a null pointer, a negative size, or a block that does not divide the matrix */
   RAREFY_UNSUPPORTED_BLOCK = -2, /* see rarefy_supports */
   RAREFY_NO_MEMORY = -3,
+  RAREFY_TOO_WIDE = -5, /* see rarefy_convolve */
   RAREFY_NO_ISA = -4 /* RAREFY_ISA names an instruction set that this CPU or this build lacks */
 };
 
@@ -107,6 +108,30 @@ RAREFY_API int rarefy_mlp_forward(const rarefy_mlp *mlp, const void *x, void *y,
 /* dx may be NULL. */
 RAREFY_API int rarefy_mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
                                    const rarefy_mlp_gradients *gradients, int64_t batch, int threads);
+
+/* A convolution of images, whose weight is a pattern's matrix (out_channels, channels * taps), taps in rows of the kernel.
+ * Pairs are (height, width); out_size = (in_size + 2 padding - dilation (kernel - 1) - 1) / stride + 1, rounded down. */
+typedef struct {
+  int64_t images, channels, out_channels, in_size[2], out_size[2];
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+} rarefy_conv;
+
+/* Strides in elements of image, channel, row and pixel. One of those of image, channel and pixel must be 1; if only that of
+ * the pixel is, the rows of a channel must follow each other without a gap. `half`: bfloat16, else float32. */
+typedef struct {
+  void *data;
+  int64_t strides[4];
+  int32_t half;
+} rarefy_images;
+
+/* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. RAREFY_TOO_WIDE: what a row of a
+ * few pixels of one channel reads would not fit into a cache, for taps spread too far. */
+RAREFY_API int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
+                               const rarefy_images *x, const float *bias, const rarefy_images *y, int threads);
+/* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. */
+RAREFY_API int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
+                                        const rarefy_images *dy, const rarefy_images *x, const rarefy_images *dx,
+                                        float *dvalues, float *dbias, int threads);
 
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim).
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);

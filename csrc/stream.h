@@ -100,10 +100,10 @@ inline bool paired(const Stream &s, const Segment *segments, int32_t i, int32_t 
 // Scratch for build_chunk, in int32.
 inline int64_t build_scratch(const Stream &s) { return s.chunk_rows * (s.num_tiles + 1) + s.tile_cols + 1; }
 
-// values may be null: then only the index is built. `entries` in a unit, `step` of a column's inputs in offsets.
-template <class Index>
-void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t entries, int64_t chunk, int step,
-                 int32_t *scratch) {
+// values may be null: then only the index is built. `entries` in a unit; offset_of(column) within its tile.
+template <class Index, class OffsetOf>
+void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t entries, int64_t chunk,
+                 OffsetOf offset_of, int32_t *scratch) {
   const int64_t first = s.first_row[chunk], rows = s.first_row[chunk + 1] - first;
   const int64_t tiles = s.num_tiles;
   // bounds[r * (tiles + 1) + t]: the first unit of row r at or beyond tile t.
@@ -138,10 +138,9 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
     }
     s.num_segments[at] = count;
     s.first_unit[at] = unit;
-    const int64_t tile_begin = t << s.tile_shift;
     auto put = [&](int32_t k, int32_t to) {
       const int32_t place = view.perm != nullptr ? view.perm[k] : k;
-      s.offsets[to] = uint16_t((view.cols[k] - tile_begin) * step);
+      s.offsets[to] = offset_of(view.cols[k]);
       if (s.ordered) s.order[to] = place;
       if (values == nullptr) return;
       if (entries == 1) {

@@ -1,0 +1,411 @@
+// Convolutions: the kernels of tiled.h on panels that are cut out of images on the way. A panel is kWide pixels of a row of
+// the output, of VL images; its inputs at a tap are kWide pixels of a row of the input. See images.h for how images lie in
+// memory.
+//
+// A weight's matrix is (out_channels, channels * taps). Where a unit spans several of its columns, the panel holds one
+// input for each column, as if the layer were linear. Else the taps of a channel share what they read: 18 pixels of a channel
+// for 3x3 taps rather than 36.
+#pragma once
+
+#include "drive_tiled.h"
+#include "images.h"
+
+namespace rarefy {
+namespace {
+
+constexpr int64_t kBandBytes = int64_t(768) << 10;  // of the bands of a thread, in L2
+constexpr int64_t kConvRows = 2;                    // rows of the output that share what a region reads
+constexpr int64_t kMostParts = 16;                  // sums of the values' gradient that exist side by side, at most
+
+struct Axis {
+  int64_t kernel, stride, padding, dilation, in, out;
+  int64_t reach() const { return (kernel - 1) * dilation + 1; }
+};
+
+struct Conv {
+  Axis y, x;
+  int64_t images, channels, out_channels;
+  int64_t taps() const { return y.kernel * x.kernel; }
+  int64_t features() const { return channels * taps(); }
+  int64_t groups() const { return ceil_div(images, VL); }
+  int64_t row_tiles() const { return ceil_div(x.out, kWide); }
+};
+
+inline Conv conv_of(const rarefy_conv &c) {
+  const auto axis = [&](int i) -> Axis {
+    return {c.kernel[i], c.stride[i], c.padding[i], c.dilation[i], c.in_size[i], c.out_size[i]};
+  };
+  return {axis(0), axis(1), c.images, c.channels, c.out_channels};
+}
+
+inline Images images_of(const Conv &c, const rarefy_images &from, bool input) {
+  const int64_t *s = from.strides;
+  return {from.data, c.images, input ? c.channels : c.out_channels, input ? c.y.in : c.y.out, input ? c.x.in : c.x.out,
+          s[0], s[1], s[2], s[3], from.half != 0};
+}
+
+// How many rows of the output are computed while `held` bands of the input's size stay where they are.
+inline int64_t band_rows(const Conv &c, int64_t width, int64_t held) {
+  const int64_t row_bytes = c.channels * width * VL * int64_t(sizeof(float));
+  const int64_t fit = (kBandBytes / held / max64(row_bytes, 1) - c.y.reach()) / c.y.stride + 1;
+  const int64_t bands = ceil_div(c.y.out, max64(2, min64(fit, c.y.out)));
+  return ceil_div(c.y.out, max64(bands, 1));
+}
+
+// Bands of the inputs, and of their gradients, hold the padding, what the last tile of a row reads beyond it, and rows that
+// strides leave out.
+inline Band input_band(const Conv &c, int64_t out_rows) {
+  const int64_t width = max64(c.x.padding + c.x.in, (c.row_tiles() * kWide - 1) * c.x.stride + c.x.reach());
+  const int64_t rows = (out_rows - 1) * c.y.stride + max64(c.y.reach(), c.y.stride) + c.y.stride - 1;
+  return {nullptr, c.channels, rows, width, c.x.padding};
+}
+inline Band output_band(const Conv &c, int64_t out_rows) { return {nullptr, c.out_channels, out_rows, c.x.out, 0}; }
+
+inline void carve_band(Band &band, Carver &carver, int threads) {
+  band.data = carver.take<float>(threads * ceil_div(band.floats(), 16) * 16);
+}
+inline Band own_band(Band band, int thread) {
+  band.data += thread * (ceil_div(band.floats(), 16) * 16);
+  return band;
+}
+
+inline void carve_places(Places &places, const Images &images, const Band &band, Carver &carver) {
+  places.pixels = carver.take<int32_t>(max64(num_pixel_places(images, band), 1));
+  places.channels = carver.take<int32_t>(band.channels);
+  if (carver.data != nullptr) fill_places(images, band, places);
+}
+
+// The part of a band that the tiles of `rows` output rows read, in L1.
+struct Region {
+  bool shared;         // by the taps of a channel; else one input for each column of the matrix
+  int64_t rows, cols;  // of a channel, if shared; cols in pixels
+  int32_t *columns;    // where they lie in a row of the band, in pixels from the tile's first
+  int32_t *starts;     // of each kx, which of them are read: kWide from here on
+  int64_t step(const Conv &c) const { return shared ? c.y.stride * cols * VL : 0; }  // from one output row to the next
+  int64_t channel_floats() const { return rows * cols * VL; }
+};
+
+// Columns of the input that a tile reads, by their remainder: those of a tap lie side by side. Both may be null; the count.
+inline int64_t lay_columns(const Conv &c, int32_t *columns, int32_t *starts) {
+  int64_t count = 0;
+  for (int64_t remainder = 0; remainder < c.x.stride; ++remainder) {
+    int64_t low = -1, high = -1;
+    for (int64_t k = 0; k < c.x.kernel; ++k) {
+      if (k * c.x.dilation % c.x.stride != remainder) continue;
+      const int64_t step = k * c.x.dilation / c.x.stride;
+      low = low < 0 ? step : low;
+      high = step;
+      if (starts != nullptr) starts[k] = int32_t(count + step - low);
+    }
+    for (int64_t step = low; low >= 0 && step < high + kWide; ++step, ++count) {
+      if (columns != nullptr) columns[count] = int32_t(step * c.x.stride + remainder);
+    }
+  }
+  return count;
+}
+
+inline Region plan_region(const Conv &c, bool shared, int64_t out_rows) {
+  return {shared, (out_rows - 1) * c.y.stride + c.y.reach(), lay_columns(c, nullptr, nullptr), nullptr, nullptr};
+}
+
+inline void carve_region(const Conv &c, Region &region, Carver &carver) {
+  region.columns = carver.take<int32_t>(region.cols);
+  region.starts = carver.take<int32_t>(c.x.kernel);
+  if (carver.data != nullptr) lay_columns(c, region.columns, region.starts);
+}
+
+// Tap `tap` of a channel's inputs: floats from the first.
+inline int64_t tap_at(const Conv &c, const Region &region, int64_t tap) {
+  return (tap / c.x.kernel * c.y.dilation * region.cols + region.starts[tap % c.x.kernel]) * VL;
+}
+
+// Columns [begin, end) of the matrix, for the tile of output pixels from (row, pixel) of the band on.
+inline void gather_columns(const Conv &c, const Band &band, int64_t row, int64_t pixel, int64_t begin, int64_t end,
+                           float *target) {
+  for (int64_t f = begin; f < end; ++f, target += kPanel) {
+    const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
+    const float *from = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) store(target + v * VL, load(from + v * c.x.stride * VL));
+  }
+}
+
+// The same for channels [begin, end), of which the taps share the inputs; `rows` of the band.
+inline void gather_channels(const Conv &c, const Region &region, const Band &band, int64_t row, int64_t rows, int64_t pixel,
+                            int64_t begin, int64_t end, float *target) {
+  for (int64_t channel = begin; channel < end; ++channel) {
+    float *to = target + (channel - begin) * region.channel_floats();
+    for (int64_t r = 0; r < rows; ++r, to += region.cols * VL) {
+      const float *from = band.at(channel, row * c.y.stride + r, pixel * c.x.stride);
+      if (c.x.stride == 1) {
+        for (int64_t i = 0; i < region.cols; ++i) store(to + i * VL, load(from + i * VL));
+      } else {
+        for (int64_t i = 0; i < region.cols; ++i) store(to + i * VL, load(from + region.columns[i] * VL));
+      }
+    }
+  }
+}
+
+// Columns of the matrix in a tile of the stream: about as many as fit in L1 together with what they share.
+inline int64_t conv_tile(const Conv &c, const Region &region, const rarefy_pattern *p) {
+  if (!region.shared) return choose_tile(1, 1, 1, p->block_cols);
+  const int64_t channel_bytes = region.channel_floats() * int64_t(sizeof(float));
+  const int64_t wanted = max64(c.taps(), kTileBytes * 5 / 4 * c.taps() / channel_bytes);
+  int64_t columns = 1;
+  while (columns * 2 <= wanted) columns *= 2;
+  return columns;
+}
+
+inline bool region_fits(const Region &region, const Conv &c, int64_t tile_cols) {
+  const int64_t channels = ceil_div(tile_cols, c.taps()) + 1;
+  return !region.shared || channels * region.channel_floats() * int64_t(sizeof(float)) <= 65535 * kOffsetBytes;
+}
+
+// dy at the tile of output pixels from (row, pixel) of the band on, a panel for each channel; its sums are added to `totals`
+// unless null. Pixels past the row are zero.
+inline void gather_dy(const Band &band, int64_t row, int64_t pixel, float *target, float *totals) {
+  const int64_t live = min64(kWide, band.width - pixel);
+  for (int64_t o = 0; o < band.channels; ++o, target += kPanel) {
+    const float *from = band.at(o, row, pixel);
+    vec sum = {};
+    for (int64_t v = 0; v < kWide; ++v) {
+      const vec d = v < live ? load(from + v * VL) : vec{};
+      sum += d;
+      store(target + v * VL, d);
+    }
+    if (totals != nullptr) store(totals + o * VL, load(totals + o * VL) + sum);
+  }
+}
+
+// The reverse of gather_columns, adding.
+inline void add_columns(const Conv &c, const float *source, int64_t row, int64_t pixel, const Band &band) {
+  for (int64_t f = 0; f < c.features(); ++f, source += kPanel) {
+    const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
+    float *to = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) {
+      float *at = to + v * c.x.stride * VL;
+      store(at, load(at) + load(source + v * VL));
+    }
+  }
+}
+
+// y = the convolution of x, + bias.
+inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const Conv &c, const float *values, const Images &x,
+                    const float *bias, const Images &y, int threads) {
+  const int64_t rows_at_once = min64(kConvRows, c.y.out), out = c.out_channels;
+  Region region = plan_region(c, p->block_cols == 1, rows_at_once);
+  Band in = input_band(c, 1);
+  const int64_t rows = band_rows(c, in.width, 1);
+  in = input_band(c, rows);
+  Band done = output_band(c, rows);
+  Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, 2 * threads,
+                         conv_tile(c, region, p), p->block_rows * p->block_cols == 1, false, false);
+  if (!region_fits(region, c, s.tile_cols)) return RAREFY_TOO_WIDE;
+  const int64_t tile_channels = ceil_div(s.tile_cols, c.taps()) + 1;
+  const int64_t tile_floats = region.shared ? tile_channels * region.channel_floats() : s.tile_cols * p->block_cols * kPanel;
+  const int64_t own = ceil_div(tile_floats + rows_at_once * out * kPanel, 16) * 16;
+  Places in_places, out_places;
+  uint16_t *offsets = nullptr;
+  float *buffers = nullptr;
+  int32_t *scratch = nullptr;
+  const Scratch memory([&](Carver &carver) {
+    carve_stream(s, carver, p->block_rows * p->block_cols);
+    carve_band(in, carver, threads);
+    carve_band(done, carver, threads);
+    carve_places(in_places, x, in, carver);
+    carve_places(out_places, y, done, carver);
+    carve_region(c, region, carver);
+    offsets = carver.take<uint16_t>(c.features());
+    buffers = carver.take<float>(threads * own);
+    scratch = carver.take<int32_t>(threads * build_scratch(s));
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
+  cut_chunks(p->crow, s.num_rows, s.chunk_rows, s.parts, s.first_row);
+  const auto first_channel = [&](int64_t t) { return min64(t * s.tile_cols / c.taps(), c.channels); };
+  for (int64_t f = 0; f < c.features() / p->block_cols; ++f) {
+    const int64_t tile = f >> s.tile_shift;
+    const int64_t at = region.shared ? (f / c.taps() - first_channel(tile)) * region.channel_floats() + tap_at(c, region, f % c.taps())
+                                     : (f - tile * s.tile_cols) * p->block_cols * kPanel;
+    offsets[f] = uint16_t(at * int64_t(sizeof(float)) / kOffsetBytes);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    const int thread = omp_get_thread_num();
+    build_stream(s, p, false, values, scratch + thread * build_scratch(s), [&](int64_t col) { return offsets[col]; });
+    const Band input = own_band(in, thread), output = own_band(done, thread);
+    float *tile = buffers + thread * own, *sums = tile + ceil_div(tile_floats, 16) * 16;
+    memset(input.data, 0, size_t(input.floats()) * sizeof(float));
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < c.groups(); ++group) {
+      int64_t kept = 0;
+      for (int64_t row = 0; row < c.y.out; row += rows) {
+        const int64_t live_rows = min64(rows, c.y.out - row);
+        pack_band(x, group * VL, row * c.y.stride - c.y.padding + kept, input.rows - kept, input, kept, in_places);
+        for (int64_t r0 = 0; r0 < live_rows; r0 += rows_at_once) {
+          const int64_t some = min64(rows_at_once, live_rows - r0);
+          for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
+            for (int64_t o = 0; o < out; ++o) {
+              const vec start = bias != nullptr ? broadcast(bias[o]) : vec{};
+              for (int64_t r = 0; r < some; ++r) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kWide; ++v) store(sums + (r * out + o) * kPanel + v * VL, start);
+              }
+            }
+            for (int64_t t = 0; t < s.num_tiles; ++t) {
+              if (region.shared) {
+                const int64_t c0 = first_channel(t), c1 = min64(ceil_div((t + 1) * s.tile_cols, c.taps()), c.channels);
+                gather_channels(c, region, input, r0, (some - 1) * c.y.stride + c.y.reach(), pixel, c0, c1, tile);
+              }
+              for (int64_t r = 0; r < some; ++r) {
+                if (!region.shared) {
+                  const int64_t f0 = t * s.tile_cols * p->block_cols, f1 = min64(f0 + s.tile_cols * p->block_cols, c.features());
+                  gather_columns(c, input, r0 + r, pixel, f0, f1, tile);
+                }
+                for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
+                  Prefetch none;
+                  kernels->multiply(s, chunk * s.num_tiles + t, tile + r * region.step(c),
+                                    sums + (r * out + s.first_row[chunk] * p->block_rows) * kPanel, none);
+                }
+              }
+            }
+            const int64_t live = min64(kWide, c.x.out - pixel);
+            for (int64_t r = 0; r < some; ++r) {
+              for (int64_t o = 0; o < out; ++o) {
+                const float *sum = sums + (r * out + o) * kPanel;
+                float *to = output.at(o, r0 + r, pixel);
+                if (live == kWide) {
+#pragma GCC unroll 4
+                  for (int v = 0; v < kWide; ++v) store(to + v * VL, load(sum + v * VL));
+                } else {
+                  for (int64_t v = 0; v < live; ++v) store(to + v * VL, load(sum + v * VL));
+                }
+              }
+            }
+          }
+        }
+        unpack_band(output, 0, row, live_rows, y, group * VL, out_places);
+        slide(input, rows * c.y.stride, false);
+        kept = max64(0, input.rows - rows * c.y.stride);
+      }
+    }
+  }
+  return RAREFY_OK;
+}
+
+// dvalues, and dx and dbias unless null. The view is W^T: an output pixel's dy meets the inputs that it was computed from.
+inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels, const Conv &c, const float *values,
+                             const Images &dy, const Images &x, const Images &dx, float *dvalues, float *dbias, int threads) {
+  const bool shared = p->block_cols == 1, has_dx = dx.data != nullptr;
+  const int64_t entries = p->block_rows * p->block_cols, out = c.out_channels, features = c.features();
+  Band in = input_band(c, 1);
+  const int64_t rows = band_rows(c, in.width, 3);
+  in = input_band(c, rows);
+  Band given = output_band(c, rows), gradient = in;
+  const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
+  Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, 2 * threads,
+                         choose_tile(unit_rows, unit_cols, p->num_units, p->block_rows), entries == 1 && kPairedBackward,
+                         entries == 1, true);
+  const int64_t groups = c.groups(), parts = max64(1, min64(groups, kMostParts));
+  const int64_t panel = shared ? 0 : features * kPanel, dy_panel = ceil_div(out, 4) * 4 * kPanel;
+  const int64_t own = dy_panel + 2 * panel + Dots<false>::BUFFER;
+  Places in_places, given_places;
+  int32_t *offsets = nullptr, *scratch = nullptr;
+  float *buffers = nullptr, *in_order = nullptr, *bias_parts = nullptr;
+  const Scratch memory([&](Carver &carver) {
+    carve_stream(s, carver, entries);
+    carve_band(in, carver, threads);
+    carve_band(given, carver, threads);
+    carve_band(gradient, carver, threads);
+    carve_places(in_places, x, in, carver);
+    carve_places(given_places, dy, given, carver);
+    offsets = carver.take<int32_t>(features);
+    in_order = carver.take<float>(parts * s.num_places * entries);
+    bias_parts = carver.take<float>(parts * out * VL);
+    buffers = carver.take<float>(threads * own);
+    scratch = carver.take<int32_t>(threads * build_scratch(s));
+  });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
+  cut_chunks(p->t_crow, s.num_rows, s.chunk_rows, s.parts, s.first_row);
+  for (int64_t f = 0; f < features; ++f) {
+    const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
+    offsets[f] = int32_t(in.at(f / c.taps(), ky * c.y.dilation, kx * c.x.dilation) - in.data);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    const int thread = omp_get_thread_num();
+    build_stream(s, p, true, has_dx ? values : nullptr, scratch + thread * build_scratch(s), SideBySide(s, p->block_rows));
+    const Band input = own_band(in, thread), output = own_band(given, thread), sums = own_band(gradient, thread);
+    float *dy_tile = buffers + thread * own, *x_panel = dy_tile + dy_panel, *dx_panel = x_panel + panel;
+    float *dots = dx_panel + panel;
+    memset(input.data, 0, size_t(input.floats()) * sizeof(float));
+    memset(dots, 0, size_t(Dots<false>::BUFFER) * sizeof(float));
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < parts; ++part) {
+      float *part_values = in_order + part * s.num_places * entries, *part_bias = bias_parts + part * out * VL;
+      memset(part_bias, 0, size_t(out * VL) * sizeof(float));
+      bool add = false;
+      if (groups == 0) memset(part_values, 0, size_t(s.num_places * entries) * sizeof(float));
+      for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
+        int64_t kept = 0;
+        if (has_dx) memset(sums.data, 0, size_t(sums.floats()) * sizeof(float));
+        for (int64_t row = 0; row < c.y.out; row += rows) {
+          const int64_t live_rows = min64(rows, c.y.out - row), first = row * c.y.stride - c.y.padding;
+          pack_band(x, group * VL, first + kept, input.rows - kept, input, kept, in_places);
+          pack_band(dy, group * VL, row, live_rows, output, 0, given_places);
+          for (int64_t r = 0; r < live_rows; ++r) {
+            for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
+              gather_dy(output, r, pixel, dy_tile, dbias != nullptr ? part_bias : nullptr);
+              const int64_t base = input.at(0, r * c.y.stride, pixel * c.x.stride) - input.data;
+              if (!shared) {
+                gather_columns(c, input, r, pixel, 0, features, x_panel);
+                if (has_dx) memset(dx_panel, 0, size_t(panel) * sizeof(float));
+              }
+              for (int64_t t = 0; t < s.num_tiles; ++t) {
+                const float *tile = dy_tile + t * s.tile_cols * p->block_rows * kPanel;
+                for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
+                  const int64_t at = chunk * s.num_tiles + t, f0 = s.first_row[chunk] * p->block_cols;
+                  if (shared) {
+                    const auto backward = has_dx ? kernels->scattered : kernels->scattered_values;
+                    backward(s, at, tile, input.data + base, sums.data + base, dots, part_values, add,
+                             {offsets + f0, c.x.stride * VL});
+                  } else {
+                    Prefetch none;
+                    const auto backward = has_dx ? kernels->backward : kernels->backward_values;
+                    backward(s, at, tile, x_panel + f0 * kPanel, dx_panel + f0 * kPanel, dots, part_values, add, none);
+                  }
+                }
+              }
+              add = true;
+              if (!shared && has_dx) add_columns(c, dx_panel, r, pixel, sums);
+            }
+          }
+          const bool last = row + rows >= c.y.out;
+          if (has_dx) {
+            unpack_band(sums, 0, first, last ? sums.rows : rows * c.y.stride, dx, group * VL, in_places);
+            slide(sums, rows * c.y.stride, true);
+          }
+          slide(input, rows * c.y.stride, false);
+          kept = max64(0, input.rows - rows * c.y.stride);
+        }
+      }
+    }
+    put_in_order(s, entries, parts, in_order, dvalues);
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < (dbias != nullptr ? out : 0); ++o) {
+      float sum = 0.0f;
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t lane = 0; lane < VL; ++lane) sum += bias_parts[(part * out + o) * VL + lane];
+      }
+      dbias[o] = sum;
+    }
+  }
+  return RAREFY_OK;
+}
+
+}  // namespace
+}  // namespace rarefy
