@@ -212,39 +212,52 @@ static bool bad(const rarefy_conv *c, const rarefy_pattern *p) {
   return p->out_features != c->out_channels || p->in_features != c->channels * c->kernel[0] * c->kernel[1];
 }
 
-static bool bad(const rarefy_images *images, const int64_t *size, int64_t count) {
-  if (images == nullptr || missing(images->data, count)) return true;
-  const int64_t *s = images->strides;
-  return count > 0 && s[0] != 1 && s[1] != 1 && (s[3] != 1 || s[2] != size[1]);
-}
+static int64_t inputs(const rarefy_conv *c) { return c->images * c->channels * c->in_size[0] * c->in_size[1]; }
+static int64_t outputs(const rarefy_conv *c) { return c->images * c->out_channels * c->out_size[0] * c->out_size[1]; }
 
-int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const rarefy_images *x,
-                    const float *bias, const rarefy_images *y, int threads) {
+int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const void *x,
+                    const float *bias, void *y, int32_t half, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad(conv, pattern) || missing(values, pattern->num_units) ||
-      bad(x, conv->in_size, conv->images * conv->channels * conv->in_size[0] * conv->in_size[1]) ||
-      bad(y, conv->out_size, conv->images * conv->out_channels)) {
+  if (bad(conv, pattern) || missing(values, pattern->num_units) || missing(x, inputs(conv)) || missing(y, outputs(conv))) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->convolve(conv, pattern, values, x, bias, y, thread_count(threads));
+  return kernels->convolve(conv, pattern, values, x, bias, y, half != 0, thread_count(threads));
 }
 
-int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
-                             const rarefy_images *dy, const rarefy_images *x, const rarefy_images *dx, float *dvalues,
-                             float *dbias, int threads) {
+int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const void *dy,
+                             const void *x, void *dx, float *dvalues, float *dbias, int32_t half, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad(conv, pattern) || missing(values, dx != nullptr ? pattern->num_units : 0) ||
-      missing(dvalues, pattern->num_units)) {
+      missing(dvalues, pattern->num_units) || missing(dy, outputs(conv)) || missing(x, inputs(conv))) {
     return RAREFY_BAD_ARGUMENT;
   }
-  const int64_t inputs = conv->images * conv->channels * conv->in_size[0] * conv->in_size[1];
-  if (bad(dy, conv->out_size, conv->images * conv->out_channels) || bad(x, conv->in_size, inputs) ||
-      (dx != nullptr && bad(dx, conv->in_size, inputs))) {
+  return kernels->convolve_backward(conv, pattern, values, dy, x, dx, dvalues, dbias, half != 0, thread_count(threads));
+}
+
+static bool bad(const rarefy_norm *n) {
+  return n == nullptr || n->rows < 0 || n->channels < 0 || (n->training != 0 && n->rows < 1) ||
+         missing(n->mean, n->channels) || missing(n->var, n->channels);
+}
+
+int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const void *residual, void *y, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(norm) || missing(x, norm->rows * norm->channels) || missing(y, norm->rows * norm->channels)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->convolve_backward(conv, pattern, values, dy, x, dx, dvalues, dbias, thread_count(threads));
+  return kernels->norm_forward(norm, x, residual, y, thread_count(threads));
+}
+
+int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x, const void *y, void *dx,
+                         void *dresidual, float *dweight, float *dbias, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(norm)) return RAREFY_BAD_ARGUMENT;
+  const int64_t size = norm->rows * norm->channels;
+  if (missing(dy, size) || missing(x, size) || missing(dx, size)) return RAREFY_BAD_ARGUMENT;
+  return kernels->norm_backward(norm, dy, x, y, dx, dresidual, dweight, dbias, thread_count(threads));
 }
 
 int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,

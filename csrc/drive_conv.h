@@ -38,10 +38,11 @@ inline Conv conv_of(const rarefy_conv &c) {
   return {axis(0), axis(1), c.images, c.channels, c.out_channels};
 }
 
-inline Images images_of(const Conv &c, const rarefy_images &from, bool input) {
-  const int64_t *s = from.strides;
-  return {from.data, c.images, input ? c.channels : c.out_channels, input ? c.y.in : c.y.out, input ? c.x.in : c.x.out,
-          s[0], s[1], s[2], s[3], from.half != 0};
+inline Images inputs_of(const Conv &c, const void *x, bool half) {
+  return {const_cast<void *>(x), c.images, c.channels, c.y.in, c.x.in, half};
+}
+inline Images outputs_of(const Conv &c, const void *y, bool half) {
+  return {const_cast<void *>(y), c.images, c.out_channels, c.y.out, c.x.out, half};
 }
 
 // How many rows of the output are computed while `held` bands of the input's size stay where they are.
@@ -59,7 +60,6 @@ inline Band input_band(const Conv &c, int64_t out_rows) {
   const int64_t rows = (out_rows - 1) * c.y.stride + max64(c.y.reach(), c.y.stride) + c.y.stride - 1;
   return {nullptr, c.channels, rows, width, c.x.padding};
 }
-inline Band output_band(const Conv &c, int64_t out_rows) { return {nullptr, c.out_channels, out_rows, c.x.out, 0}; }
 
 inline void carve_band(Band &band, Carver &carver, int threads) {
   band.data = carver.take<float>(threads * ceil_div(band.floats(), 16) * 16);
@@ -67,12 +67,6 @@ inline void carve_band(Band &band, Carver &carver, int threads) {
 inline Band own_band(Band band, int thread) {
   band.data += thread * (ceil_div(band.floats(), 16) * 16);
   return band;
-}
-
-inline void carve_places(Places &places, const Images &images, const Band &band, Carver &carver) {
-  places.pixels = carver.take<int32_t>(max64(num_pixel_places(images, band), 1));
-  places.channels = carver.take<int32_t>(band.channels);
-  if (carver.data != nullptr) fill_places(images, band, places);
 }
 
 // The part of a band that the tiles of `rows` output rows read, in L1.
@@ -161,19 +155,24 @@ inline bool region_fits(const Region &region, const Conv &c, int64_t tile_cols) 
   return !region.shared || channels * region.channel_floats() * int64_t(sizeof(float)) <= 65535 * kOffsetBytes;
 }
 
-// dy at the tile of output pixels from (row, pixel) of the band on, a panel for each channel; its sums are added to `totals`
-// unless null. Pixels past the row are zero.
-inline void gather_dy(const Band &band, int64_t row, int64_t pixel, float *target, float *totals) {
-  const int64_t live = min64(kWide, band.width - pixel);
-  for (int64_t o = 0; o < band.channels; ++o, target += kPanel) {
-    const float *from = band.at(o, row, pixel);
-    vec sum = {};
-    for (int64_t v = 0; v < kWide; ++v) {
-      const vec d = v < live ? load(from + v * VL) : vec{};
-      sum += d;
-      store(target + v * VL, d);
+// dy at the tile of output pixels from (row, pixel) on, a panel for each channel. Pixels past the row are zero.
+inline void pack_dy_tile(const Images &dy, int64_t first_image, int64_t row, int64_t pixel, float *target) {
+  for (int64_t v = 0; v < kWide; ++v) {
+    if (pixel + v < dy.width) {
+      pack_pixel_of(dy, first_image, row, pixel + v, target + v * VL, kPanel);
+    } else {
+      for (int64_t o = 0; o < dy.channels; ++o) store(target + o * kPanel + v * VL, vec{});
     }
-    if (totals != nullptr) store(totals + o * VL, load(totals + o * VL) + sum);
+  }
+}
+
+// The sums of each channel's panel, added to VL lanes of `totals`.
+inline void add_panels(const float *panels, int64_t channels, float *totals) {
+  for (int64_t o = 0; o < channels; ++o) {
+    vec sum = load(totals + o * VL);
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) sum += load(panels + o * kPanel + v * VL);
+    store(totals + o * VL, sum);
   }
 }
 
@@ -198,23 +197,18 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   Band in = input_band(c, 1);
   const int64_t rows = band_rows(c, in.width, 1);
   in = input_band(c, rows);
-  Band done = output_band(c, rows);
   Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, 2 * threads,
                          conv_tile(c, region, p), p->block_rows * p->block_cols == 1, false, false);
   if (!region_fits(region, c, s.tile_cols)) return RAREFY_TOO_WIDE;
   const int64_t tile_channels = ceil_div(s.tile_cols, c.taps()) + 1;
   const int64_t tile_floats = region.shared ? tile_channels * region.channel_floats() : s.tile_cols * p->block_cols * kPanel;
   const int64_t own = ceil_div(tile_floats + rows_at_once * out * kPanel, 16) * 16;
-  Places in_places, out_places;
   uint16_t *offsets = nullptr;
   float *buffers = nullptr;
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_stream(s, carver, p->block_rows * p->block_cols);
     carve_band(in, carver, threads);
-    carve_band(done, carver, threads);
-    carve_places(in_places, x, in, carver);
-    carve_places(out_places, y, done, carver);
     carve_region(c, region, carver);
     offsets = carver.take<uint16_t>(c.features());
     buffers = carver.take<float>(threads * own);
@@ -234,7 +228,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     build_stream(s, p, false, values, scratch + thread * build_scratch(s), [&](int64_t col) { return offsets[col]; });
-    const Band input = own_band(in, thread), output = own_band(done, thread);
+    const Band input = own_band(in, thread);
     float *tile = buffers + thread * own, *sums = tile + ceil_div(tile_floats, 16) * 16;
     memset(input.data, 0, size_t(input.floats()) * sizeof(float));
 #pragma omp barrier
@@ -243,7 +237,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
       int64_t kept = 0;
       for (int64_t row = 0; row < c.y.out; row += rows) {
         const int64_t live_rows = min64(rows, c.y.out - row);
-        pack_band(x, group * VL, row * c.y.stride - c.y.padding + kept, input.rows - kept, input, kept, in_places);
+        pack_band(x, group * VL, row * c.y.stride - c.y.padding + kept, input.rows - kept, input, kept);
         for (int64_t r0 = 0; r0 < live_rows; r0 += rows_at_once) {
           const int64_t some = min64(rows_at_once, live_rows - r0);
           for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
@@ -271,22 +265,13 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
                 }
               }
             }
-            const int64_t live = min64(kWide, c.x.out - pixel);
             for (int64_t r = 0; r < some; ++r) {
-              for (int64_t o = 0; o < out; ++o) {
-                const float *sum = sums + (r * out + o) * kPanel;
-                float *to = output.at(o, r0 + r, pixel);
-                if (live == kWide) {
-#pragma GCC unroll 4
-                  for (int v = 0; v < kWide; ++v) store(to + v * VL, load(sum + v * VL));
-                } else {
-                  for (int64_t v = 0; v < live; ++v) store(to + v * VL, load(sum + v * VL));
-                }
+              for (int64_t v = 0; v < min64(kWide, c.x.out - pixel); ++v) {
+                unpack_pixel_of(sums + r * out * kPanel + v * VL, kPanel, y, group * VL, row + r0 + r, pixel + v);
               }
             }
           }
         }
-        unpack_band(output, 0, row, live_rows, y, group * VL, out_places);
         slide(input, rows * c.y.stride, false);
         kept = max64(0, input.rows - rows * c.y.stride);
       }
@@ -301,9 +286,9 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   const bool shared = p->block_cols == 1, has_dx = dx.data != nullptr;
   const int64_t entries = p->block_rows * p->block_cols, out = c.out_channels, features = c.features();
   Band in = input_band(c, 1);
-  const int64_t rows = band_rows(c, in.width, 3);
+  const int64_t rows = band_rows(c, in.width, 2);
   in = input_band(c, rows);
-  Band given = output_band(c, rows), gradient = in;
+  Band gradient = in;
   const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
   Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, 2 * threads,
                          choose_tile(unit_rows, unit_cols, p->num_units, p->block_rows), entries == 1 && kPairedBackward,
@@ -311,16 +296,12 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   const int64_t groups = c.groups(), parts = max64(1, min64(groups, kMostParts));
   const int64_t panel = shared ? 0 : features * kPanel, dy_panel = ceil_div(out, 4) * 4 * kPanel;
   const int64_t own = dy_panel + 2 * panel + Dots<false>::BUFFER;
-  Places in_places, given_places;
   int32_t *offsets = nullptr, *scratch = nullptr;
   float *buffers = nullptr, *in_order = nullptr, *bias_parts = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_stream(s, carver, entries);
     carve_band(in, carver, threads);
-    carve_band(given, carver, threads);
     carve_band(gradient, carver, threads);
-    carve_places(in_places, x, in, carver);
-    carve_places(given_places, dy, given, carver);
     offsets = carver.take<int32_t>(features);
     in_order = carver.take<float>(parts * s.num_places * entries);
     bias_parts = carver.take<float>(parts * out * VL);
@@ -338,7 +319,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     build_stream(s, p, true, has_dx ? values : nullptr, scratch + thread * build_scratch(s), SideBySide(s, p->block_rows));
-    const Band input = own_band(in, thread), output = own_band(given, thread), sums = own_band(gradient, thread);
+    const Band input = own_band(in, thread), sums = own_band(gradient, thread);
     float *dy_tile = buffers + thread * own, *x_panel = dy_tile + dy_panel, *dx_panel = x_panel + panel;
     float *dots = dx_panel + panel;
     memset(input.data, 0, size_t(input.floats()) * sizeof(float));
@@ -355,11 +336,11 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
         if (has_dx) memset(sums.data, 0, size_t(sums.floats()) * sizeof(float));
         for (int64_t row = 0; row < c.y.out; row += rows) {
           const int64_t live_rows = min64(rows, c.y.out - row), first = row * c.y.stride - c.y.padding;
-          pack_band(x, group * VL, first + kept, input.rows - kept, input, kept, in_places);
-          pack_band(dy, group * VL, row, live_rows, output, 0, given_places);
+          pack_band(x, group * VL, first + kept, input.rows - kept, input, kept);
           for (int64_t r = 0; r < live_rows; ++r) {
             for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
-              gather_dy(output, r, pixel, dy_tile, dbias != nullptr ? part_bias : nullptr);
+              pack_dy_tile(dy, group * VL, row + r, pixel, dy_tile);
+              if (dbias != nullptr) add_panels(dy_tile, out, part_bias);
               const int64_t base = input.at(0, r * c.y.stride, pixel * c.x.stride) - input.data;
               if (!shared) {
                 gather_columns(c, input, r, pixel, 0, features, x_panel);
@@ -386,7 +367,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
           }
           const bool last = row + rows >= c.y.out;
           if (has_dx) {
-            unpack_band(sums, 0, first, last ? sums.rows : rows * c.y.stride, dx, group * VL, in_places);
+            unpack_band(sums, first, last ? sums.rows : rows * c.y.stride, dx, group * VL);
             slide(sums, rows * c.y.stride, true);
           }
           slide(input, rows * c.y.stride, false);

@@ -8,13 +8,16 @@
 namespace rarefy {
 namespace {
 
-// A caller's images, of either element type. One of the strides is 1: that of the image, the channel, or the pixel; in
-// the last case the rows of a channel follow each other without a gap.
+// A caller's images, of either element type: [image][row][pixel][channel], which torch calls channels_last.
 struct Images {
   void *data;
   int64_t count, channels, height, width;
-  int64_t image_stride, channel_stride, row_stride, pixel_stride;  // in elements
-  bool half;                                                       // bfloat16
+  bool half;  // bfloat16
+  int64_t image_stride() const { return height * width * channels; }
+  int64_t at(int64_t image, int64_t row, int64_t pixel) const {
+    return ((image * height + row) * width + pixel) * channels;
+  }
+  int64_t live(int64_t first_image) const { return min64(VL, count - first_image); }
 };
 
 struct Band {
@@ -23,177 +26,108 @@ struct Band {
   int64_t left;                   // pixels of padding before a row
   float *at(int64_t c, int64_t row, int64_t pixel) const { return data + ((c * rows + row) * width + pixel) * VL; }
   int64_t floats() const { return channels * rows * width * VL; }
+  int64_t channel_step() const { return rows * width * VL; }
 };
 
-// Vectors of VL lanes at out + places[i] from `live` rows of `count` contiguous elements, `stride` apart. What is past the
-// last whole block is read together with elements before it, or, if there are none, from a copy.
+// The channels of one pixel of `live` images, `stride` elements apart: out[c * step] holds VL lanes. What is past the last
+// whole block of channels is read together with channels before it, or, if there are none, from a copy.
 template <class T>
-void pack_run(const T *source, int64_t stride, int64_t live, int64_t count, const int32_t *places, float *out) {
+void pack_pixel(const T *pixel, int64_t stride, int64_t live, int64_t channels, float *out, int64_t step) {
   T few[VL * VL];
-  int64_t from = 0;
-  if (count < VL) {
+  if (channels < VL) {
     for (int64_t n = 0; n < live; ++n) {
-      for (int64_t i = 0; i < VL; ++i) few[n * VL + i] = i < count ? source[n * stride + i] : T(0);
+      for (int64_t c = 0; c < VL; ++c) few[n * VL + c] = c < channels ? pixel[n * stride + c] : T(0);
     }
-    source = few;
+    pixel = few;
     stride = VL;
   }
-  while (from < count) {
-    const int64_t first = max64(0, min64(from, count - VL));
+  for (int64_t from = 0; from < channels; from += VL) {
+    const int64_t first = max64(0, min64(from, channels - VL));
     vec block[VL];
     if (live == VL) {
 #pragma GCC unroll 16
-      for (int n = 0; n < VL; ++n) block[n] = load_any(source + n * stride + first);
+      for (int n = 0; n < VL; ++n) block[n] = load_any(pixel + n * stride + first);
     } else {
 #pragma GCC unroll 16
-      for (int n = 0; n < VL; ++n) block[n] = n < live ? load_any(source + n * stride + first) : vec{};
+      for (int n = 0; n < VL; ++n) block[n] = n < live ? load_any(pixel + n * stride + first) : vec{};
     }
     transpose(block);
-    if (count >= VL) {
+    float *to = out + first * step;
+    if (channels >= VL) {
 #pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) store(out + places[first + i], block[i]);
+      for (int c = 0; c < VL; ++c) store(to + c * step, block[c]);
     } else {
-      for (int i = 0; i < VL; ++i) {
-        if (i < count) store(out + places[i], block[i]);
-      }
+      for (int c = 0; c < channels; ++c) store(to + c * step, block[c]);
     }
-    from = first + VL;
   }
 }
 
-// The reverse. Elements before the last block may be written twice, to the same.
+// The reverse. Channels before the last block may be written twice, to the same.
 template <class T>
-void unpack_run(const float *in, const int32_t *places, int64_t stride, int64_t live, int64_t count, T *target) {
-  for (int64_t from = 0; from < count;) {
-    const int64_t first = max64(0, min64(from, count - VL));
+void unpack_pixel(const float *in, int64_t step, int64_t stride, int64_t live, int64_t channels, T *pixel) {
+  for (int64_t from = 0; from < channels; from += VL) {
+    const int64_t first = max64(0, min64(from, channels - VL));
+    const float *block_in = in + first * step;
     vec block[VL];
-    if (count >= VL) {
+    if (channels >= VL) {
 #pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) block[i] = load(in + places[first + i]);
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) block[i] = i < count ? load(in + places[i]) : vec{};
-    }
-    transpose(block);
-    if (count >= VL) {
+      for (int c = 0; c < VL; ++c) block[c] = load(block_in + c * step);
+      transpose(block);
       if (live == VL) {
 #pragma GCC unroll 16
-        for (int n = 0; n < VL; ++n) store_any(target + n * stride + first, block[n]);
+        for (int n = 0; n < VL; ++n) store_any(pixel + n * stride + first, block[n]);
       } else {
-        for (int n = 0; n < VL; ++n) {
-          if (n < live) store_any(target + n * stride + first, block[n]);
-        }
+        for (int n = 0; n < live; ++n) store_any(pixel + n * stride + first, block[n]);
       }
     } else {
-      for (int64_t n = 0; n < live; ++n) {
-        for (int64_t i = 0; i < count; ++i) narrow_to(target + n * stride + i, block[n][i]);
-      }
-    }
-    from = first + VL;
-  }
-}
-
-// Where the elements of a run lie in a band.
-struct Places {
-  int32_t *pixels;    // of a channel, row by row, without padding
-  int32_t *channels;  // of a pixel
-};
-
-inline int64_t num_pixel_places(const Images &images, const Band &band) { return band.rows * images.width; }
-
-inline void fill_places(const Images &images, const Band &band, const Places &places) {
-  for (int64_t i = 0; i < num_pixel_places(images, band); ++i) {
-    places.pixels[i] = int32_t((i / images.width * band.width + i % images.width) * VL);
-  }
-  for (int64_t c = 0; c < band.channels; ++c) places.channels[c] = int32_t(c * band.rows * band.width * VL);
-}
-
-template <class T, class Copy, class Runs>
-void each_run(const Images &images, int64_t first_image, int64_t live, int64_t row, int64_t end_row, const Band &band,
-              int64_t band_row, const Places &places, Copy copy, Runs run) {
-  T *data = static_cast<T *>(images.data) + first_image * images.image_stride + row * images.row_stride;
-  if (images.image_stride == 1 && live == VL) {
-    for (int64_t c = 0; c < images.channels; ++c) {
-      for (int64_t r = 0; r < end_row - row; ++r) {
-        T *pixels = data + c * images.channel_stride + r * images.row_stride;
-        float *packed = band.at(c, band_row + r, band.left);
-        for (int64_t p = 0; p < images.width; ++p) copy(pixels + p * images.pixel_stride, packed + p * VL);
-      }
-    }
-  } else if (images.pixel_stride == 1) {
-    for (int64_t c = 0; c < images.channels; ++c) {
-      run(data + c * images.channel_stride, (end_row - row) * images.width, places.pixels, band.at(c, band_row, band.left));
-    }
-  } else if (images.channel_stride == 1) {
-    for (int64_t r = 0; r < end_row - row; ++r) {
-      for (int64_t p = 0; p < images.width; ++p) {
-        run(data + r * images.row_stride + p * images.pixel_stride, images.channels, places.channels,
-            band.at(0, band_row + r, band.left + p));
-      }
-    }
-  } else {  // images side by side, and not a whole vector of them: one element at a time
-    for (int64_t c = 0; c < images.channels; ++c) {
-      for (int64_t r = 0; r < end_row - row; ++r) {
-        for (int64_t p = 0; p < images.width; ++p) {
-          run(data + c * images.channel_stride + r * images.row_stride + p * images.pixel_stride, 1, places.pixels,
-              band.at(c, band_row + r, band.left + p));
-        }
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t n = 0; n < live; ++n) narrow_to(pixel + n * stride + c, block_in[c * step + n]);
       }
     }
   }
 }
 
-template <class T>
-void pack_rows_of(const Images &images, int64_t first_image, int64_t live, int64_t row, int64_t end_row, const Band &band,
-                  int64_t band_row, const Places &places) {
-  each_run<T>(
-      images, first_image, live, row, end_row, band, band_row, places,
-      [](const T *from, float *to) { store(to, load_any(from)); },
-      [&](const T *from, int64_t count, const int32_t *at, float *to) {
-        pack_run(from, images.image_stride, live, count, at, to);
-      });
+// One pixel of the images from `first_image` on: out[c * step].
+inline void pack_pixel_of(const Images &images, int64_t first_image, int64_t row, int64_t pixel, float *out, int64_t step) {
+  const int64_t at = images.at(first_image, row, pixel), live = images.live(first_image);
+  if (images.half) {
+    pack_pixel(static_cast<const bf16 *>(images.data) + at, images.image_stride(), live, images.channels, out, step);
+  } else {
+    pack_pixel(static_cast<const float *>(images.data) + at, images.image_stride(), live, images.channels, out, step);
+  }
 }
-
-template <class T>
-void unpack_rows_of(const Band &band, int64_t band_row, const Images &images, int64_t first_image, int64_t live,
-                    int64_t row, int64_t end_row, const Places &places) {
-  each_run<T>(
-      images, first_image, live, row, end_row, band, band_row, places,
-      [](T *to, const float *from) { store_any(to, load(from)); },
-      [&](T *to, int64_t count, const int32_t *at, const float *from) {
-        unpack_run(from, at, images.image_stride, live, count, to);
-      });
+inline void unpack_pixel_of(const float *in, int64_t step, const Images &images, int64_t first_image, int64_t row,
+                            int64_t pixel) {
+  const int64_t at = images.at(first_image, row, pixel), live = images.live(first_image);
+  if (images.half) {
+    unpack_pixel(in, step, images.image_stride(), live, images.channels, static_cast<bf16 *>(images.data) + at);
+  } else {
+    unpack_pixel(in, step, images.image_stride(), live, images.channels, static_cast<float *>(images.data) + at);
+  }
 }
 
 // Rows [row, row + count) of the images, which may lie outside them and are zero there, to `count` rows of the band.
 inline void pack_band(const Images &images, int64_t first_image, int64_t row, int64_t count, const Band &band,
-                      int64_t band_row, const Places &places) {
-  const int64_t live = min64(VL, images.count - first_image);
-  const int64_t begin = min64(max64(row, 0), row + count), end = max64(begin, min64(row + count, images.height));
-  for (int64_t r = row; r < row + count; ++r) {
-    if (r >= begin && r < end) continue;
-    for (int64_t c = 0; c < band.channels; ++c) {
-      memset(band.at(c, band_row + r - row, 0), 0, size_t(band.width * VL) * sizeof(float));
+                      int64_t band_row) {
+  for (int64_t r = 0; r < count; ++r) {
+    if (row + r < 0 || row + r >= images.height) {
+      for (int64_t c = 0; c < band.channels; ++c) {
+        memset(band.at(c, band_row + r, 0), 0, size_t(band.width * VL) * sizeof(float));
+      }
+      continue;
     }
-  }
-  if (begin == end) return;
-  if (images.half) {
-    pack_rows_of<bf16>(images, first_image, live, begin, end, band, band_row + begin - row, places);
-  } else {
-    pack_rows_of<float>(images, first_image, live, begin, end, band, band_row + begin - row, places);
+    for (int64_t p = 0; p < images.width; ++p) {
+      pack_pixel_of(images, first_image, row + r, p, band.at(0, band_row + r, band.left + p), band.channel_step());
+    }
   }
 }
 
 // `count` rows of the band to rows [row, row + count) of the images; those outside are left out.
-inline void unpack_band(const Band &band, int64_t band_row, int64_t row, int64_t count, const Images &images,
-                        int64_t first_image, const Places &places) {
-  const int64_t live = min64(VL, images.count - first_image);
-  const int64_t begin = max64(row, 0), end = min64(row + count, images.height);
-  if (begin >= end) return;
-  if (images.half) {
-    unpack_rows_of<bf16>(band, band_row + begin - row, images, first_image, live, begin, end, places);
-  } else {
-    unpack_rows_of<float>(band, band_row + begin - row, images, first_image, live, begin, end, places);
+inline void unpack_band(const Band &band, int64_t row, int64_t count, const Images &images, int64_t first_image) {
+  for (int64_t r = max64(0, -row); r < min64(count, images.height - row); ++r) {
+    for (int64_t p = 0; p < images.width; ++p) {
+      unpack_pixel_of(band.at(0, r, band.left + p), band.channel_step(), images, first_image, row + r, p);
+    }
   }
 }
 

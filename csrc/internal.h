@@ -28,10 +28,13 @@ struct Kernels {
                    int64_t head_dim, int threads);
   int (*attention_backward)(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
                             int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads);
-  int (*convolve)(const rarefy_conv *, const rarefy_pattern *, const float *values, const rarefy_images *x,
-                  const float *bias, const rarefy_images *y, int threads);
-  int (*convolve_backward)(const rarefy_conv *, const rarefy_pattern *, const float *values, const rarefy_images *dy,
-                           const rarefy_images *x, const rarefy_images *dx, float *dvalues, float *dbias, int threads);
+  int (*convolve)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *x, const float *bias,
+                  void *y, bool half, int threads);
+  int (*convolve_backward)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *dy,
+                           const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads);
+  int (*norm_forward)(const rarefy_norm *, const void *x, const void *residual, void *y, int threads);
+  int (*norm_backward)(const rarefy_norm *, const void *dy, const void *x, const void *y, void *dx, void *dresidual,
+                       float *dweight, float *dbias, int threads);
   int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 

@@ -8,6 +8,7 @@
 #include "drive_direct.h"
 #include "drive_few.h"
 #include "drive_mlp.h"
+#include "norm.h"
 #include "probe.h"
 
 namespace rarefy {
@@ -168,22 +169,46 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
                               {dx, in, half}, batch, threads);
 }
 
-int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const rarefy_images *x,
-             const float *bias, const rarefy_images *y, int threads) {
+int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,
+             void *y, bool half, int threads) {
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  return rarefy::convolve(p, &block->tiled, c, values, images_of(c, *x, true), bias, images_of(c, *y, false), threads);
+  return rarefy::convolve(p, &block->tiled, c, values, inputs_of(c, x, half), bias, outputs_of(c, y, half), threads);
 }
 
-int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const rarefy_images *dy,
-                      const rarefy_images *x, const rarefy_images *dx, float *dvalues, float *dbias, int threads) {
+int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *dy,
+                      const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads) {
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  const Images gradient = dx != nullptr ? images_of(c, *dx, true) : Images{};
-  return rarefy::convolve_backward(p, &block->tiled, c, values, images_of(c, *dy, false), images_of(c, *x, true), gradient,
-                                   dvalues, dbias, threads);
+  return rarefy::convolve_backward(p, &block->tiled, c, values, outputs_of(c, dy, half), inputs_of(c, x, half),
+                                   inputs_of(c, dx, half), dvalues, dbias, threads);
+}
+
+Norm norm_of(const rarefy_norm &n) {
+  return {n.rows, n.channels, n.half != 0, n.relu != 0, n.training != 0, n.eps, n.weight, n.bias, n.mean, n.var};
+}
+
+int norm_forward(const rarefy_norm *n, const void *x, const void *residual, void *y, int threads) {
+  if (n->half != 0) {
+    return rarefy::norm_forward(norm_of(*n), static_cast<const bf16 *>(x), static_cast<const bf16 *>(residual),
+                                static_cast<bf16 *>(y), threads);
+  }
+  return rarefy::norm_forward(norm_of(*n), static_cast<const float *>(x), static_cast<const float *>(residual),
+                              static_cast<float *>(y), threads);
+}
+
+int norm_backward(const rarefy_norm *n, const void *dy, const void *x, const void *y, void *dx, void *dresidual,
+                  float *dweight, float *dbias, int threads) {
+  if (n->half != 0) {
+    return rarefy::norm_backward(norm_of(*n), static_cast<const bf16 *>(dy), static_cast<const bf16 *>(x),
+                                 static_cast<const bf16 *>(y), static_cast<bf16 *>(dx), static_cast<bf16 *>(dresidual),
+                                 dweight, dbias, threads);
+  }
+  return rarefy::norm_backward(norm_of(*n), static_cast<const float *>(dy), static_cast<const float *>(x),
+                               static_cast<const float *>(y), static_cast<float *>(dx), static_cast<float *>(dresidual),
+                               dweight, dbias, threads);
 }
 
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)
@@ -192,7 +217,8 @@ int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const fl
 #define RAREFY_JOIN_(a, b) a##b
 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
-                            attention_forward,          attention_backward, convolve, convolve_backward, probe};
+                            attention_forward,          attention_backward, convolve, convolve_backward,
+                            norm_forward,               norm_backward,      probe};
 
 }  // namespace
 

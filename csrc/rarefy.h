@@ -116,22 +116,32 @@ typedef struct {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 } rarefy_conv;
 
-/* Strides in elements of image, channel, row and pixel. One of those of image, channel and pixel must be 1; if only that of
- * the pixel is, the rows of a channel must follow each other without a gap. `half`: bfloat16, else float32. */
-typedef struct {
-  void *data;
-  int64_t strides[4];
-  int32_t half;
-} rarefy_images;
-
-/* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. RAREFY_TOO_WIDE: what a row of a
- * few pixels of one channel reads would not fit into a cache, for taps spread too far. */
+/* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. Images are (images, height, width,
+ * channels), in bfloat16 if `half`, else float32; values, bias and their gradients are float32. RAREFY_TOO_WIDE: what a few
+ * pixels of one channel read would not fit into a cache, for taps spread too far. */
 RAREFY_API int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
-                               const rarefy_images *x, const float *bias, const rarefy_images *y, int threads);
+                               const void *x, const float *bias, void *y, int32_t half, int threads);
 /* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. */
 RAREFY_API int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
-                                        const rarefy_images *dy, const rarefy_images *x, const rarefy_images *dx,
-                                        float *dvalues, float *dbias, int threads);
+                                        const void *dy, const void *x, void *dx, float *dvalues, float *dbias,
+                                        int32_t half, int threads);
+
+/* Batch normalisation over rows (rows, channels), then a residual added and ReLU, where asked for:
+ * y = act((x - mean) / sqrt(var + eps) * weight + bias + residual). */
+typedef struct {
+  int64_t rows, channels;
+  int32_t half;                /* x, y, residual and their gradients hold bfloat16, else float32 */
+  int32_t relu, training;
+  float eps;
+  const float *weight, *bias;  /* NULL: ones, zeros */
+  float *mean, *var;           /* of the rows, var without Bessel's correction: written if training, else read */
+} rarefy_norm;
+
+/* residual may be NULL. */
+RAREFY_API int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const void *residual, void *y, int threads);
+/* y may be NULL where there was no residual or no ReLU; dresidual, dweight and dbias too. */
+RAREFY_API int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x, const void *y, void *dx,
+                                    void *dresidual, float *dweight, float *dbias, int threads);
 
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim).
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);

@@ -3,5 +3,6 @@
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.low_rank import SparseLowRank
 from rarefy.nn.mlp import gated_mlp, mlp
+from rarefy.nn.norm import norm_relu
 
-__all__ = ["SparseLinear", "SparseLowRank", "gated_mlp", "mlp"]
+__all__ = ["SparseLinear", "SparseLowRank", "gated_mlp", "mlp", "norm_relu"]
