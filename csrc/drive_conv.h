@@ -45,7 +45,7 @@ inline Images outputs_of(const Conv &c, const void *y, bool half) {
   return {const_cast<void *>(y), c.images, c.out_channels, c.y.out, c.x.out, half};
 }
 
-// How many rows of the output are computed while `held` bands of the input's size stay where they are.
+// How many rows of the output are computed while `held` bands stay where they are, or what is as large.
 inline int64_t band_rows(const Conv &c, int64_t width, int64_t held) {
   const int64_t row_bytes = c.channels * width * VL * int64_t(sizeof(float));
   const int64_t fit = (kBandBytes / held / max64(row_bytes, 1) - c.y.reach()) / c.y.stride + 1;
@@ -195,7 +195,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   const int64_t rows_at_once = min64(kConvRows, c.y.out), out = c.out_channels;
   Region region = plan_region(c, p->block_cols == 1, rows_at_once);
   Band in = input_band(c, 1);
-  const int64_t rows = band_rows(c, in.width, 1);
+  const int64_t rows = band_rows(c, in.width, 2);
   in = input_band(c, rows);
   Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, 2 * threads,
                          conv_tile(c, region, p), p->block_rows * p->block_cols == 1, false, false);
@@ -286,7 +286,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   const bool shared = p->block_cols == 1, has_dx = dx.data != nullptr;
   const int64_t entries = p->block_rows * p->block_cols, out = c.out_channels, features = c.features();
   Band in = input_band(c, 1);
-  const int64_t rows = band_rows(c, in.width, 2);
+  const int64_t rows = band_rows(c, in.width, 4);
   in = input_band(c, rows);
   Band gradient = in;
   const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
