@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy import Pattern
+from rarefy import Pattern, SparseConv2d
 from rarefy.ops import Index, convolution, tiled
 from rarefy.ops.reference import dense, unit_indices
 
@@ -49,7 +49,7 @@ def dense_conv(weight, x, bias, geometry):
 def gradients(weight, x, bias, geometry, dy):
     """Of weight, x and bias."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (weight, x, bias)]
-    return torch.autograd.grad(dense_conv(*inputs, geometry), inputs, dy)
+    return torch.autograd.grad(dense_conv(inputs[0], inputs[1], inputs[2], geometry), inputs, dy)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -142,3 +142,29 @@ def test_what_does_not_fit_is_refused(shape, reason):
     values, index, _, bias, _ = drawn(CASES[0], torch.float32)
     with pytest.raises(RuntimeError, match=reason):
         OPS.conv2d(values, *index, torch.randn(shape), bias, [3, 3], [1, 1], [0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("block", [1, (4, 1), 2])
+def test_layer_is_the_dense_one_at_its_units(block):
+    dense_layer = torch.nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), dtype=torch.float64)
+    layer = SparseConv2d.from_dense(dense_layer, density=0.25, block=block)
+    x = torch.randn(3, 4, 7, 8, dtype=torch.float64)
+
+    assert layer.density == 0.25 and layer.pattern.shape == (8, 24)
+    mask = layer.pattern.to_mask().view_as(dense_layer.weight)
+    assert torch.equal(layer.to_dense().weight, dense_layer.weight * mask)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    again = SparseConv2d(4, 8, (3, 2), (2, 1), 1, (1, 2), density=0.25, block=block, dtype=torch.float64)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x))
+    with pytest.raises(AttributeError, match="SparseConv2d has no dense weight"):
+        layer.weight  # noqa: B018
+
+
+def test_layers_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="groups=4"):
+        SparseConv2d(4, 8, 3, groups=4, density=0.5)
+    with pytest.raises(ValueError, match="stride must be"):
+        SparseConv2d(4, 8, 3, stride=0, density=0.5)
+    with pytest.raises(ValueError, match="padding must be numbers"):
+        SparseConv2d.from_dense(torch.nn.Conv2d(4, 8, 3, padding="same"), density=0.5)

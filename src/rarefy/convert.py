@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rarefy.fuse import fuse, hidden_pairs
 from rarefy.init import drawn_pattern, grouped_pattern, magnitude_pattern, row_rescale
 from rarefy.nn import SparseLinear, SparseLowRank
-from rarefy.nn.linear import INDEX_BUFFERS, gather_units
+from rarefy.nn.layer import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
 from rarefy.plan import ASSUMED_TOKENS, Decision, Plan, is_conv1d, thresholds
 from rarefy.rewiring import Rewirer, choose_compute

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rarefy.files import container, tree
 from rarefy.files.checkpoint import ARRAYS, VERSION, Checkpoint, key, read
 from rarefy.nn import SparseLinear, SparseLowRank
-from rarefy.nn.linear import resize
+from rarefy.nn.layer import resize
 from rarefy.pattern import Pattern
 
 

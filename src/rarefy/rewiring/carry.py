@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rarefy.methods.candidates import Scored
 from rarefy.nn import SparseLinear
-from rarefy.nn.linear import resize
+from rarefy.nn.layer import resize
 from rarefy.ops import Index
 from rarefy.pattern import Pattern
 from rarefy.selection import contains
