@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kBandBytes = int64_t(768) << 10;  // of the bands of a thread, in L2
 constexpr int64_t kConvRows = 2;                    // rows of the output that share what a region reads
+// Chunks of rows that threads share out while they build a stream. Their number decides in which order taps add to a pixel,
+// so it does not follow the number of threads.
+constexpr int64_t kConvChunks = 8;
 constexpr int64_t kMostParts = 16;                  // sums of the values' gradient that exist side by side, at most
 
 struct Axis {
@@ -197,7 +200,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   Band in = input_band(c, 1);
   const int64_t rows = band_rows(c, in.width, 2);
   in = input_band(c, rows);
-  Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, 2 * threads,
+  Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, kConvChunks,
                          conv_tile(c, region, p), p->block_rows * p->block_cols == 1, false, false);
   if (!region_fits(region, c, s.tile_cols)) return RAREFY_TOO_WIDE;
   const int64_t tile_channels = ceil_div(s.tile_cols, c.taps()) + 1;
@@ -290,7 +293,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   in = input_band(c, rows);
   Band gradient = in;
   const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
-  Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, 2 * threads,
+  Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, kConvChunks,
                          choose_tile(unit_rows, unit_cols, p->num_units, p->block_rows), entries == 1 && kPairedBackward,
                          entries == 1, true);
   const int64_t groups = c.groups(), parts = max64(1, min64(groups, kMostParts));

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import rarefy
 from rarefy import Method, Pattern, Rewirer, SparseLinear
+from rarefy.nn import SparseLayer
 
 
 class Hoard(Optimizer):
@@ -101,7 +102,7 @@ class Snapshot:
     values: nn.Parameter
 
 
-def snapshot(layer: SparseLinear, optimizer: Optimizer) -> Snapshot:
+def snapshot(layer: SparseLayer, optimizer: Optimizer) -> Snapshot:
     k = layer.num_units
     rows, rest = {"values": rows_of(layer.values, k)}, {}
     for name, tensor in state_tensors(optimizer.state.get(layer.values, {})):
@@ -119,7 +120,7 @@ def snapshot(layer: SparseLinear, optimizer: Optimizer) -> Snapshot:
     return Snapshot(pattern, pattern.unit_indices().numpy(), rows, rest, layer.values)
 
 
-def check_index(layer: SparseLinear) -> None:
+def check_index(layer: SparseLayer) -> None:
     """Exact count, sorted, unique, in range, pointers right, and the transposed index that of the pattern."""
     crow, cols, t_crow, t_rows, t_perm = (array.numpy().astype(np.int64) for array in layer.index[:5])
     num_rows, num_cols = layer.out_features // layer.block[0], layer.in_features // layer.block[1]
@@ -137,7 +138,7 @@ def check_index(layer: SparseLinear) -> None:
     assert (np.diff(t_crow) == np.bincount(cols, minlength=num_cols)).all()
 
 
-def check_nothing_changed(before: Snapshot, layer: SparseLinear, optimizer: Optimizer) -> None:
+def check_nothing_changed(before: Snapshot, layer: SparseLayer, optimizer: Optimizer) -> None:
     after = snapshot(layer, optimizer)
     assert after.pattern == before.pattern and after.values is before.values
     assert before.rows.keys() == after.rows.keys() and before.rest.keys() == after.rest.keys()
@@ -146,7 +147,7 @@ def check_nothing_changed(before: Snapshot, layer: SparseLinear, optimizer: Opti
 
 
 def check_rewire(
-    before: Snapshot, layer: SparseLinear, optimizer: Optimizer, *, keeps_counts: bool = True
+    before: Snapshot, layer: SparseLayer, optimizer: Optimizer, *, keeps_counts: bool = True
 ) -> tuple[list[int], list[int]]:
     """Every invariant of a rewire; returns the units that went and those that came."""
     check_index(layer)
@@ -177,7 +178,7 @@ def layer_of(active: Mapping[int, float], shape: tuple[int, int], block: tuple[i
     return layer
 
 
-def values_of(layer: SparseLinear) -> dict[int, float]:
+def values_of(layer: SparseLayer) -> dict[int, float]:
     """Unit -> its first entry."""
     first = layer.values.detach().reshape(layer.num_units, -1)[:, 0]
     return dict(zip(layer.pattern.unit_indices().tolist(), first.tolist(), strict=True))
@@ -192,11 +193,11 @@ def fit(model: nn.Module, state: Mapping[str, Any]) -> None:
             layer.set_pattern(Pattern(crow, cols, (layer.out_features, layer.in_features), layer.block))
 
 
-def units_of(layer: SparseLinear) -> list[int]:
+def units_of(layer: SparseLayer) -> list[int]:
     return layer.pattern.unit_indices().tolist()
 
 
-def push(layer: SparseLinear, gradient: Tensor) -> None:
+def push(layer: SparseLayer, gradient: Tensor) -> None:
     """Backward such that the dense weight's gradient is exactly `gradient`, (O, I) or one entry a unit."""
     if gradient.numel() != layer.out_features * layer.in_features:
         grid = gradient.reshape(layer.out_features // layer.block[0], -1)
@@ -207,7 +208,7 @@ def push(layer: SparseLinear, gradient: Tensor) -> None:
 
 
 def engine(
-    layers: SparseLinear | Mapping[str, SparseLinear],
+    layers: SparseLayer | Mapping[str, SparseLayer],
     method: Method,
     optimizer: Callable[[Any], Optimizer] | None = None,
     *,
@@ -216,7 +217,7 @@ def engine(
     hook: bool = True,
 ) -> tuple[Rewirer, Optimizer]:
     """An engine attached to an optimizer of all the layers' parameters; by default SGD that moves nothing."""
-    named = {"layer": layers} if isinstance(layers, SparseLinear) else dict(layers)
+    named = {"layer": layers} if isinstance(layers, SparseLayer) else dict(layers)
     parameters = [p for layer in named.values() for p in layer.parameters()]
     made = torch.optim.SGD(parameters, lr=0.0) if optimizer is None else optimizer(parameters)
     return Rewirer(named, method, seed=seed).attach(made, total_steps=total_steps, hook=hook), made

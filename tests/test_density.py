@@ -41,6 +41,7 @@ from rarefy import (
 from rarefy.budget import Budget
 from rarefy.distributions import spread
 from rarefy.methods.redistribution import by_global_score
+from rarefy.nn import SparseLayer
 from rewires import OPTIMIZERS, bits, check_index, layer_of, push, snapshot, step, units_of
 
 
@@ -68,7 +69,7 @@ def learn(model: nn.Module, optimizer, steps: range) -> None:
         step(optimizer)
 
 
-def check_resized(before, layer: SparseLinear, optimizer, *, back: bool = False) -> tuple[list[int], list[int]]:
+def check_resized(before, layer: SparseLayer, optimizer, *, back: bool = False) -> tuple[list[int], list[int]]:
     """As `check_rewire`, of a change to any number of units.
 
     Args:
@@ -159,7 +160,7 @@ def test_rule_2_5_exact_at_every_change(schedule, method, distribution, block, o
     assert rewirer.skipped == 0
 
 
-def _grid(layer: SparseLinear) -> tuple[int, int]:
+def _grid(layer: SparseLayer) -> tuple[int, int]:
     return layer.pattern.num_unit_rows, layer.pattern.num_unit_cols
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from rarefy import SET, Constant, Pattern, Plan, Rewirer, RigL, SparseLinear, Static, sparsify
 from rarefy.groups import split
 from rarefy.growth import Exact, Momentum, NormProduct, SampledTokens
+from rarefy.nn import SparseLayer
 from rarefy.selection import num_to_replace
 from rewires import check_rewire, push, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::rarefy.GuardWarning")
 
 
-def counts(layer: SparseLinear, groups: int) -> list[int]:
+def counts(layer: SparseLayer, groups: int) -> list[int]:
     """Units of each group of rows."""
     return torch.diff(layer.pattern.crow_indices).view(groups, -1).sum(dim=1).tolist()
 

@@ -873,7 +873,7 @@ def test_rule_7_4_a_companion_must_be_a_copy():
     dense = copy.deepcopy(model)
     rewirer = sparsify(model, Plan(density=0.4))
     with pytest.raises(
-        ValueError, match="the companion has no SparseLinear '0' of 51 units: copy the sparsified model"
+        ValueError, match="the companion has no sparse layer '0' of 51 units: copy the sparsified model"
     ):
         rewirer.register_companion(dense)
 

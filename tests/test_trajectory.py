@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy import GMP, SET, Cosine, GraNet, Method, Plan, RigL, SparseLinear, sparsify
+from rarefy import GMP, SET, Cosine, GraNet, Method, Plan, RigL, sparsify
 from rarefy.distributions import exact_counts
+from rarefy.nn import SparseLayer
 from rarefy.sampling import keyed_generator, sample_without_replacement
 
 STEPS, INTERVAL, END, START = 60, 6, 48, 0.4
@@ -31,7 +32,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 class Simulation:
     """A masked dense MLP, trained and rewired by the rules of docs/rewiring.md as one would write them down."""
 
-    def __init__(self, layers: list[SparseLinear], names: list[str], adam: bool, method: Method, seed: int) -> None:
+    def __init__(self, layers: list[SparseLayer], names: list[str], adam: bool, method: Method, seed: int) -> None:
         self.names, self.adam, self.method, self.seed = names, adam, method, seed
         self.masks = [layer.pattern.to_mask() for layer in layers]
         self.weights = [layer.dense_weight().clone() for layer in layers]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rarefy.files import atomic_write
 from rarefy.growth import Collector, Exact, Momentum, NormProduct, Request, SampledTokens, Signal
 from rarefy.methods import RigL
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer, SparseLinear
 from rarefy.ops import Index, sink
 from rarefy.plan import Plan
 from rarefy.recipes.text.networks import make_sparse, text_loss
@@ -98,7 +98,7 @@ def judge(chosen: Tensor, units: Tensor, scores: Tensor) -> tuple[float, float]:
     return float(taken[best].float().mean()), float(scores[taken].sum() / most.sum())
 
 
-def request(name: str, layer: SparseLinear, step: int, k: int) -> Request:
+def request(name: str, layer: SparseLayer, step: int, k: int) -> Request:
     """As the engine asks, in a run of one micro-batch on one rank."""
     return Request(
         name=name, step=step, seed=0, values=layer.values, k=k, returns=False, calls=1, ranks=ranks, grow_score=None
@@ -162,7 +162,7 @@ class Study:
             self.step_s.append(time.perf_counter() - started)
 
     @staticmethod
-    def k(layer: SparseLinear, fraction: float) -> int:
+    def k(layer: SparseLayer, fraction: float) -> int:
         """Units wanted."""
         return round(fraction * layer.num_units)
 
@@ -223,7 +223,7 @@ class Study:
             for label, times in spent.items()
         }
 
-    def one(self, signal: Signal, name: str, layer: SparseLinear, index: Index, dy: Tensor, x: Tensor) -> float:
+    def one(self, signal: Signal, name: str, layer: SparseLayer, index: Index, dy: Tensor, x: Tensor) -> float:
         """Seconds that a rewire of one layer spends on its signal."""
         collector = signal.collector(request(name, layer, 1, self.k(layer, FRACTIONS[0])))
         seconds = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +23,8 @@ class Budget:
     different sizes share it too, and round it within each kind of unit.
     """
 
-    shapes: Mapping[str, tuple[int, int]]
-    """Layer name -> (out, in), in the model's order."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Layer name -> (out, in), or of a convolution (out, in, kh, kw), in the model's order."""
     blocks: Mapping[str, tuple[int, int]]
     """Layer name -> unit shape."""
     density: Schedule
@@ -42,7 +42,7 @@ class Budget:
 
     def sizes(self) -> dict[str, int]:
         """n of each layer."""
-        return {name: math.prod(unit_grid(shape, self.blocks[name])) for name, shape in self.shapes.items()}
+        return {name: math.prod(unit_grid(as_matrix(s), self.blocks[name])) for name, s in self.shapes.items()}
 
     def groups(self) -> Iterator[list[str]]:
         """Layers whose units are spread together: each with a density of its own alone, the others by kind of unit."""
@@ -84,6 +84,11 @@ class Budget:
                     least = {name: now[name] for name in names}
             counts |= exact_counts(densities, n, density, least=least, most=most)
         return counts
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(out, in) of a weight's matrix: a convolution's is (out, in * kh * kw)."""
+    return shape[0], math.prod(shape[1:])
 
 
 def moves(schedule: Schedule) -> bool:

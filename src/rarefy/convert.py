@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.fuse import fuse, hidden_pairs
 from rarefy.init import drawn_pattern, grouped_pattern, magnitude_pattern, row_rescale
-from rarefy.nn import SparseLinear, SparseLowRank
-from rarefy.nn.linear import INDEX_BUFFERS, gather_units
+from rarefy.nn import SparseConv2d, SparseLayer, SparseLinear, SparseLowRank
+from rarefy.nn.layer import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
 from rarefy.plan import ASSUMED_TOKENS, Decision, Plan, is_conv1d, thresholds
 from rarefy.rewiring import Rewirer, choose_compute
@@ -20,7 +20,8 @@ from rarefy.sampling import keyed_generator
 
 
 def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool | None = None) -> Rewirer:
-    """Replace the model's linear layers by sparse ones, as the plan says, and return the engine that will rewire them.
+    """Replace the model's linear layers and convolutions by sparse ones, as the plan says, and return the engine that
+    will rewire them.
 
     Create the optimizer afterwards, then `rewirer.attach(optimizer, total_steps=...)`.
 
@@ -48,7 +49,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     """
     decisions = plan.decide(model, sample, measure=measure)
     modules = dict(model.named_modules())
-    layers: dict[str, SparseLinear] = {}
+    layers: dict[str, SparseLayer] = {}
     made: dict[str, nn.Module] = {}
     for decision in decisions:
         if not decision.is_sparse:
@@ -57,11 +58,12 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
         if isinstance(module, SparseLowRank):
             layers[f"{decision.name}.sparse".lstrip(".")] = module.sparse
             continue
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLayer):
             layers[decision.name] = module
             continue
         layer = _sparse_twin(module, decision, plan)
         if decision.rank:
+            assert isinstance(layer, SparseLinear)
             made[decision.name], layers[f"{decision.name}.sparse"] = _with_low_rank(layer, decision, plan), layer
         else:
             made[decision.name] = layers[decision.name] = layer
@@ -82,7 +84,7 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
     fresh = {d.name: d for d in decisions if d.name in made and not plan.keeps_sizes}
     budget = None
     if fresh:
-        budget = plan.budget({name: d.shape for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
+        budget = plan.budget({name: d.dims for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
     fused = fuse(model)
     tokens = {d.name: d.tokens or ASSUMED_TOKENS for d in decisions}
     dense_above = thresholds(layers, plan.dense_above, tokens)
@@ -106,10 +108,10 @@ def _seed(plan: Plan, name: str) -> int:
     return int(keyed_generator(plan.seed, "first pattern", name).integers(2**62))
 
 
-def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLinear:
+def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLayer:
     """The sparse layer that takes the place of a dense one."""
     weight = cast(Tensor, module.weight).detach()
-    weight = weight.T if is_conv1d(module) else weight
+    weight = weight.T if is_conv1d(module) else weight.flatten(1)
     if weight.device.type == "meta" and plan.first_pattern == "magnitude":
         raise ValueError(
             f"init: 'magnitude' needs weights, and {decision.name} is on the meta device; use another init, "
@@ -117,8 +119,12 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLin
         )
     bias = cast("nn.Parameter | None", module.bias)
     assert decision.units is not None
-    layer = SparseLinear.__new__(SparseLinear)
+    kind = SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear
+    layer = kind.__new__(kind)
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
+    if isinstance(module, nn.Conv2d):
+        assert isinstance(layer, SparseConv2d)
+        layer.take_geometry(module)
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)
     layer.pattern_init = "random" if plan.first_pattern == "magnitude" else plan.first_pattern

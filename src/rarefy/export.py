@@ -30,7 +30,8 @@ StrPath = str | os.PathLike[str]
 
 
 def to_dense_state_dict(path: StrPath) -> dict[str, Tensor]:
-    """The state_dict of the dense model that computes the same: `{name}.weight` (out, in) for each sparse layer.
+    """The state_dict of the dense model that computes the same: `{name}.weight` for each sparse layer, (out, in) or of
+    a convolution (out, in, kh, kw).
 
     A layer that took the place of Hugging Face's Conv1D has its weight as (in, out), as that stores it. Tied tensors
     are the same object under each name. Needs the memory of the dense model.
@@ -60,6 +61,8 @@ def _dense_state_dict(found: Checkpoint) -> dict[str, Tensor]:
             if whole != layer:
                 a, b = (found.tensors[key(whole, part)] for part in ("a", "b"))
                 weight = add_low_rank(weight, a, b, found.low_rank[whole])
+            if layer in found.kernels:
+                weight = weight.view(weight.shape[0], -1, *found.kernels[layer])
             made[id(tensor)] = weight.T if layer in found.transposed else weight
         state[key(_whole(found, layer), "weight")] = made[id(tensor)]
     return state

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.ops import backend
 from rarefy.rounding import key_of, to_bfloat16
 from rarefy.supar import SuPar
@@ -201,7 +201,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float, mup: SuPar
             have lr / m and weight_decay * m, a group for each m (rule 3.3; for Adam and its kin).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    values = {id(m.values) for m in model.modules() if isinstance(m, SparseLinear)}
+    values = {id(m.values) for m in model.modules() if isinstance(m, SparseLayer)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decays = [p for p in trained if id(p) in values or (p.dim() >= 2 and id(p) not in embeddings)]
     decayed = {id(p) for p in decays}
@@ -221,6 +221,6 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float, mup: SuPar
 def _multipliers(model: nn.Module, mup: SuPar) -> dict[int, float]:
     """Of each linear layer's weights, by id."""
     return {
-        id(layer.values if isinstance(layer, SparseLinear) else layer.weight): multiplier
+        id(layer.values if isinstance(layer, SparseLayer) else layer.weight): multiplier
         for _, layer, multiplier in mup.layers(model)
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseConv2d, SparseLayer
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.ops import index_dtype
 from rarefy.pattern import unit_grid
@@ -41,7 +41,8 @@ def layer_bytes(
 
 
 def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:
-    """Rows of input that each named layer sees in one forward of `sample`; 0 for a layer that is not called as one.
+    """Rows of input that each named layer sees in one forward of `sample`, of a convolution output pixels; 0 for a
+    layer that is not called as one.
 
     Args:
         sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
@@ -54,7 +55,9 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else next(iter(keywords.values()), None)
-            if isinstance(x, Tensor) and x.dim() and x.shape[-1]:
+            if isinstance(x, Tensor) and isinstance(module, nn.Conv2d | SparseConv2d):
+                tokens[name] += _pixels(module, x)
+            elif isinstance(x, Tensor) and x.dim() and x.shape[-1]:
                 tokens[name] += x.numel() // x.shape[-1]
 
         return hook
@@ -72,6 +75,21 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     return tokens
 
 
+def _pixels(conv: nn.Conv2d | SparseConv2d, x: Tensor) -> int:
+    """Of its output, over all images."""
+    sizes = [*(1,) * (4 - x.dim()), *x.shape]
+    padding = conv.padding
+    count = sizes[0]
+    for axis in (0, 1):
+        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        if padding == "same":
+            count *= sizes[2 + axis]
+            continue
+        both = 0 if isinstance(padding, str) else 2 * padding[axis]
+        count *= max(0, (sizes[2 + axis] + both - reach - 1) // conv.stride[axis] + 1)
+    return count
+
+
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer state and indices as they are now, each counted once."""
 
@@ -84,5 +102,5 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         "parameters": size(parameters),
         "gradients": size(p for p in parameters if p.requires_grad),
         "optimizer": size(state),
-        "indices": sum(m.index_bytes() for m in model.modules() if isinstance(m, SparseLinear)),
+        "indices": sum(m.index_bytes() for m in model.modules() if isinstance(m, SparseLayer)),
     }

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from rarefy.files import container, tree
 from rarefy.files.checkpoint import ARRAYS, VERSION, Checkpoint, key, read
-from rarefy.nn import SparseLinear, SparseLowRank
-from rarefy.nn.linear import resize
+from rarefy.nn import SparseConv2d, SparseLayer, SparseLowRank
+from rarefy.nn.layer import resize
 from rarefy.pattern import Pattern
 
 
@@ -49,7 +49,7 @@ def save(
     model = _unwrapped(model)
     tensors, aliases = _stored_once(path, model)
     modules = model.named_modules(remove_duplicate=False)
-    sparse = {name: module for name, module in modules if isinstance(module, SparseLinear)}
+    sparse = {name: module for name, module in modules if isinstance(module, SparseLayer)}
     parents = dict(model.named_modules(remove_duplicate=False))
     layers = {}
     for name, layer in sparse.items():
@@ -62,6 +62,8 @@ def save(
         }
         if layer.transposed:
             layers[name]["transposed"] = True
+        if isinstance(layer, SparseConv2d):
+            layers[name]["kernel"] = list(layer.kernel_size)
         parent = parents[name.rpartition(".")[0]]
         if name and isinstance(parent, SparseLowRank):
             layers[name]["low_rank"] = {"rank": parent.rank, "scale": parent.scale}
@@ -216,15 +218,15 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
     return plain
 
 
-def _make_room(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLinear]) -> None:
+def _make_room(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLayer]) -> None:
     """Storage of the file's sizes in the layers that may have them."""
     for name, module in model.named_modules(remove_duplicate=False):
         if name in found.patterns and any(module is layer for layer in resizable):
-            assert isinstance(module, SparseLinear)
+            assert isinstance(module, SparseLayer)
             module.make_room(found.patterns[name].num_units)
 
 
-def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLinear] = ()) -> None:
+def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[SparseLayer] = ()) -> None:
     """Whether every tensor of the file has its place in the model and the reverse.
 
     Args:
@@ -237,7 +239,7 @@ def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[Sparse
         layer = modules.get(name)
         _check_layer(name or "the model", pattern, layer, any(layer is other for other in resizable))
     for name, module in modules.items():
-        if isinstance(module, SparseLinear) and name not in found.patterns:
+        if isinstance(module, SparseLayer) and name not in found.patterns:
             reason = "its pattern is missing from the file"
             if key(name, "weight") in found.tensors:
                 reason = "the model has it sparse, the file dense: load before rarefy.sparsify, or use another plan"
@@ -280,7 +282,7 @@ def _check_model(found: Checkpoint, model: nn.Module, resizable: Sequence[Sparse
 def _check_layer(name: str, pattern: Pattern, module: nn.Module | None, resizable: bool) -> None:
     if module is None:
         raise ValueError(f"{name}: the model, of another architecture, has no such layer")
-    if not isinstance(module, SparseLinear):
+    if not isinstance(module, SparseLayer):
         raise ValueError(
             f"{name}: the file has it sparse (density {pattern.density:.4g}), the model as {type(module).__name__}: "
             "first call rarefy.sparsify(model, plan) with the plan of the saved model"
@@ -355,7 +357,7 @@ def _keep_dtypes(current: Any, saved: Any) -> None:
 def _remember(model: nn.Module, rewirer: Stateful | None, optimizer: Optimizer | None) -> Any:
     """A function that puts everything back as it is now. Holds a copy of the model's state, O(nnz), until then."""
     tensors = [(tensor, tensor.clone()) for tensor in model.state_dict().values()]
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     patterns = [(layer, layer.pattern if layer.has_pattern else None) for layer in layers]
     rewiring = None if rewirer is None else rewirer.state_dict()
     # load_state_dict of an optimizer replaces these two and leaves the old ones alone

@@ -1,8 +1,10 @@
 """Sparse modules."""
 
+from rarefy.nn.conv import SparseConv2d
+from rarefy.nn.layer import SparseLayer
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.low_rank import SparseLowRank
 from rarefy.nn.mlp import gated_mlp, mlp
 from rarefy.nn.norm import norm_relu
 
-__all__ = ["SparseLinear", "SparseLowRank", "gated_mlp", "mlp", "norm_relu"]
+__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "SparseLowRank", "gated_mlp", "mlp", "norm_relu"]

@@ -12,9 +12,9 @@ from rarefy.ops.norm import batch_norm, runs_kernel
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(norm(x) + residual), (N, C, h, w).
 
-    Parameters, running statistics and their updates are the module's, and its hooks are not called. One operator with half
-    the memory traffic where its kernel takes the images (channels_last, fp32 or bf16, on the CPU); else torch's own
-    layers.
+    Parameters, running statistics and their updates are the module's, and its hooks are not called. One operator with
+    half the memory traffic where its kernel takes the images (channels_last, fp32 or bf16, on the CPU); else torch's
+    own layers.
 
     Raises:
         ValueError: as the module; or a residual of another shape.

@@ -1,5 +1,5 @@
-"""Batch normalisation of images with what follows it, a residual and ReLU, as one operator: schema, gradient, reference and
-CPU kernel.
+"""Batch normalisation of images with what follows it, a residual and ReLU, as one operator: schema, gradient, reference
+and CPU kernel.
 
     N images, C channels, h x w pixels
 
@@ -87,7 +87,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _c_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, flags: tuple[bool, bool]
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    flags: tuple[bool, bool],
 ) -> _CNorm:
     """Pointers into the tensors, which must outlive the call. flags: relu, training."""
     pointers = (_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr())
@@ -243,4 +249,3 @@ def batch_norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"batch_norm: the residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
     return torch.ops.rarefy.batch_norm(x, residual, weight, bias, mean, var, eps, relu)
-

@@ -26,19 +26,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INDEX = "Tensor crow, Tensor cols, Tensor t_crow, Tensor t_rows, Tensor t_perm, int[] block"
+INDEX_ARGUMENTS = "Tensor crow, Tensor cols, Tensor t_crow, Tensor t_rows, Tensor t_perm, int[] block"
+"""An `Index` in a schema."""
 
 torch.library.define(
-    "rarefy::spmm", f"(Tensor values, {_INDEX}, Tensor x, Tensor? bias=None, Tensor? sink=None) -> Tensor"
+    "rarefy::spmm", f"(Tensor values, {INDEX_ARGUMENTS}, Tensor x, Tensor? bias=None, Tensor? sink=None) -> Tensor"
 )
-torch.library.define("rarefy::spmm_t", f"(Tensor values, {_INDEX}, Tensor dy) -> Tensor")
-torch.library.define("rarefy::sddmm", f"({_INDEX}, Tensor dy, Tensor x) -> Tensor")
+torch.library.define("rarefy::spmm_t", f"(Tensor values, {INDEX_ARGUMENTS}, Tensor dy) -> Tensor")
+torch.library.define("rarefy::sddmm", f"({INDEX_ARGUMENTS}, Tensor dy, Tensor x) -> Tensor")
 torch.library.define(
-    "rarefy::grow_candidates", f"({_INDEX}, Tensor dy, Tensor x, int k) -> (Tensor units, Tensor scores)"
+    "rarefy::grow_candidates", f"({INDEX_ARGUMENTS}, Tensor dy, Tensor x, int k) -> (Tensor units, Tensor scores)"
 )
 torch.library.define(
     "rarefy::spmm_backward",
-    f"(Tensor values, {_INDEX}, Tensor dy, Tensor x, bool[] needs, Tensor(a!)? sink=None) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor values, {INDEX_ARGUMENTS}, Tensor dy, Tensor x, bool[] needs, Tensor(a!)? sink=None) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 

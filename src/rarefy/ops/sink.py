@@ -8,6 +8,7 @@ layer recompiles nothing; what a collector needs is allocated for the layers tha
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -69,11 +70,17 @@ def count(sink: Tensor) -> None:
 
 
 def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
-    """Called by `spmm_backward` on every backend. Gradients are computed in at least fp32, whatever autocast chose:
-    in bf16 most of them would be equal.
+    """Called by `spmm_backward` on every backend: one backward call, dy (B, O) and x (B, I)."""
+    feed_parts(sink, index, 1, lambda: [(dy, x)])
+
+
+def feed_parts(sink: Tensor, index: Index, count: int, parts: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+    """The same for `count` calls, whose dy and x are made only if someone waits for them. Gradients are computed in at
+    least fp32, whatever autocast chose: in bf16 most of them would be equal.
     """
-    count(sink)
+    sink[CALLS] += count
     collector = _collectors.get(int(sink[SLOT]))
     if collector is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        collector.add(index, dy.to(wide), x.to(wide))
+        for dy, x in parts():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            collector.add(index, dy.to(wide), x.to(wide))

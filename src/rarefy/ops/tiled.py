@@ -45,7 +45,7 @@ def positions(index: Index, tile: Tile) -> Tensor:
     return rows * (index.t_crow.shape[0] - 1) + index.cols[tile.begin : tile.end].long()
 
 
-def _dense_tile(values: Tensor, index: Index, tile: Tile) -> Tensor:
+def dense_tile(values: Tensor, index: Index, tile: Tile) -> Tensor:
     """(rows of the tile in entries, I)."""
     num_rows, num_cols, (b_r, b_c) = tile.last - tile.first, index.t_crow.shape[0] - 1, index.block
     units = values.new_zeros(num_rows * num_cols, b_r * b_c)
@@ -71,7 +71,7 @@ def spmm(values: Tensor, index: Index, x: Tensor, bias: Tensor | None) -> Tensor
     x = x.to(values.dtype)
     for tile in tiles(index):
         rows = _columns(tile, index)
-        product = x @ _dense_tile(values, index, tile).T
+        product = x @ dense_tile(values, index, tile).T
         y[:, rows] = product if bias is None else product + bias[rows]
     return y
 
@@ -80,7 +80,7 @@ def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
     dx = values.new_zeros(dy.shape[0], index.in_features)
     for tile in tiles(index):
-        dx += dy[:, _columns(tile, index)].to(values.dtype) @ _dense_tile(values, index, tile)
+        dx += dy[:, _columns(tile, index)].to(values.dtype) @ dense_tile(values, index, tile)
     return dx.to(dy.dtype)
 
 
@@ -92,9 +92,14 @@ def gradient_tiles(index: Index, dy: Tensor, x: Tensor, entries: int = TILE_ENTR
 
 def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:
     """See `rarefy.ops.schema`."""
+    return gather(index, gradient_tiles(index, dy, x), x)
+
+
+def gather(index: Index, gradients: Iterator[tuple[Tile, Tensor]], like: Tensor) -> Tensor:
+    """The entries of a dense matrix at the units, in the shape of values and the dtype of `like`."""
     b_r, b_c = index.block
-    gradient = x.new_empty(index.num_units, b_r * b_c)
-    for tile, dense in gradient_tiles(index, dy, x):
+    gradient = like.new_empty(index.num_units, b_r * b_c)
+    for tile, dense in gradients:
         units = dense.view(tile.last - tile.first, b_r, -1, b_c).transpose(1, 2).reshape(-1, b_r * b_c)
         gradient[tile.begin : tile.end] = units[positions(index, tile)]
     return gradient.flatten() if index.block == [1, 1] else gradient.view(-1, b_r, b_c)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from rarefy.cost import CostModel, break_even, cost_model
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 
 DenseAbove = float | Literal["auto"] | None
 
@@ -20,7 +20,7 @@ def check_dense_above(value: DenseAbove) -> None:
 
 
 def thresholds(
-    layers: Mapping[str, SparseLinear],
+    layers: Mapping[str, SparseLayer],
     dense_above: DenseAbove,
     tokens: Mapping[str, int],
     costs: Callable[[], CostModel] = cost_model,

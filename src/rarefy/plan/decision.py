@@ -7,6 +7,7 @@ from typing import Any
 
 from rarefy.cost import LayerCost, layer_bytes, layer_flops
 from rarefy.nn.low_rank import low_rank_weights
+from rarefy.plan.layers import dims
 from rarefy.plan.precisions import Option, best, options
 
 
@@ -32,8 +33,15 @@ class Decision:
     """Of the low-rank part beside the units; 0: none."""
     asked_density: float | None = None
     """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
+    kernel: tuple[int, int] | None = None
+    """Of a convolution."""
     computes_dense: bool = False
     """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Of the dense weight: (out, in), or (out, in, kh, kw)."""
+        return dims(self.shape, self.kernel)
 
     @property
     def is_sparse(self) -> bool:
@@ -80,6 +88,7 @@ class Decision:
         return {
             "name": self.name,
             "shape": list(self.shape),
+            "kernel": None if self.kernel is None else list(self.kernel),
             "kind": "sparse" if self.is_sparse else "dense",
             "reason": self.why_dense,
             "density": self.density if self.is_sparse else 1.0,

@@ -23,7 +23,10 @@ def check_filters(
         ValueError: a pattern matches no layer, or there is no layer.
     """
     if not layers:
-        raise ValueError("the model has no layer that rarefy could make sparse: no nn.Linear, Conv1D or SparseLinear")
+        raise ValueError(
+            "the model has no layer that rarefy could make sparse: no nn.Linear, nn.Conv2d, Conv1D, SparseLinear or "
+            "SparseConv2d"
+        )
     for option, patterns in globs.items():
         for pattern in patterns:
             if not fnmatch.filter(layers, pattern):

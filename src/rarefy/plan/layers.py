@@ -1,4 +1,4 @@
-"""The linear layers that a model has, and why some of them must stay dense."""
+"""The linear layers and convolutions that a model has, and why some of them must stay dense."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rarefy.nn import SparseLinear, SparseLowRank
+from rarefy.nn import SparseConv2d, SparseLayer, SparseLowRank
+from rarefy.nn.conv import geometry_of
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,35 @@ class Layer:
     name: str
     module: nn.Module
     shape: tuple[int, int]
-    """(out_features, in_features)."""
+    """(out_features, in_features) of the weight's matrix; a convolution's is (out, in * kh * kw)."""
     bias: bool
     why_dense: str
     """Why it cannot be converted; empty: it can."""
     adopted: bool = False
     """It is sparse already."""
+    kernel: tuple[int, int] | None = None
+    """Of a convolution."""
 
     @property
-    def sparse(self) -> SparseLinear | None:
+    def dims(self) -> tuple[int, ...]:
+        """Of the dense weight: (out, in), or (out, in, kh, kw)."""
+        return dims(self.shape, self.kernel)
+
+    @property
+    def sparse(self) -> SparseLayer | None:
         """What holds its units, if it is sparse already."""
         module = self.module.sparse if isinstance(self.module, SparseLowRank) else self.module
-        return module if isinstance(module, SparseLinear) else None
+        return module if isinstance(module, SparseLayer) else None
 
     @property
     def rank(self) -> int:
         """Of the low-rank part that it has already."""
         return self.module.rank if isinstance(self.module, SparseLowRank) else 0
+
+
+def dims(shape: tuple[int, int], kernel: tuple[int, int] | None) -> tuple[int, ...]:
+    """Of a dense weight whose matrix has this shape."""
+    return shape if kernel is None else (shape[0], shape[1] // (kernel[0] * kernel[1]), *kernel)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -43,7 +56,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every linear layer of the model by its first name, in order, with the reason why it must stay dense, if any."""
+    """Every linear layer and 2-d convolution of the model by its first name, in order, with the reason why it must stay
+    dense, if any.
+    """
     modules = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -53,13 +68,19 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     for name, module in modules.items():
         if isinstance(modules.get(name.rpartition(".")[0]), SparseLowRank) and name:
             continue  # part of the layer above it
-        if isinstance(module, SparseLinear | SparseLowRank):
+        if isinstance(module, SparseLayer | SparseLowRank):
             shape = (module.out_features, module.in_features)
-            layers[name] = Layer(name, module, shape, module.bias is not None, "", adopted=True)
+            kernel = module.kernel_size if isinstance(module, SparseConv2d) else None
+            layers[name] = Layer(name, module, shape, module.bias is not None, "", adopted=True, kernel=kernel)
         elif isinstance(module, nn.Linear) or is_conv1d(module):
             parent = modules[name.rpartition(".")[0]] if name else None
             why = _why_not_convertible(name, module, parent, owners)
             layers[name] = Layer(name, module, _shape(module), getattr(module, "bias", None) is not None, why)
+        elif isinstance(module, nn.Conv2d):
+            parent = modules[name.rpartition(".")[0]] if name else None
+            why = _why_not_convertible(name, module, parent, owners) or _why_not_conv(module)
+            kernel = (module.kernel_size[0], module.kernel_size[1])
+            layers[name] = Layer(name, module, _conv_shape(module), module.bias is not None, why, kernel=kernel)
         elif isinstance(module, nn.MultiheadAttention):
             inner = f"{name}.in_proj".lstrip(".")
             shape = (3 * module.embed_dim, module.embed_dim)
@@ -81,6 +102,31 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (cols, rows) if is_conv1d(module) else (rows, cols)
 
 
+FEW_CHANNELS = 3
+"""Inputs of a convolution that stays dense: the first layer of a network for images has so few weights that nothing is
+saved, and published results keep it dense (Evci et al. 2020, arXiv:1911.11134, section 4)."""
+
+
+def _conv_shape(conv: nn.Conv2d) -> tuple[int, int]:
+    weight = conv.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return 0, 0
+    return weight.shape[0], weight[0].numel() if weight.shape[0] else 0
+
+
+def _why_not_conv(conv: nn.Conv2d) -> str:
+    if conv.groups > 1:
+        depthwise = " (depthwise)" if conv.groups == conv.in_channels else ""
+        return f"it has {conv.groups} groups{depthwise}: each output reads few inputs already"
+    if conv.in_channels <= FEW_CHANNELS:
+        return f"it has {conv.in_channels} input channels: a first convolution is small, and best dense"
+    try:
+        geometry_of(conv)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _why_not_convertible(
     name: str, module: nn.Module, parent: nn.Module | None, owners: Mapping[int, list[str]]
 ) -> str:
@@ -93,8 +139,9 @@ def _why_not_convertible(
         return _READS_WEIGHTS.format("nn.TransformerEncoderLayer's fused path")
     if hasattr(module, "parametrizations"):
         return "its weight is computed by a parametrization"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"{type(module).__name__} is a subclass of nn.Linear that may compute something else"
+    if type(module) not in (nn.Linear, nn.Conv2d) and not is_conv1d(module):
+        base = "nn.Conv2d" if isinstance(module, nn.Conv2d) else "nn.Linear"
+        return f"{type(module).__name__} is a subclass of {base} that may compute something else"
     if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not an initialised parameter"
     if not weight.is_floating_point():

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from rarefy.budget import Budget, check_densities, moves
+from rarefy.budget import Budget, as_matrix, check_densities, moves
 from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
 from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit, constant_fan_in
@@ -228,10 +228,15 @@ class Plan:
         check_filters(globs, self.keep_dense, layers, model)
         why_dense = {
             name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
+            or (_NO_LOW_RANK if self.low_rank and layer.kernel is not None and not layer.adopted else "")
             for name, layer in layers.items()
         }
         measured = sample is not None if measure is None else measure
-        open_ones = [n for n, why in why_dense.items() if not (why or layers[n].adopted or self._asked_block(n))]
+        open_ones = [
+            n
+            for n, why in why_dense.items()
+            if not (why or layers[n].adopted or layers[n].kernel is not None or self._asked_block(n))
+        ]
         timed = measured or measure is not None or bool(open_ones)
         if costs is None and (open_ones or (timed and not measured)):
             costs = _machines_model()
@@ -240,8 +245,8 @@ class Plan:
             tokens = tokens_per_layer(model, sample, layers)
 
         def cost_of(layer: Layer, units: int | None, block: tuple[int, int], rank: int) -> LayerCost | None:
-            if not tokens.get(layer.name) or min(layer.shape) < 1:
-                return None
+            if not tokens.get(layer.name) or min(layer.shape) < 1 or layer.kernel is not None:
+                return None  # convolutions: the plan decides alone, as the cost model does not know them
             if measured:
                 return _measured(layer, units, block, tokens[layer.name], precisions, rank)
             assert costs is not None
@@ -253,7 +258,7 @@ class Plan:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
             blocks = self._blocks(layers, sparse, tokens, costs)
             ranks = self._ranks(sparse)
-            fresh = {name: layer.shape for name, layer in sparse.items() if not layer.adopted}
+            fresh = {name: layer.dims for name, layer in sparse.items() if not layer.adopted}
             densities = self.budget(fresh, {}).densities(0.0) if fresh else {}
             counts, last = self._counts(sparse, blocks, ranks), self._counts(sparse, blocks, ranks, 1.0)
             decisions = []
@@ -267,7 +272,18 @@ class Plan:
                 whole = units is not None and not why and self._computes_dense(layer.shape, units, block)
                 decisions.append(
                     Decision(
-                        name, layer.shape, why, block, units, seen, found[name], last.get(name), rank, asked, whole
+                        name,
+                        layer.shape,
+                        why,
+                        block,
+                        units,
+                        seen,
+                        found[name],
+                        last.get(name),
+                        rank,
+                        asked,
+                        layer.kernel,
+                        whole,
                     )
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
@@ -339,11 +355,12 @@ class Plan:
             name: self._asked_block(name) if layer.sparse is None else layer.sparse.block
             for name, layer in layers.items()
         }
+        fixed |= {name: (1, 1) for name, layer in layers.items() if layer.kernel is not None and fixed[name] is None}
         blocks = {name: block or (1, 1) for name, block in fixed.items()}
         undecided = [name for name in sparse if fixed[name] is None]
         if undecided:
             assert costs is not None
-            fresh = {name: layer.shape for name, layer in sparse.items() if not layer.adopted}
+            fresh = {name: layer.dims for name, layer in sparse.items() if not layer.adopted}
             densities, ranks = self.budget(fresh, {}).densities(1.0), self._ranks(sparse)
             for name in undecided:
                 rows, cols = layers[name].shape
@@ -360,8 +377,8 @@ class Plan:
                 return as_block(block)
         return None if isinstance(self.block, str) else as_block(self.block)
 
-    def budget(self, layers: Mapping[str, tuple[int, int]], blocks: Mapping[str, tuple[int, int]]) -> Budget:
-        """What the layers of these shapes, none of them sparse before, share, and how it moves."""
+    def budget(self, layers: Mapping[str, tuple[int, ...]], blocks: Mapping[str, tuple[int, int]]) -> Budget:
+        """What the layers of these dense shapes, none of them sparse before, share, and how it moves."""
         asked = {name: density for name in layers if (density := self._override(name)) is not None}
         return Budget(
             shapes=layers,
@@ -391,11 +408,11 @@ class Plan:
             ValueError: a rank that leaves no weight to the sparse part.
         """
         ranks = {name: layer.rank for name, layer in layers.items() if layer.adopted}
-        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
+        fresh = {name: layer.dims for name, layer in layers.items() if not layer.adopted}
         if not self.low_rank:
             return {**ranks, **dict.fromkeys(fresh, 0)}
         for name, density in (self.budget(fresh, {}).densities(0.0) if fresh else {}).items():
-            rows, cols = fresh[name]
+            rows, cols = as_matrix(fresh[name])
             rank = self.low_rank
             if isinstance(rank, float):
                 rank = units_beside(rank * density * rows * cols, 0, (rows + cols, 1))
@@ -417,7 +434,7 @@ class Plan:
         With a low-rank part, what it has is taken off each layer's own, and the rest is rounded down, so that both
         parts together stay within the density.
         """
-        fresh = {name: layer.shape for name, layer in layers.items() if not layer.adopted}
+        fresh = {name: layer.dims for name, layer in layers.items() if not layer.adopted}
         counts = {name: layer.sparse.num_units for name, layer in layers.items() if layer.sparse is not None}
         if not fresh:
             return counts
@@ -425,7 +442,7 @@ class Plan:
         if not self.keeps_sizes:
             return {**counts, **budget.counts(progress)}
         for name, density in budget.densities(progress).items():
-            (rows, cols), rank = fresh[name], ranks[name]
+            (rows, cols), rank = as_matrix(fresh[name]), ranks[name]
             if not self.low_rank:
                 unit_rows, unit_cols = unit_grid((rows, cols), blocks[name])
                 counts[name] = unit_rows * constant_fan_in(density, unit_cols)
@@ -444,6 +461,9 @@ class Plan:
 
     def _override(self, name: str) -> float | Schedule | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
+
+
+_NO_LOW_RANK = "it is a convolution, and low_rank= is for linear layers"
 
 
 def _plain_block(block: Any) -> Any:

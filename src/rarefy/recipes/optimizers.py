@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.optim import AdamW, param_groups
 from rarefy.recipes.settings import RunSettings
 from rarefy.supar import SuPar
@@ -17,7 +17,7 @@ def make_optimizer(model: nn.Module, settings: RunSettings, *, sparse: bool, mup
     lr = settings.lr if sparse else settings.dense_lr
     assert lr is not None, "settled"
     groups = param_groups(model, lr=lr, weight_decay=settings.weight_decay, mup=mup)
-    values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLinear)}
+    values = {id(layer.values) for layer in model.modules() if isinstance(layer, SparseLayer)}
     if values and settings.sparse_lr is not None:
         faster = dict(groups[0], params=[p for p in groups[0]["params"] if id(p) in values], lr=settings.sparse_lr)
         groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in values]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.methods.candidates import Scored
-from rarefy.nn import SparseLinear
-from rarefy.nn.linear import resize
+from rarefy.nn import SparseLayer
+from rarefy.nn.layer import resize
 from rarefy.ops import Index
 from rarefy.pattern import Pattern
 from rarefy.selection import contains
@@ -68,7 +68,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             )
 
 
-def warn_about_decay(layers: Mapping[str, SparseLinear], held: Mapping[int, dict[str, Any]]) -> None:
+def warn_about_decay(layers: Mapping[str, SparseLayer], held: Mapping[int, dict[str, Any]]) -> None:
     """Warn where weight decay spares the sparse values alone, as they are one-dimensional.
 
     Args:
@@ -128,8 +128,8 @@ def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:
 
 
 def exchange(
-    layer: SparseLinear,
-    companions: Sequence[SparseLinear],
+    layer: SparseLayer,
+    companions: Sequence[SparseLayer],
     optimizer: Optimizer | None,
     drop: Tensor,
     grown: Tensor,
@@ -166,13 +166,13 @@ class BeforeChange:
     The backward pass kept scores and a gradient for that pattern, and the rewire is of another one.
     """
 
-    def __init__(self, layer: SparseLinear) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         self.units = layer.pattern.unit_indices()
         """(K,) active then, ascending."""
         self.index = Index.of(layer.pattern)
         self._gradient = layer.values.grad
 
-    def gradient_of(self, layer: SparseLinear) -> Tensor | None:
+    def gradient_of(self, layer: SparseLayer) -> Tensor | None:
         """The gradient of the units that are active now; 0 of those that were not."""
         if self._gradient is None:
             return None
@@ -182,12 +182,12 @@ class BeforeChange:
         gradient[known] = self._gradient[torch.searchsorted(self.units, active[known])]
         return gradient
 
-    def newborn_in(self, layer: SparseLinear) -> Tensor | None:
+    def newborn_in(self, layer: SparseLayer) -> Tensor | None:
         """(K,) boolean, units that are active now and were not; None: there are none."""
         born = ~contains(self.units, layer.pattern.unit_indices())
         return born if bool(born.any()) else None
 
-    def barred_in(self, layer: SparseLinear) -> Tensor:
+    def barred_in(self, layer: SparseLayer) -> Tensor:
         """Units that were active and are not now, ascending."""
         return self.units[~contains(layer.pattern.unit_indices(), self.units)]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rarefy.growth import Collector, Request, Signal
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.ops import sink as sinks
 
 
@@ -17,7 +17,7 @@ class Collectors(Mapping[str, Collector]):
         layers: name -> layer.
     """
 
-    def __init__(self, layers: Mapping[str, SparseLinear]) -> None:
+    def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
         self._layers = layers
         self._held: dict[str, Collector] = {}
         self.calls_per_step: dict[str, int] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 
 
-def choose_compute(layer: SparseLinear, dense_above: float | None) -> bool:
+def choose_compute(layer: SparseLayer, dense_above: float | None) -> bool:
     """Let the layer compute dense if its density is above `dense_above`, else sparse; whether that changed it.
 
     Args:

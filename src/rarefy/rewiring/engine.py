@@ -19,7 +19,7 @@ from rarefy.growth import Request
 from rarefy.growth.signal import GrowScore
 from rarefy.methods import Candidates, Choice, LayerView, Method, Needs
 from rarefy.methods.candidates import AtRandom, BestInRows, Scored
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.ops import memory
 from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
@@ -61,7 +61,7 @@ class Rewirer:
 
     def __init__(
         self,
-        layers: Mapping[str, SparseLinear],
+        layers: Mapping[str, SparseLayer],
         method: Method,
         *,
         seed: int = 0,
@@ -89,7 +89,7 @@ class Rewirer:
         self.total_steps: int | None = None
         self._optimizer: Optimizer | None = None
         self._hooks: StepHooks | None = None
-        self._companions: dict[str, list[SparseLinear]] = {name: [] for name in self.layers}
+        self._companions: dict[str, list[SparseLayer]] = {name: [] for name in self.layers}
         self._collectors = Collectors(self.layers)
         self._before: dict[str, BeforeChange] = {}  # of layers whose size changed after this very step
         self._planned_units = {name: layer.num_units for name, layer in self.layers.items()}
@@ -165,12 +165,12 @@ class Rewirer:
             ValueError: a layer is missing in the copy or has another number of units.
         """
         modules = {name.removeprefix("module."): module for name, module in model.named_modules()}
-        found: dict[str, SparseLinear] = {}
+        found: dict[str, SparseLayer] = {}
         for name, layer in self.layers.items():
             copy = modules.get(name)
-            if not isinstance(copy, SparseLinear) or copy.values.shape != layer.values.shape:
+            if not isinstance(copy, SparseLayer) or copy.values.shape != layer.values.shape:
                 raise ValueError(
-                    f"the companion has no SparseLinear {name!r} of {layer.num_units} units: copy the sparsified model"
+                    f"the companion has no sparse layer {name!r} of {layer.num_units} units: copy the sparsified model"
                 )
             found[name] = copy
         for name, copy in found.items():
@@ -538,6 +538,6 @@ class Rewirer:
                     layer.make_room(int(k))
 
 
-def _num_all(layer: SparseLinear) -> int:
+def _num_all(layer: SparseLayer) -> int:
     """n, the units that the layer's matrix has."""
     return (layer.out_features // layer.block[0]) * (layer.in_features // layer.block[1])

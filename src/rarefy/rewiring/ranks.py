@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 
 
 def world_size() -> int:
@@ -56,7 +56,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(anywhere.item())
 
 
-def refuse_ddp(layers: Mapping[str, SparseLinear]) -> None:
+def refuse_ddp(layers: Mapping[str, SparseLayer]) -> None:
     """Whether sizes may change: not of parameters in DistributedDataParallel's buckets, which have the first sizes.
 
     Raises:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rarefy.convert import sparsify
 from rarefy.models import MLP
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.plan import Plan
 from rarefy.recipes.execution import make_twin
 from rarefy.recipes.images.settings import ImageSettings
@@ -51,4 +51,4 @@ def make_dense(settings: ImageSettings, pixels: int) -> Twin:
 def flops_per_image(model: nn.Module) -> int:
     """FLOPs of training on one image: a multiply and an add a weight, forward and twice backward."""
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return 6 * (weights + sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLinear)))
+    return 6 * (weights + sum(m.values.numel() for m in model.modules() if isinstance(m, SparseLayer)))
