@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -21,9 +22,11 @@ from rarefy.bench import timing as timing_module
 from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.gpt import TrainingStep
 from rarefy.bench.layers import dense_contenders, sparse_contender
-from rarefy.bench.settings import gpt_config
+from rarefy.bench.settings import Conv, gpt_config
 from rarefy.cli import bench as command
 from rarefy.cli import bench_tables
+from rarefy.cli.bench import conv_of
+from rarefy.cli.bench_tables import show
 from rarefy.cli.main import main
 from rarefy.cost import dense_precisions, random_batch
 from rarefy.models import GPT
@@ -31,6 +34,7 @@ from rarefy.nn import SparseLinear
 from rarefy.ops import backend
 from rarefy.pattern import Pattern
 from rarefy.probe import Ceilings
+from rarefy.report.bench import bench_page
 
 SMALL = Settings(
     shapes=((16, 24),), densities=(0.25, 0.5), blocks=((1, 1), (4, 4)), tokens=(8,), seconds=0.1, peers=False
@@ -803,3 +807,51 @@ def test_plan_says_what_a_block_that_does_not_divide_leads_to(capsys):
     out = capsys.readouterr().out
     assert "a block of 8x8 does not divide a 108x36 matrix" in out
     assert "0 of 5 layers sparse" in out
+
+
+def test_convolutions_and_networks_for_images():
+    settings = Settings(
+        convs=(Conv(8, 8, 3, 6), Conv(8, 4, 1, 6, 2)), cnns=("wrn16x2",), images=2, densities=(0.25,), seconds=0.1
+    )
+    results = run(settings)
+    by_kind = {kind: [row for row in results.rows if row.kind == kind] for kind in ("conv", "cnn")}
+    assert {row.what for row in by_kind["conv"]} == {
+        "conv 8x8x3x3 at 6x6, 2 images",
+        "conv 8x4x1x1 at 6x6, stride 2, 2 images",
+    }
+    assert {row.kernels for row in by_kind["cnn"] if row.contender == "dense"} == {"torch", "torch, fused norms"}
+    for found in by_kind.values():
+        ours = [row for row in found if row.contender == "rarefy"]
+        assert ours and all(row.speedup is not None and row.speedup_fp32 is not None and row.total_ms for row in ours)
+    conv = next(row for row in by_kind["conv"] if row.contender == "rarefy")
+    assert conv.flops == 6 * round(0.25 * 8 * 72) * 2 * 36 and conv.efficiency is not None
+    network = next(row for row in by_kind["cnn"] if row.contender == "rarefy")
+    assert network.density == pytest.approx(0.25, abs=0.01) and network.optimizer_ms is not None
+    data = results.to_json()
+    assert "conv 8x8x3x3" in bench_page(data) and "wrn16x2, 2 images" in bench_page(data)
+    console = Console(width=140, record=True, file=io.StringIO())
+    show(results, console)
+    shown = console.export_text()
+    assert "dense fp32 fused norms" in shown and "conv 8x8x3x3 at 6x6, 2 images" in shown
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"cnns": ("resnet19",)}, "did you mean 'resnet18'"),
+        ({"convs": (Conv(8, 6, 3, 6),), "blocks": ((4, 4),)}, "divide"),
+        ({"convs": (Conv(8, 8, 4, 0),)}, "has no output"),
+        ({"convs": (Conv(8, 8, 3, 6),), "device": "cuda"}, "timed on the CPU only"),
+        ({"cnns": ("resnet18",), "images": 0}, "images must be at least 1"),
+    ],
+)
+def test_impossible_convolutions_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Settings(**changes)
+
+
+def test_convolutions_on_the_command_line():
+    assert conv_of("128x64x3x32/2") == Conv(128, 64, 3, 32, 2)
+    for text in ("64x64x3", "64x64x3x0", "ax64x3x32", "64x64x3x32/", "64x64x3x32/0"):
+        with pytest.raises(ValueError, match="write them like 64x64x3x32"):
+            conv_of(text)

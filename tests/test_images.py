@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from rarefy.models import MLP, MLPConfig
-from rarefy.recipes.images import AllImages, ImageBatches, ImageSettings, load_images, make_dense, make_sparse
+from rarefy.recipes.images import (
+    AllImages,
+    ImageBatches,
+    ImageSettings,
+    ImageShape,
+    load_images,
+    make_dense,
+    make_sparse,
+)
 from rarefy.recipes.images.data import Labelled, scaled
 from rarefy.recipes.images.idx import read_idx
 from rarefy.recipes.images.networks import assess, flops_per_image
@@ -19,6 +27,8 @@ from tiny import one_thread, write_images
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = ImageShape(1, 6, 6)
 
 FASHION = Path(__file__).parents[2] / "shared" / "data" / "fashion-mnist"
 
@@ -169,9 +179,9 @@ def test_assess_counts_loss_and_accuracy():
 
 def test_flops_count_what_exists(tmp_path):
     settings = ImageSettings(hidden=(8, 8), density=0.25).settled(10)
-    sparse, dense = make_sparse(settings, settings.plan, 36), make_dense(settings, 36)
-    assert flops_per_image(dense.model) == 6 * (36 * 8 + 8 * 8 + 8 * 10)
-    assert flops_per_image(sparse.model) == 6 * (36 * 8 // 4 + 8 * 8 // 4 + 8 * 10)
+    sparse, dense = make_sparse(settings, settings.plan, SHAPE), make_dense(settings, SHAPE)
+    assert flops_per_image(dense.model, SHAPE) == 6 * (36 * 8 + 8 * 8 + 8 * 10)
+    assert flops_per_image(sparse.model, SHAPE) == 6 * (36 * 8 // 4 + 8 * 8 // 4 + 8 * 10)
 
 
 @pytest.mark.parametrize("optimizer", ["rarefy", "torch", "sgd"])
@@ -179,7 +189,7 @@ def test_a_network_learns_what_can_be_learned(tmp_path, optimizer):
     found = load_images(str(write_images(tmp_path / "a")))
     lr = 0.05 if optimizer == "sgd" else 3e-3
     settings = ImageSettings(hidden=(64,), density=0.5, batch=16, optimizer=optimizer, lr=lr, sparse_lr=lr).settled(60)
-    twin = make_sparse(settings, settings.plan, found.pixels)
+    twin = make_sparse(settings, settings.plan, found.shape)
     data = ImageBatches(data=found.train, scale=found.scale(), batch=16, seed=0)
     for _ in range(60):
         twin.train_step(data)
@@ -211,7 +221,7 @@ def test_fashion_mnist_itself():
     assert found.train.images.shape == (60000, 28, 28) and found.valid.images.shape == (10000, 28, 28)
     assert torch.equal(found.train.labels.bincount(), torch.full((10,), 6000))
     settings = ImageSettings(hidden=(128,), density=0.1, lr=3e-3).settled(200)
-    twin = make_sparse(settings, settings.plan, found.pixels)
+    twin = make_sparse(settings, settings.plan, found.shape)
     data = ImageBatches(data=found.train, scale=found.scale(), batch=128, seed=0)
     for _ in range(200):
         twin.train_step(data)

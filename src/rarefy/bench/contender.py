@@ -13,6 +13,11 @@ from rarefy.cost import Lap, interleaved
 Times = dict[str, list[float]]
 """Milliseconds of each lap, by name, in every round."""
 
+FUSED_NORMS = "torch, fused norms"
+"""Kernels of a dense network for images with our batch norms."""
+
+Kind = Literal["layer", "gpt", "conv", "cnn"]
+
 COUNTED = ("forward", "backward", "optimizer")
 """Laps that make up a contender's time. Others are shown by themselves, or not at all."""
 
@@ -45,7 +50,8 @@ class Contender:
     @property
     def label(self) -> str:
         """What tells a dense contender from another."""
-        return f"{self.dtype} compiled" if self.compiled else self.dtype
+        more = (" compiled" if self.compiled else "") + (" fused norms" if self.kernels == FUSED_NORMS else "")
+        return self.dtype + more
 
 
 def time_in_turn(contenders: Sequence[Contender], *, budget_s: float, rounds: int) -> list[Times]:
@@ -55,21 +61,23 @@ def time_in_turn(contenders: Sequence[Contender], *, budget_s: float, rounds: in
 
 
 def rows(
-    kind: Literal["layer", "gpt"],
+    kind: Kind,
     shape: tuple[int, int],
     tokens: int,
     contenders: Sequence[Contender],
     times: Sequence[Times],
+    what: str = "",
 ) -> list[Row]:
     """A row for each, compared with the dense contenders among them: eager fp32, which comes first, and the fastest."""
     dense = [(c, t) for c, t in zip(contenders, times, strict=True) if c.name == DENSE]
-    return [_row(kind, shape, tokens, c, t, dense) for c, t in zip(contenders, times, strict=True)]
+    return [_row(kind, shape, tokens, what, c, t, dense) for c, t in zip(contenders, times, strict=True)]
 
 
 def _row(
-    kind: Literal["layer", "gpt"],
+    kind: Kind,
     shape: tuple[int, int],
     tokens: int,
+    what: str,
     contender: Contender,
     times: Times,
     dense: Sequence[tuple[Contender, Times]],
@@ -87,6 +95,7 @@ def _row(
         kind=kind,
         shape=shape,
         tokens=tokens,
+        what=what,
         contender=contender.name,
         dtype=contender.dtype,
         compiled=contender.compiled,

@@ -18,7 +18,7 @@ from rarefy.cost import Lap, Precision, dense_precisions, working_in
 from rarefy.methods import Static
 from rarefy.models import GPT
 from rarefy.models.gpt import VOCABULARY
-from rarefy.nn import SparseLinear
+from rarefy.nn import SparseLayer
 from rarefy.optim import AdamW, param_groups
 from rarefy.plan import Plan
 from rarefy.recipes.text.networks import flops_per_token, text_loss
@@ -80,7 +80,7 @@ def bench_gpt(
             left = [name for name in rewirer.left_dense if name != "head"]
             if left:
                 notes.append(f"GPT {size[0]}x{size[1]}, {block[0]}x{block[1]}: left dense: {', '.join(left)}")
-            if _density(sparse) == 1.0 and density < 1.0:
+            if density_of(sparse) == 1.0 and density < 1.0:
                 continue
             own = AdamW(param_groups(sparse, lr=LEARNING_RATE, weight_decay=0.1))
             rewirer.attach(own, total_steps=1_000_000)
@@ -91,7 +91,7 @@ def bench_gpt(
                         name="rarefy",
                         dtype=dtype,
                         kernels=kernels[block],
-                        density=_density(sparse),
+                        density=density_of(sparse),
                         block=block,
                         laps=step.laps(),
                         flops=flops_per_token(sparse) * settings.step_tokens,
@@ -104,9 +104,9 @@ def bench_gpt(
     return rows("gpt", size, settings.step_tokens, contenders, times)
 
 
-def _density(model: nn.Module) -> float:
+def density_of(model: nn.Module) -> float:
     """Of the sparse layers together."""
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     entries = sum(layer.out_features * layer.in_features for layer in layers)
     return sum(layer.values.numel() for layer in layers) / entries if entries else 1.0
 
@@ -139,7 +139,11 @@ class TrainingStep:
     def forward(self) -> None:
         """The loss, to be remembered for `backward`."""
         with working_in(self.dtype, device=self.inputs.device.type):
-            self._loss = text_loss(self.model, self.inputs, self.targets)
+            self._loss = self.objective()
+
+    def objective(self) -> Tensor:
+        """The loss of a forward pass."""
+        return text_loss(self.model, self.inputs, self.targets)
 
     def backward(self) -> None:
         """The gradients; those of the step before are given back first."""

@@ -39,12 +39,15 @@ class Spread:
 class Row:
     """One contender on one layer or one GPT. Times in milliseconds; None where a contender has no such part."""
 
-    kind: Literal["layer", "gpt"] = "layer"
+    kind: Literal["layer", "gpt", "conv", "cnn"] = "layer"
     shape: tuple[int, int]
-    """(out_features, in_features) of a layer, (width, layers) of a GPT."""
+    """(out_features, in_features) of a layer, (width, layers) of a GPT, (out, in) channels of a convolution."""
+
+    what: str = ""
+    """Of a convolution or a network for images: which one, in words."""
 
     tokens: int
-    """Rows of input; of a GPT, bytes of a step."""
+    """Rows of input; of a GPT, bytes of a step; of a convolution, pixels of its output; of a network, images."""
 
     contender: str
     """dense, rarefy, or a peer's name and version."""
@@ -109,9 +112,9 @@ class Row:
     @property
     def efficiency(self) -> float | None:
         """Dense time x density / sparse time, against the fastest dense: 1 where the sparse kernel spends on a weight
-        what the dense one does. None for dense layers, and for GPTs, whose attention is dense.
+        what the dense one does. None for dense layers, and for whole networks, of which parts are dense.
         """
-        if self.speedup is None or self.contender == DENSE or self.kind == "gpt":
+        if self.speedup is None or self.contender == DENSE or self.kind in ("gpt", "cnn"):
             return None
         return self.speedup.median * self.density
 

@@ -15,6 +15,32 @@ HEAD_FEATURES = 64
 """Features of an attention head, where they divide the width."""
 
 
+CNNS = ("wrn16x2", "wrn22x2", "wrn28x10", "resnet18")
+"""Networks for images of 32 x 32 pixels: wide residual ones by depth and width, and a ResNet-18 with a 3x3 stem."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution without bias, of square images."""
+
+    outputs: int
+    inputs: int
+    kernel: int
+    side: int
+    stride: int = 1
+
+    @property
+    def padding(self) -> int:
+        """Keeps the size, but for the stride."""
+        return self.kernel // 2
+
+    @property
+    def name(self) -> str:
+        """As people write it."""
+        stride = "" if self.stride == 1 else f", stride {self.stride}"
+        return f"conv {self.outputs}x{self.inputs}x{self.kernel}x{self.kernel} at {self.side}x{self.side}{stride}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that a bench can be asked. Refuses what cannot be timed."""
@@ -24,6 +50,15 @@ class Settings:
 
     gpt: tuple[Pair, ...] = ()
     """(width, layers) of GPTs whose whole training steps are timed."""
+
+    convs: tuple[Conv, ...] = ()
+    """Convolutions."""
+
+    cnns: tuple[str, ...] = ()
+    """Networks for images whose whole training steps are timed, of `CNNS`."""
+
+    images: int = 128
+    """Of a step, for convolutions and networks for images."""
 
     densities: tuple[float, ...] = (0.1,)
     """Shares of units that exist, in (0, 1]."""
@@ -65,8 +100,10 @@ class Settings:
     """About how long it may take. At least three rounds are timed, so a slow machine takes longer."""
 
     def __post_init__(self) -> None:
-        if not self.shapes and not self.gpt:
-            raise ValueError("neither shapes nor GPTs are given: there is nothing to time")
+        if not (self.shapes or self.gpt or self.convs or self.cnns):
+            raise ValueError("neither shapes nor GPTs, convolutions or CNNs are given: there is nothing to time")
+        if self.device != "cpu" and (self.convs or self.cnns):
+            raise ValueError("convolutions are timed on the CPU only: there is no GPU kernel for them yet")
         for name in ("densities", "blocks", "dtypes", "tokens"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: there is nothing to time")
@@ -75,6 +112,14 @@ class Settings:
                 raise ValueError(f"a layer needs at least one row and one column, got {rows}x{cols}")
             for block in self.blocks:
                 unit_grid((rows, cols), block)
+        for conv in self.convs:
+            for block in self.blocks:
+                unit_grid((conv.outputs, conv.inputs * conv.kernel**2), block)
+            if conv.side + 2 * conv.padding < conv.kernel or min(conv.side, conv.stride) < 1:
+                raise ValueError(f"{conv.name} has no output")
+        for name in self.cnns:
+            if name not in CNNS:
+                raise ValueError(f"cnns: {unknown(name, CNNS)}")
         for width, layers in self.gpt:
             gpt_config(width, layers, self.context)
         for density in self.densities:
@@ -83,7 +128,7 @@ class Settings:
             if dtype not in PRECISIONS:
                 raise ValueError(f"dtypes: {unknown(dtype, PRECISIONS)}")
         counts = [("tokens", count) for count in self.tokens]
-        counts += [("context", self.context), ("rounds", self.rounds)]
+        counts += [("context", self.context), ("rounds", self.rounds), ("images", self.images)]
         counts += [("threads", self.threads)] if self.threads is not None else []
         for name, count in counts:
             if count < 1:

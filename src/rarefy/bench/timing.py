@@ -16,10 +16,11 @@ from rarefy import ops, probe
 from rarefy.bench.gpt import bench_gpt
 from rarefy.bench.gpu import bench_layer_on_gpu, kernels_on_gpu, timed_on
 from rarefy.bench.gpu_peers import installed_for_gpu
+from rarefy.bench.images import bench_cnn, bench_conv
 from rarefy.bench.layers import bench_apart, bench_layer
 from rarefy.bench.peers import installed
 from rarefy.bench.results import DENSE, Check, Results, Row
-from rarefy.bench.settings import Pair, Settings
+from rarefy.bench.settings import Conv, Pair, Settings
 from rarefy.cost import interleaved, kernels_for, random_batch
 from rarefy.ops import library
 from rarefy.settings import to_plain
@@ -63,7 +64,11 @@ def run(settings: Settings, *, progress: Callable[[str], None] = lambda text: No
         first_ms, first = _look(settings)
         for job in jobs:
             progress(job.name)
-            if job.kind == "gpt":
+            if job.conv is not None:
+                rows += bench_conv(job.conv, settings, kernels, notes, budget_s=job.budget_s)
+            elif job.kind == "cnn":
+                rows += bench_cnn(job.cnn, settings, kernels, notes, budget_s=job.budget_s)
+            elif job.kind == "gpt":
                 rows += bench_gpt(job.shape, settings, kernels, notes, budget_s=job.budget_s)
             elif job.kind == "layer":
                 given = (job.shape, job.tokens, settings, kernels, beside, notes)
@@ -156,14 +161,18 @@ class Job:
     """Something to be timed in rounds of its own."""
 
     kind: str
-    """layer, apart (peers with threads of their own) or gpt."""
+    """layer, apart (peers with threads of their own), gpt, conv or cnn."""
     shape: Pair
     tokens: int
     budget_s: float
+    conv: Conv | None = None
+    cnn: str = ""
 
     @property
     def name(self) -> str:
         """For people who wait."""
+        if self.conv is not None or self.cnn:
+            return self.cnn if self.conv is None else self.conv.name
         size = "x".join(map(str, self.shape))
         return (
             f"GPT {size}"
@@ -182,7 +191,24 @@ def _jobs(settings: Settings, *, with_apart: bool) -> list[Job]:
         work.append(("gpt", (width, layers), settings.step_tokens, 12 * width * width * layers * settings.step_tokens))
     whole = sum(size for *_, size in work)
     spare_s = max(0.0, settings.seconds - 2 * (PROBE_S + REFERENCE_S))
-    return [Job(kind, shape, tokens, max(LEAST_S, spare_s * size / whole)) for kind, shape, tokens, size in work]
+    image_work = [
+        *(("conv", conv, "", _conv_flops(conv, settings.images)) for conv in settings.convs),
+        *(("cnn", None, name, CNN_FLOPS[name] * settings.images) for name in settings.cnns),
+    ]
+    whole += sum(size for *_, size in image_work)
+    jobs = [Job(kind, shape, tokens, max(LEAST_S, spare_s * size / whole)) for kind, shape, tokens, size in work]
+    return jobs + [
+        Job(kind, (0, 0), settings.images, max(LEAST_S, spare_s * size / whole), conv, name)
+        for kind, conv, name, size in image_work
+    ]
+
+
+CNN_FLOPS = {"wrn16x2": 1.0e8, "wrn22x2": 1.6e8, "wrn28x10": 5.2e9, "resnet18": 5.6e8}
+"""Multiplications of one image forward, roughly: they only share out the time."""
+
+
+def _conv_flops(conv: Conv, images: int) -> float:
+    return conv.outputs * conv.inputs * conv.kernel**2 * (conv.side / conv.stride) ** 2 * images
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.text import Text
 from rarefy.bench import Results, Settings
 from rarefy.bench import run as run_bench
 from rarefy.bench.results import DISTURBED
+from rarefy.bench.settings import Conv
 from rarefy.cli.bench_tables import show
 from rarefy.cost import Precision
 from rarefy.files import atomic_write
@@ -24,9 +25,9 @@ RESULTS = Path("benchmarks/results")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time sparse against dense on this machine, interleaved in one process: layers forward and backward, and whole
-    training steps of GPTs; against dense fp32, against the fastest dense that the machine has, and against what it can
-    do at most.
+    """Time sparse against dense on this machine, interleaved in one process: layers and convolutions forward and
+    backward, whole training steps of GPTs and of networks for images; against dense fp32, against the
+    fastest dense that the machine has, and against what it can do at most.
     """
 
     shapes: tuple[str, ...] = ("512x512", "1024x1024", "4096x1024", "1024x4096")
@@ -46,6 +47,15 @@ class Bench:
 
     gpt: tuple[str, ...] = ()
     """GPTs whose training steps are timed, as WIDTHxLAYERS: 512x6."""
+
+    convs: tuple[str, ...] = ()
+    """Convolutions, as OUTxINxKERNELxSIDE, with the stride after a slash if it is not 1: 64x64x3x32, 128x64x3x32/2."""
+
+    cnns: tuple[str, ...] = ()
+    """Networks for images of 32x32 whose training steps are timed: wrn16x2, wrn22x2, wrn28x10, resnet18."""
+
+    images: int = 128
+    """Images of a step, for convolutions and networks for images."""
 
     context: int = 256
     """Bytes that a GPT sees at once."""
@@ -132,6 +142,9 @@ def wish(settings: Bench) -> Settings:
     return Settings(
         shapes=pairs(settings.shapes, "shapes"),
         gpt=pairs(settings.gpt, "gpt"),
+        convs=tuple(dict.fromkeys(conv_of(text) for text in settings.convs)),
+        cnns=tuple(dict.fromkeys(settings.cnns)),
+        images=settings.images,
         blocks=pairs(settings.blocks, "blocks"),
         densities=tuple(dict.fromkeys(settings.densities)),
         dtypes=cast(tuple[Precision, ...], tuple(dict.fromkeys(settings.dtypes))),  # Settings checks them
@@ -167,6 +180,21 @@ def sides(text: int | str, option: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{option}: {text!r} is none; write them like {EXAMPLES[option]}")
     return int(parts[0]), int(parts[1])
+
+
+def conv_of(text: str) -> Conv:
+    """Text such as "128x64x3x32/2" to a convolution.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    sizes, _, stride = text.lower().partition("/")
+    numbers = [*sizes.split("x"), *([stride] if "/" in text else [])]
+    if len(sizes.split("x")) != 4 or not all(part.isdecimal() and int(part) > 0 for part in numbers):
+        raise ValueError(
+            f"convs: {text!r} is none; write them like 64x64x3x32 or 128x64x3x32/2 (out, in, kernel, side)"
+        )
+    return Conv(*(int(part) for part in numbers))
 
 
 def name_of(results: Results) -> str:

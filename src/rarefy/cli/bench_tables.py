@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rarefy.bench import Crossing, Results, Row, Spread
+from rarefy.bench.contender import FUSED_NORMS
 from rarefy.bench.results import DENSE
 
 WIDE = 100
@@ -33,7 +34,7 @@ def show(results: Results, console: Console) -> None:
     else:
         _say_cpu(about, console)
     console.print(_ceilings(results), soft_wrap=True)
-    for kind in ("layer", "gpt"):
+    for kind in ("layer", "gpt", "conv", "cnn"):
         rows = [row for row in results.rows if row.kind == kind]
         if rows:
             console.print(table(rows, "triton" if on_gpu else about["isa"], wide=console.width >= WIDE))
@@ -64,17 +65,19 @@ def table(rows: list[Row], usual: str, *, wide: bool = True) -> Table:
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for at, name in enumerate(columns):
         drawn.add_column(name, justify="right" if at else "left", no_wrap=True)
-    for kind, shape, tokens in dict.fromkeys((row.kind, row.shape, row.tokens) for row in rows):
+    for kind, shape, tokens, what in dict.fromkeys((row.kind, row.shape, row.tokens, row.what) for row in rows):
         size = "x".join(map(str, shape))
-        drawn.add_row(Text(f"GPT {size}" if kind == "gpt" else f"{size}, {tokens} tok.", style="bold"))
-        for row in (row for row in rows if (row.shape, row.tokens) == (shape, tokens)):
+        drawn.add_row(Text(what or (f"GPT {size}" if kind == "gpt" else f"{size}, {tokens} tok."), style="bold"))
+        for row in (row for row in rows if (row.shape, row.tokens, row.what) == (shape, tokens, what)):
             drawn.add_row(*(cell(row) for cell in columns.values()))
     return drawn
 
 
 def _columns(kind: str, usual: str, wide: bool) -> dict[str, Cell]:
     time: dict[str, Cell] = {"fwd": lambda row: _ms(row.forward_ms)}
-    if kind == "gpt":
+    if kind == "conv":
+        time |= {"bwd": lambda row: _ms(row.backward_ms)}
+    elif kind in ("gpt", "cnn"):
         time |= {"bwd": lambda row: _ms(row.backward_ms), "opt": lambda row: _ms(row.optimizer_ms)}
     else:
         time |= {"dX": lambda row: _ms(row.dx_ms), "dW": lambda row: _ms(row.dw_ms)}
@@ -87,7 +90,7 @@ def _columns(kind: str, usual: str, wide: bool) -> dict[str, Cell]:
         "/best": lambda row: _speed(row.speedup, row),
         "quartiles": lambda row: "-" if row.speedup is None else f"{row.speedup.q1:.2f}-{row.speedup.q3:.2f}",
     }
-    if kind == "layer":
+    if kind in ("layer", "conv"):
         columns["eff."] = lambda row: "-" if row.efficiency is None else f"{row.efficiency:.2f}"
     columns["ceil."] = lambda row: "-" if row.share is None else f"{row.share:.0%}"
     if kind == "layer" and wide:
@@ -100,7 +103,8 @@ def _columns(kind: str, usual: str, wide: bool) -> dict[str, Cell]:
 def _who(row: Row, usual: str) -> str:
     """Name, block and dtype; and the kernels where they are not the usual ones."""
     if row.contender == DENSE:
-        return f" dense {row.dtype}" + (" compiled" if row.compiled else "")
+        more = " fused norms" if row.kernels == FUSED_NORMS else ""
+        return f" dense {row.dtype}" + (" compiled" if row.compiled else "") + more
     if row.contender != "rarefy":
         return f" {row.contender}"
     return f" rarefy {row.block[0]}x{row.block[1]} {row.dtype}" + ("" if row.kernels == usual else f" {row.kernels}")
@@ -170,6 +174,11 @@ def _legend(results: Results) -> list[str]:
             "Milliseconds, medians of interleaved rounds. total: forward and backward through autograd, packing "
             "included; dX and dW: called alone; growth: the best absent weights by gradient, against the dense dW, "
             "at one density."
+        )
+    if found & {"conv", "cnn"}:
+        lines.append(
+            "conv, cnn: channels_last; a conv without bias, forward and backward; a cnn's whole training step with "
+            "SGD, its first convolution and head dense; fused norms: with our batch norms, as the sparse one."
         )
     if "gpt" in found:
         lines.append(

@@ -1,10 +1,10 @@
-"""Comparisons on labelled images: MLPs, judged by accuracy."""
+"""Comparisons on labelled images: MLPs and convolutional networks, judged by accuracy."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable
-from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -17,11 +17,12 @@ from rarefy.recipes.images import (
     load_images,
     make_dense,
     make_sparse,
+    num_parameters,
 )
 from rarefy.training.twin import StepData, Twin
 
 TRIED = 2000
-"""Scales of the hidden layers that are tried for a narrower network."""
+"""Scales that a narrower network may have: so many, evenly spaced up to 1."""
 
 
 class ImagesTask:
@@ -42,8 +43,8 @@ class ImagesTask:
 
     def make(self, settings: ImageSettings, *, dense: bool) -> Twin:
         if dense:
-            return make_dense(settings, self._set.pixels)
-        return make_sparse(settings, settings.plan, self._set.pixels)
+            return make_dense(settings, self._set.shape)
+        return make_sparse(settings, settings.plan, self._set.shape)
 
     def feed(self, settings: ImageSettings) -> tuple[StepData, Iterable[tuple[Tensor, Tensor]]]:
         training = ImageBatches(
@@ -57,16 +58,20 @@ class ImagesTask:
         return training, AllImages(data=self._set.valid, scale=self._scale)
 
     def flops_per_token(self, model: nn.Module) -> int:
-        return flops_per_image(model)
+        return flops_per_image(model, self._set.shape)
 
     def narrowed(self, settings: ImageSettings, nonzeros: int) -> ImageSettings:
-        """With all hidden layers scaled alike, to the nearest number of parameters."""
+        """With all hidden layers, or numbers of channels, scaled alike, to the nearest number of parameters."""
 
         def at(scale: float) -> ImageSettings:
+            if settings.model != "mlp":
+                return dataclasses.replace(settings, width=settings.width * scale)
             return dataclasses.replace(settings, hidden=tuple(max(1, round(size * scale)) for size in settings.hidden))
 
-        def miss(scale: float) -> int:
-            sizes = (self._set.pixels, *at(scale).hidden, at(scale).mlp(1).classes)
-            return abs(sum((i + 1) * o for i, o in pairwise(sizes)) - nonzeros)
+        def size(part: int) -> int:
+            return num_parameters(at(part / TRIED), self._set.shape)
 
-        return at(min((part / TRIED for part in range(1, TRIED + 1)), key=miss))
+        parts = range(1, TRIED + 1)
+        above = bisect.bisect_left(parts, nonzeros, key=size)  # a wider network is never smaller
+        around = [parts[i] for i in (above - 1, above) if 0 <= i < TRIED]
+        return at(min(around, key=lambda part: abs(size(part) - nonzeros)) / TRIED)

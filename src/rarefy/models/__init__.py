@@ -3,5 +3,19 @@
 from rarefy.models.generate import Generation, generate, timed_generate
 from rarefy.models.gpt import GPT, GPTConfig
 from rarefy.models.mlp import MLP, MLPConfig
+from rarefy.models.resnet import ResNet, ResNetConfig
+from rarefy.models.wrn import WRN, WRNConfig
 
-__all__ = ["GPT", "MLP", "GPTConfig", "Generation", "MLPConfig", "generate", "timed_generate"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "WRN",
+    "GPTConfig",
+    "Generation",
+    "MLPConfig",
+    "ResNet",
+    "ResNetConfig",
+    "WRNConfig",
+    "generate",
+    "timed_generate",
+]

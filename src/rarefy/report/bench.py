@@ -39,7 +39,12 @@ def _about(data: Mapping[str, Any]) -> str:
 def _headline(rows: Sequence[Row]) -> list[str]:
     """One sentence on the thinnest layers, and one on training steps, against the fastest dense and dense fp32."""
     said = []
-    for kind, what in (("layer", "sparse layers run"), ("gpt", "a sparse GPT trains")):
+    for kind, what in (
+        ("layer", "sparse layers run"),
+        ("conv", "sparse convolutions run"),
+        ("gpt", "a sparse GPT trains"),
+        ("cnn", "sparse networks for images train"),
+    ):
         ours = [row for row in rows if row["kind"] == kind and row["contender"] == "rarefy" and row["speedup"]]
         if not ours:
             continue

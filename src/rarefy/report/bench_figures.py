@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.bench.contender import FUSED_NORMS
 from rarefy.report import numbers as say
 from rarefy.report.figures import PALETTE, Figure, View, name_axis, plain, plot_layout, rounded
 
@@ -19,11 +20,13 @@ PARTS = (("forward", "forward_ms"), ("backward", "backward_ms"), ("optimizer", "
 def bench_figures(data: Mapping[str, Any]) -> list[Figure]:
     """Every figure that the rows have something for, in reading order."""
     rows = data["rows"]
-    layers, gpts = ([row for row in rows if row["kind"] == kind] for kind in ("layer", "gpt"))
+    layers, convs = ([row for row in rows if row["kind"] == kind] for kind in ("layer", "conv"))
+    networks = [row for row in rows if row["kind"] in ("gpt", "cnn")]
     drawn = (
         _over_density(layers),
         _times("time", "Time of a layer", layers),
-        _times("step", "Time of a whole training step", gpts),
+        _times("conv", "Time of a convolution", convs),
+        _times("step", "Time of a whole training step", networks),
         _over_tokens(layers),
         _shares(rows),
     )
@@ -31,7 +34,9 @@ def bench_figures(data: Mapping[str, Any]) -> list[Figure]:
 
 
 def subject(row: Row) -> str:
-    """What a row timed: a layer and its tokens, or a GPT."""
+    """What a row timed: a layer and its tokens, a GPT, a convolution or a network."""
+    if row.get("what"):
+        return row["what"]
     size = "×".join(map(str, row["shape"]))
     return f"GPT {size}" if row["kind"] == "gpt" else f"{size}, {row['tokens']:,} tokens"
 
@@ -39,7 +44,8 @@ def subject(row: Row) -> str:
 def contender(row: Row, *, with_density: bool = True) -> str:
     """Who was timed, in words."""
     if row["contender"] == "dense":
-        return f"dense {row['dtype']}" + (" compiled" if row["compiled"] else "")
+        more = " fused norms" if row["kernels"] == FUSED_NORMS else ""
+        return f"dense {row['dtype']}" + (" compiled" if row["compiled"] else "") + more
     name = row["contender"]
     if name == "rarefy":
         name = f"{row['block'][0]}×{row['block'][1]} {row['dtype']}"

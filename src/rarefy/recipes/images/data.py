@@ -1,9 +1,12 @@
-"""Labelled images: a folder in the layout of MNIST, and which images a step or an evaluation sees.
+"""Labelled images: folders of several layouts, and which images a step or an evaluation sees.
+
+The layout of MNIST:
 
     train-images-idx3-ubyte, train-labels-idx1-ubyte      what is learned from
     t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte        what is judged by
 
-each plain, .gz or .xz. Shape letters: N images, B of a batch, H and W rows and columns of pixels.
+each plain, .gz or .xz. CIFAR-10 in its binary version or in sheets (`cifar`), and folders of pictures (`pictures`).
+Shape letters: N images, B of a batch, C channels, H and W rows and columns of pixels.
 """
 
 from __future__ import annotations
@@ -12,14 +15,20 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rarefy.recipes.images import cifar, pictures
 from rarefy.recipes.images.idx import read_idx
 from rarefy.sampling import keyed_generator
 
 CLASSES = 10
+
+LAYOUTS = (
+    "the files of MNIST or Fashion-MNIST, CIFAR-10's binary version, or pictures as train/CLASS/* and test/CLASS/*"
+)
 
 EVAL_BATCH = 1000
 """Images that an evaluation looks at together."""
@@ -30,9 +39,23 @@ class Labelled:
     """Images and what is on them."""
 
     images: Tensor
-    """(N, H, W) uint8."""
+    """(N, H, W) or (N, C, H, W) uint8."""
     labels: Tensor
-    """(N,) int64 in [0, CLASSES)."""
+    """(N,) int64 in [0, classes)."""
+
+
+class ImageShape(NamedTuple):
+    """Of one image, and how many classes there are."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int = CLASSES
+
+    @property
+    def numbers(self) -> int:
+        """Of an image."""
+        return self.channels * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -43,16 +66,20 @@ class ImageSet:
     valid: Labelled
     source: str
     """What was read, in a sentence for people."""
+    classes: int = CLASSES
 
     @property
-    def pixels(self) -> int:
-        """Numbers of an image."""
-        return self.train.images[0].numel()
+    def shape(self) -> ImageShape:
+        """Of an image."""
+        height, width = self.train.images.shape[-2:]
+        channels = self.train.images.shape[1] if self.train.images.dim() == 4 else 1
+        return ImageShape(channels, height, width, self.classes)
 
     def scale(self) -> tuple[float, float]:
         """Mean and deviation of the training pixels, of which 255 is 1."""
-        pixels = self.train.images.double() / 255
-        return float(pixels.mean()), max(float(pixels.std()), 1e-6)
+        pixels = self.train.images.float() / 255
+        deviation, mean = torch.std_mean(pixels)
+        return float(mean), max(float(deviation), 1e-6)
 
     def digest(self) -> str:
         """Names the images and labels: the same for the same content and split."""
@@ -64,25 +91,43 @@ class ImageSet:
 
 
 def load_images(data: str | None) -> ImageSet:
-    """Read a folder of four files.
+    """Read a folder, of whichever layout it has.
 
     Raises:
         ValueError: no folder, a file is missing, truncated, of another format or another size than its partner, or a
-            label is out of range.
+            label is out of range; with the file.
     """
     if data is None:
-        raise ValueError("which images? give a folder in the layout of MNIST or Fashion-MNIST with --data FOLDER")
-    folder = Path(data)
+        raise ValueError(f"which images? give a folder with --data FOLDER: {LAYOUTS}")
+    folder, classes = Path(data), CLASSES
     if not folder.is_dir():
-        raise ValueError(f"--data {data}: there is no such folder; give one in the layout of MNIST or Fashion-MNIST")
-    train, valid = (_labelled(folder, part) for part in ("train", "t10k"))
+        raise ValueError(f"--data {data}: there is no such folder; give one of these: {LAYOUTS}")
+    if cifar.is_binary(folder) or cifar.is_sheets(folder):
+        read = cifar.read_binary if cifar.is_binary(folder) else cifar.read_sheets
+        held_out = "test"
+        train, valid = (_checked(*read(folder, part), folder / part, classes) for part in ("train", held_out))
+    elif pictures.is_pictures(folder):
+        test, names = pictures.held_out(folder), pictures.class_names(folder)
+        held_out, classes = test.name, len(names)
+        train, valid = (_checked(*pictures.read_pictures(f, names), f, classes) for f in (folder / "train", test))
+    else:
+        held_out = "t10k"
+        train, valid = (_labelled(folder, part) for part in ("train", held_out))
     if train.images.shape[1:] != valid.images.shape[1:]:
         raise ValueError(
-            f"{folder}: training images have {tuple(train.images.shape[1:])} pixels and those of t10k "
+            f"{folder}: training images have {tuple(train.images.shape[1:])} pixels and those of {held_out} "
             f"{tuple(valid.images.shape[1:])}"
         )
     counts = f"{len(train.labels):,} and {len(valid.labels):,} images"
-    return ImageSet(train, valid, f"{folder}, judged by its t10k files ({counts})")
+    return ImageSet(train, valid, f"{folder}, judged by its {held_out} files ({counts})", classes)
+
+
+def _checked(images: Tensor, labels: Tensor, where: Path, classes: int) -> Labelled:
+    wrong = (labels >= classes).nonzero().flatten()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(f"{where}: label {int(labels[at])} of image {at:,}, and labels are 0 to {classes - 1}")
+    return Labelled(images, labels.long())
 
 
 def _labelled(folder: Path, part: str) -> Labelled:
@@ -131,7 +176,7 @@ class ImageBatches:
     """Of the present epoch, as drawing it takes longer than a step of a small network."""
 
     def at(self, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
-        """(B, H, W) float images, scaled, and (B,) int64 labels, of step 1, 2, ... ."""
+        """Float images of the set's shape, scaled, and (B,) int64 labels, of step 1, 2, ... ."""
         per_epoch = len(self.data.labels) // self.batch
         epoch, place = divmod(step - 1, per_epoch)
         if epoch not in self._order:
@@ -147,17 +192,19 @@ class ImageBatches:
     def _moved(self, images: Tensor, step: int) -> Tensor:
         """Each image moved and mirrored by a draw of its own; what comes in from the edge is 0."""
         draws = keyed_generator(self.seed, "move", step)
-        B, H, W = images.shape
+        B, (H, W), shape = images.shape[0], images.shape[-2:], images.shape
+        x_BCHW = images.reshape(B, -1, H, W)
         if self.flip:
             mirrored = torch.from_numpy(draws.integers(2, size=B)).bool()
-            images = torch.where(mirrored[:, None, None], images.flip(2), images)
+            x_BCHW = torch.where(mirrored[:, None, None, None], x_BCHW.flip(3), x_BCHW)
         if self.shift:
             s = self.shift
             down, right = torch.from_numpy(draws.integers(2 * s + 1, size=(2, B, 1)))
-            padded = torch.nn.functional.pad(images, (s, s, s, s))
-            rows, cols = down + torch.arange(H), right + torch.arange(W)
-            images = padded[torch.arange(B)[:, None, None], rows[:, :, None], cols[:, None, :]]
-        return images
+            padded = torch.nn.functional.pad(x_BCHW, (s, s, s, s))
+            rows, cols = (down + torch.arange(H))[:, :, None], (right + torch.arange(W))[:, None, :]
+            moved = padded.permute(0, 2, 3, 1)[torch.arange(B)[:, None, None], rows, cols]
+            x_BCHW = moved.permute(0, 3, 1, 2)
+        return x_BCHW.reshape(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +215,7 @@ class AllImages:
     scale: tuple[float, float]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(up to EVAL_BATCH, H, W) float images, scaled, and their labels."""
+        """Up to EVAL_BATCH float images, scaled, and their labels."""
         for images, labels in zip(
             torch.split(self.data.images, EVAL_BATCH), torch.split(self.data.labels, EVAL_BATCH), strict=True
         ):

@@ -1,0 +1,97 @@
+"""A wide residual network for small images (Zagoruyko & Komodakis 2016, arXiv:1605.07146), without dropout.
+
+Layer names, for the globs of a plan: stem, groups.G.B.{conv1,conv2,skip}, head. Shape letters: B images, C channels,
+H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.models.images import check_sizes, draw_he, image_batch
+from rarefy.nn import norm_relu
+
+
+@dataclass(frozen=True, kw_only=True)
+class WRNConfig:
+    """The shape of a WRN-depth-width."""
+
+    depth: int = 22
+    """Layers with weights: 6 n + 4 for n blocks in each of three groups."""
+
+    width: float = 2
+    """Times 16, 32 and 64 channels."""
+
+    channels: int = 3
+    """Of an image."""
+
+    classes: int = 10
+    """K."""
+
+    def __post_init__(self) -> None:
+        check_sizes(channels=self.channels, classes=self.classes)
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(f"depth must be 6 n + 4 for n blocks a group, such as 10, 16, 22 or 28, got {self.depth}")
+        if self.width <= 0:
+            raise ValueError(f"width must be positive, got {self.width}")
+
+    def group_channels(self) -> tuple[int, int, int]:
+        """Channels of each group."""
+        first, second, third = (max(1, round(base * self.width)) for base in (16, 32, 64))
+        return first, second, third
+
+
+class WideBlock(nn.Module):
+    """norm, ReLU, 3x3, norm, ReLU, 3x3, beside a skip that is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
+        y = norm_relu(self.norm1, x)
+        x = x if self.skip is None else self.skip(y)
+        return x + self.conv2(norm_relu(self.norm2, self.conv1(y)))
+
+
+class WRN(nn.Module):
+    """Images to the logits of their classes.
+
+    Args:
+        config: the shape.
+        generator: draws the first weights; None: torch's global one.
+    """
+
+    def __init__(self, config: WRNConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = nn.Conv2d(config.channels, 16, 3, padding=1, bias=False)
+        inputs, groups = 16, []
+        for at, outputs in enumerate(config.group_channels()):
+            blocks = []
+            for block in range((config.depth - 4) // 6):
+                blocks.append(WideBlock(inputs, outputs, stride=2 if at and not block else 1))
+                inputs = outputs
+            groups.append(nn.Sequential(*blocks))
+        self.groups = nn.Sequential(*groups)
+        self.norm = nn.BatchNorm2d(inputs)
+        self.head = nn.Linear(inputs, config.classes)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights as in He et al. 2015. Made for the dense model: `sparsify` rescales."""
+        draw_he(self, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), or (B, H, W) of one channel -> (B, K) logits."""
+        x_BCHW = self.groups(self.stem(image_batch(x)))
+        return self.head(norm_relu(self.norm, x_BCHW).mean(dim=(2, 3)))
