@@ -79,6 +79,7 @@ CHECKED := -DRAREFY_TESTS=ON -DRAREFY_WERROR=ON
 kernels-check: $(HAS_CMAKE) ## the kernels alone against plain double loops, on every instruction set of this CPU
 	$(call quiet,building the kernels and their check,$(CMAKE) -S . -B build/check $(CHECKED) && $(CMAKE) --build build/check --parallel)
 	@build/check/check_kernels $(ARGS)
+	@build/check/check_images $(ARGS)
 
 neon: build/neon/checked ## the same for 64-bit ARM: cross compiled, then run under qemu; installs both (Debian, as root)
 	@cat $<
@@ -87,8 +88,10 @@ build/neon/checked: $(NATIVE) $(wildcard csrc/tests/*) tools/aarch64.cmake | $(H
 	@tools/system_package.sh aarch64-c++
 	@tools/system_package.sh qemu-aarch64
 	$(call quiet,building the kernels for 64-bit ARM,$(CMAKE) -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=tools/aarch64.cmake $(CHECKED) && $(CMAKE) --build build/neon --parallel)
-	@echo "checking them under qemu: half a minute ..."
-	@OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/check_kernels neon portable >build/neon/checking || { cat build/neon/checking; exit 1; }
+	@echo "checking them under qemu: a minute ..."
+	@for check in check_kernels check_images; do \
+		OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/$$check neon portable; \
+	done >build/neon/checking && ! grep -q FAILED build/neon/checking || { cat build/neon/checking; exit 1; }
 	@mv build/neon/checking $@
 
 clean:          ## remove what was built; runs/ and .venv stay

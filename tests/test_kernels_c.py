@@ -622,11 +622,12 @@ COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a compiler on Linux")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the compiler would run under the sanitizers too")
-def test_the_program_that_checks_the_kernels_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["check_kernels", "check_images"])
+def test_the_program_that_checks_the_kernels_by_itself(tmp_path: Path, check: str) -> None:
     """Other machines, real and emulated, run it alone (`make neon`): here it must build, pass, and be able to fail."""
     assert COMPILER is not None and LIBRARY is not None
-    program = tmp_path / "check_kernels"
-    source = ROOT / "csrc" / "tests" / "check_kernels.cpp"
+    program = tmp_path / check
+    source = ROOT / "csrc" / "tests" / f"{check}.cpp"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([COMPILER, *flags, source, LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}", "-o", program], check=True)
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
