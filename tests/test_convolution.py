@@ -15,6 +15,7 @@ from torch import nn
 
 import rarefy
 from rarefy import Pattern, SparseConv2d
+from rarefy.cost import LayerCost, images_per_layer, tokens_per_layer
 from rarefy.export import to_dense_state_dict
 from rarefy.ops import Index, available, convolution, tiled, using
 from rarefy.ops.reference import dense, unit_indices
@@ -302,11 +303,26 @@ def test_kept_values_are_the_models_own():
 
 
 def test_pixels_are_counted_and_a_low_rank_part_is_refused():
-    rows = {d.name: d for d in rarefy.Plan(density=0.3).decide(Net(), torch.randn(2, 3, 8, 8))}
-    assert rows["stem"].tokens == 2 * 64 and rows["conv1"].tokens == rows["skip"].tokens == 2 * 16
-    assert rows["conv1"].is_sparse and rows["conv1"].cost is None and rows["head"].cost is not None
+    model, sample = Net(), torch.randn(2, 3, 8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert tokens_per_layer(model, sample, ["stem", "conv1", "skip", "depth", "head"]) == {
+        "stem": 2 * 64, "conv1": 2 * 16, "skip": 2 * 16, "depth": 2 * 16, "head": 2,
+    }  # fmt: skip
+    assert images_per_layer(model, sample, ["conv1", "point"]) == {"conv1": (2, 8, 8, 8), "point": (2, 16, 4, 4)}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     decided = rarefy.Plan(density=0.8, low_rank=1).decide(Net())
     assert "low_rank= is for linear layers" in next(d.why_dense for d in decided if d.name == "conv1")
+
+
+def test_convolutions_are_timed_on_the_spot_and_stay_dense_where_sparse_is_slower(monkeypatch):
+    sample = torch.randn(2, 3, 8, 8)
+    costs: dict[str, Any] = {d.name: d.cost for d in rarefy.Plan(density=0.3).decide(Net(), sample)}
+    assert all(costs[name].dense_ms > 0 for name in ("stem", "depth", "conv1"))
+    assert costs["stem"].sparse_ms is None and costs["conv1"].sparse_ms > 0
+    slow = LayerCost(2.0, 1.0)
+    monkeypatch.setattr("rarefy.plan.plan.measure_conv", lambda conv, units, block, images: slow)
+    rewirer = rarefy.sparsify(Net(), rarefy.Plan(density=0.3), sample)
+    assert "sparse would be slower here: 2.00 ms against 1.00 ms dense" in rewirer.left_dense["conv1"]
 
 
 METHODS = [

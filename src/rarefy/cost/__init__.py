@@ -2,12 +2,12 @@
 
 from rarefy.cost.cache import cache_path, cost_model, load_model, save_model
 from rarefy.cost.calibration import calibrate
-from rarefy.cost.counting import layer_bytes, layer_flops, tokens_per_layer, training_bytes
+from rarefy.cost.counting import images_per_layer, layer_bytes, layer_flops, tokens_per_layer, training_bytes
 from rarefy.cost.holdout import check
 from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now, working_in
-from rarefy.cost.spot import LayerCost, break_even, measure, measure_dense, predict
+from rarefy.cost.spot import LayerCost, break_even, measure, measure_conv, measure_dense, predict
 from rarefy.cost.terms import Work, dense_work
 from rarefy.cost.timing import (
     LEAST_ROUNDS,
@@ -40,6 +40,7 @@ __all__ = [
     "dense_layer",
     "dense_precisions",
     "dense_work",
+    "images_per_layer",
     "in_precision",
     "interleaved",
     "interleaved_ms",
@@ -48,6 +49,7 @@ __all__ = [
     "layer_flops",
     "load_model",
     "measure",
+    "measure_conv",
     "measure_dense",
     "precision_now",
     "predict",

@@ -45,24 +45,56 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     layer that is not called as one.
 
     Args:
-        sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
-            mode, and puts torch's random state back.
+        sample: as for `watch_inputs`.
     """
-    names = list(names)
     tokens = dict.fromkeys(names, 0)
+
+    def count(name: str, module: nn.Module, x: Tensor) -> None:
+        if isinstance(module, nn.Conv2d | SparseConv2d):
+            tokens[name] += _pixels(module, x)
+        elif x.dim() and x.shape[-1]:
+            tokens[name] += x.numel() // x.shape[-1]
+
+    watch_inputs(model, sample, tokens, count)
+    return tokens
+
+
+def images_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """(N, C, H, W) that each named convolution sees in one forward of `sample`, at its first call if it has several.
+
+    Args:
+        sample: as for `watch_inputs`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, module: nn.Module, x: Tensor) -> None:
+        found.setdefault(name, tuple([*(1,) * (4 - x.dim()), *x.shape]))
+
+    watch_inputs(model, sample, names, note)
+    return found
+
+
+def watch_inputs(
+    model: nn.Module, sample: Any, names: Iterable[str], see: Callable[[str, nn.Module, Tensor], None]
+) -> None:
+    """Tell `see` the name, module and first input of each named layer at each of its calls in one forward of `sample`.
+
+    Args:
+        sample: a tensor, or a tuple or dict of the model's arguments. Runs without gradient, in the model's present
+            mode; torch's random state and the model's buffers, such as running means, are put back.
+    """
     modules = dict(model.named_modules())
 
-    def count(name: str) -> Callable[..., None]:
+    def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else next(iter(keywords.values()), None)
-            if isinstance(x, Tensor) and isinstance(module, nn.Conv2d | SparseConv2d):
-                tokens[name] += _pixels(module, x)
-            elif isinstance(x, Tensor) and x.dim() and x.shape[-1]:
-                tokens[name] += x.numel() // x.shape[-1]
+            if isinstance(x, Tensor):
+                see(name, module, x)
 
         return hook
 
-    handles = [modules[n].register_forward_pre_hook(count(n), with_kwargs=True) for n in names if n in modules]
+    handles = [modules[n].register_forward_pre_hook(watch(n), with_kwargs=True) for n in names if n in modules]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if isinstance(sample, Mapping):
@@ -72,7 +104,9 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    return tokens
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _pixels(conv: nn.Conv2d | SparseConv2d, x: Tensor) -> int:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now
 from rarefy.cost.terms import Work, dense_work
 from rarefy.cost.timing import LayerStep, dense_layer, interleaved_ms, kernels_for, random_batch
 from rarefy.cost.trial import in_precision
-from rarefy.nn import SparseLinear, SparseLowRank
+from rarefy.nn import SparseConv2d, SparseLinear, SparseLowRank
 from rarefy.pattern import Pattern, unit_grid
 from rarefy.sampling import keyed_generator
 
@@ -79,6 +80,52 @@ def measure(
     now = precision_now()
     conditions = (torch.get_num_threads(), kernels_for(block) if units is not None else "")
     return _measure(shape, rounded, block, tokens, bias, precisions, rank, now, *conditions)
+
+
+def measure_conv(
+    conv: nn.Conv2d | SparseConv2d, units: int | None, block: tuple[int, int], images: tuple[int, ...]
+) -> LayerCost:
+    """As `measure`, for a convolution: fresh ones of its geometry, on channels_last images of this shape.
+
+    Args:
+        units: None: time the dense convolution alone.
+        images: (N, C, H, W).
+    """
+    if isinstance(conv, SparseConv2d):
+        conv = conv.to_dense()
+    rounded = None if units is None else max(1, int(float(f"{units:.3g}")))
+    kernels = kernels_for(block) if units is not None else ""
+    conditions = (torch.get_num_threads(), kernels, precision_now())
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    channels = (conv.in_channels, conv.out_channels)
+    return _measure_conv(channels, geometry, conv.bias is not None, rounded, block, tuple(images), *conditions)
+
+
+@functools.lru_cache(maxsize=512)
+def _measure_conv(
+    channels: tuple[int, int],
+    geometry: tuple[Any, ...],
+    bias: bool,
+    units: int | None,
+    block: tuple[int, int],
+    images: tuple[int, ...],
+    *conditions: Any,
+) -> LayerCost:
+    generator = torch.Generator().manual_seed(0)
+    dense = nn.Conv2d(*channels, *geometry, bias=bias)
+    dense = dense.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    x = torch.randn(images, generator=generator).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        dy = torch.randn(dense(x).shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    precision = precision_now()
+    layers: list[nn.Module] = [dense]
+    if units is not None:
+        shape = (channels[1], dense.weight[0].numel())
+        pattern = Pattern.with_units(shape, units, block, generator)
+        layers.append(SparseConv2d.from_dense(dense, pattern=pattern))
+    steps = [LayerStep(layer, *in_precision(x, dy, precision), precision) for layer in layers]
+    dense_ms, *sparse_ms = interleaved_ms(steps, budget_s=0.15 * len(steps))
+    return LayerCost(sparse_ms[0] if sparse_ms else None, dense_ms, "measured", precision)
 
 
 def measure_dense(shape: tuple[int, int], tokens: int, *, bias: bool = True) -> float:

@@ -17,10 +17,21 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from rarefy.budget import Budget, as_matrix, check_densities, moves
-from rarefy.cost import CostModel, LayerCost, cost_model, load_model, measure, predict, tokens_per_layer
+from rarefy.cost import (
+    CostModel,
+    LayerCost,
+    cost_model,
+    images_per_layer,
+    load_model,
+    measure,
+    measure_conv,
+    predict,
+    tokens_per_layer,
+)
 from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit, constant_fan_in
 from rarefy.methods import Method, RigL
+from rarefy.nn import SparseConv2d
 from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block, unit_grid
 from rarefy.plan.compute import check_dense_above
@@ -243,10 +254,16 @@ class Plan:
         tokens = dict.fromkeys(layers, ASSUMED_TOKENS) if timed else {}
         if sample is not None:
             tokens = tokens_per_layer(model, sample, layers)
+        convolutions = [name for name, layer in layers.items() if layer.kernel is not None]
+        images = images_per_layer(model, sample, convolutions) if convolutions and sample is not None else {}
 
         def cost_of(layer: Layer, units: int | None, block: tuple[int, int], rank: int) -> LayerCost | None:
-            if not tokens.get(layer.name) or min(layer.shape) < 1 or layer.kernel is not None:
-                return None  # convolutions: the plan decides alone, as the cost model does not know them
+            if not tokens.get(layer.name) or min(layer.shape) < 1:
+                return None
+            if layer.kernel is not None:  # the cost model does not know convolutions
+                seen = images.get(layer.name) if measured else None
+                assert isinstance(layer.module, nn.Conv2d | SparseConv2d)
+                return None if seen is None else measure_conv(layer.module, units, block, seen)
             if measured:
                 return _measured(layer, units, block, tokens[layer.name], precisions, rank)
             assert costs is not None
