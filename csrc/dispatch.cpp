@@ -209,6 +209,7 @@ static bool bad(const rarefy_conv *c, const rarefy_pattern *p) {
     const int64_t room = c->in_size[i] + 2 * c->padding[i] - c->dilation[i] * (c->kernel[i] - 1) - 1;
     if (room < 0 || c->out_size[i] != room / c->stride[i] + 1) return true;
   }
+  if ((c->scale == nullptr) != (c->shift == nullptr)) return true;
   return p->out_features != c->out_channels || p->in_features != c->channels * c->kernel[0] * c->kernel[1];
 }
 
@@ -244,9 +245,7 @@ static bool bad(const rarefy_norm *n) {
 int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const void *residual, void *y, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad(norm) || missing(x, norm->rows * norm->channels) || missing(y, norm->rows * norm->channels)) {
-    return RAREFY_BAD_ARGUMENT;
-  }
+  if (bad(norm) || missing(x, norm->rows * norm->channels)) return RAREFY_BAD_ARGUMENT;
   return kernels->norm_forward(norm, x, residual, y, thread_count(threads));
 }
 

@@ -41,11 +41,11 @@ inline Conv conv_of(const rarefy_conv &c) {
   return {axis(0), axis(1), c.images, c.channels, c.out_channels};
 }
 
-inline Images inputs_of(const Conv &c, const void *x, bool half) {
-  return {const_cast<void *>(x), c.images, c.channels, c.y.in, c.x.in, half};
+inline Images inputs_of(const Conv &c, const void *x, bool half, const float *scale = nullptr, const float *shift = nullptr) {
+  return {const_cast<void *>(x), c.images, c.channels, c.y.in, c.x.in, half, scale, shift};
 }
 inline Images outputs_of(const Conv &c, const void *y, bool half) {
-  return {const_cast<void *>(y), c.images, c.out_channels, c.y.out, c.x.out, half};
+  return {const_cast<void *>(y), c.images, c.out_channels, c.y.out, c.x.out, half, nullptr, nullptr};
 }
 
 // How many rows of the output are computed while `held` bands stay where they are, or what is as large.

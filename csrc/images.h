@@ -13,6 +13,7 @@ struct Images {
   void *data;
   int64_t count, channels, height, width;
   bool half;  // bfloat16
+  const float *scale = nullptr, *shift = nullptr;  // packed is ReLU(x scale + shift), channel by channel; null: x
   int64_t image_stride() const { return height * width * channels; }
   int64_t at(int64_t image, int64_t row, int64_t pixel) const {
     return ((image * height + row) * width + pixel) * channels;
@@ -31,8 +32,9 @@ struct Band {
 
 // The channels of one pixel of `live` images, `stride` elements apart: out[c * step] holds VL lanes. What is past the last
 // whole block of channels is read together with channels before it, or, if there are none, from a copy.
-template <class T>
-void pack_pixel(const T *pixel, int64_t stride, int64_t live, int64_t channels, float *out, int64_t step) {
+template <bool ACT, class T>
+void pack_pixel(const T *pixel, int64_t stride, int64_t live, int64_t channels, const float *scale, const float *shift,
+                float *out, int64_t step) {
   T few[VL * VL];
   if (channels < VL) {
     for (int64_t n = 0; n < live; ++n) {
@@ -53,11 +55,19 @@ void pack_pixel(const T *pixel, int64_t stride, int64_t live, int64_t channels, 
     }
     transpose(block);
     float *to = out + first * step;
+    const auto put = [&](int c) __attribute__((always_inline)) {
+      vec v = block[c];
+      if (ACT) {
+        v = v * broadcast(scale[first + c]) + broadcast(shift[first + c]);
+        v = v > 0.0f ? v : vec{};
+      }
+      store(to + c * step, v);
+    };
     if (channels >= VL) {
 #pragma GCC unroll 16
-      for (int c = 0; c < VL; ++c) store(to + c * step, block[c]);
+      for (int c = 0; c < VL; ++c) put(c);
     } else {
-      for (int c = 0; c < channels; ++c) store(to + c * step, block[c]);
+      for (int c = 0; c < channels; ++c) put(c);
     }
   }
 }
@@ -88,12 +98,20 @@ void unpack_pixel(const float *in, int64_t step, int64_t stride, int64_t live, i
 }
 
 // One pixel of the images from `first_image` on: out[c * step].
+template <class T>
+void pack_pixel_of(const T *pixels, const Images &images, int64_t live, float *out, int64_t step) {
+  if (images.scale != nullptr) {
+    pack_pixel<true>(pixels, images.image_stride(), live, images.channels, images.scale, images.shift, out, step);
+  } else {
+    pack_pixel<false>(pixels, images.image_stride(), live, images.channels, nullptr, nullptr, out, step);
+  }
+}
 inline void pack_pixel_of(const Images &images, int64_t first_image, int64_t row, int64_t pixel, float *out, int64_t step) {
   const int64_t at = images.at(first_image, row, pixel), live = images.live(first_image);
   if (images.half) {
-    pack_pixel(static_cast<const bf16 *>(images.data) + at, images.image_stride(), live, images.channels, out, step);
+    pack_pixel_of(static_cast<const bf16 *>(images.data) + at, images, live, out, step);
   } else {
-    pack_pixel(static_cast<const float *>(images.data) + at, images.image_stride(), live, images.channels, out, step);
+    pack_pixel_of(static_cast<const float *>(images.data) + at, images, live, out, step);
   }
 }
 inline void unpack_pixel_of(const float *in, int64_t step, const Images &images, int64_t first_image, int64_t row,

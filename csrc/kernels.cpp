@@ -174,7 +174,8 @@ int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *valu
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  return rarefy::convolve(p, &block->tiled, c, values, inputs_of(c, x, half), bias, outputs_of(c, y, half), threads);
+  return rarefy::convolve(p, &block->tiled, c, values, inputs_of(c, x, half, conv->scale, conv->shift), bias,
+                          outputs_of(c, y, half), threads);
 }
 
 int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *dy,
@@ -182,8 +183,9 @@ int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const fl
   const Block *block = find_block(p->block_rows, p->block_cols);
   if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  return rarefy::convolve_backward(p, &block->tiled, c, values, outputs_of(c, dy, half), inputs_of(c, x, half),
-                                   inputs_of(c, dx, half), dvalues, dbias, threads);
+  return rarefy::convolve_backward(p, &block->tiled, c, values, outputs_of(c, dy, half),
+                                   inputs_of(c, x, half, conv->scale, conv->shift), inputs_of(c, dx, half), dvalues, dbias,
+                                   threads);
 }
 
 Norm norm_of(const rarefy_norm &n) {

@@ -124,7 +124,7 @@ int norm_forward(const Norm &n, const T *x, const T *residual, T *y, int threads
 #pragma omp single
     fill_affine(n, affine);
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < n.parts(); ++part) {
+    for (int64_t part = 0; part < (y != nullptr ? n.parts() : 0); ++part) {
       for (int64_t r = n.begin(part); r < n.begin(part + 1); ++r) {
         for (int64_t c = 0; c < n.channels; c += VL) {
           const int64_t count = min64(VL, n.channels - c), at = r * n.channels + c;
@@ -139,7 +139,7 @@ int norm_forward(const Norm &n, const T *x, const T *residual, T *y, int threads
   return RAREFY_OK;
 }
 
-// dresidual may be null. y is read where its sign is not x's: with a residual and ReLU.
+// dresidual may be null. y, if not null, is read where its sign is not x's: with a residual and ReLU.
 template <class T>
 int norm_backward(const Norm &n, const T *dy, const T *x, const T *y, T *dx, T *dresidual, float *dweight, float *dbias,
                   int threads) {

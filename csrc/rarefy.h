@@ -114,6 +114,7 @@ RAREFY_API int rarefy_mlp_backward(const rarefy_mlp *mlp, const void *dy, const 
 typedef struct {
   int64_t images, channels, out_channels, in_size[2], out_size[2];
   int64_t kernel[2], stride[2], padding[2], dilation[2];
+  const float *scale, *shift; /* (channels), or NULL: what is convolved is ReLU(x * scale + shift), and padding zero */
 } rarefy_conv;
 
 /* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. Images are (images, height, width,
@@ -121,7 +122,7 @@ typedef struct {
  * pixels of one channel read would not fit into a cache, for taps spread too far. */
 RAREFY_API int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
                                const void *x, const float *bias, void *y, int32_t half, int threads);
-/* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. */
+/* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. dx is the gradient of what is convolved. */
 RAREFY_API int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
                                         const void *dy, const void *x, void *dx, float *dvalues, float *dbias,
                                         int32_t half, int threads);
@@ -137,7 +138,7 @@ typedef struct {
   float *mean, *var;           /* of the rows, var without Bessel's correction: written if training, else read */
 } rarefy_norm;
 
-/* residual may be NULL. */
+/* residual may be NULL, and so may y: then only mean and var are computed. */
 RAREFY_API int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const void *residual, void *y, int threads);
 /* y may be NULL where there was no residual or no ReLU; dresidual, dweight and dbias too. */
 RAREFY_API int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x, const void *y, void *dx,

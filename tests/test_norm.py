@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rarefy.nn import norm_relu
-from rarefy.ops import available, using
+from rarefy import SparseConv2d
+from rarefy.nn import norm_relu, norm_relu_conv
+from rarefy.ops import available, sink, using
 from rarefy.ops.norm import batch_norm, runs_kernel
 
 OP = torch.ops.rarefy.batch_norm
@@ -142,3 +143,84 @@ def test_what_does_not_fit_is_refused():
         batch_norm(images(2, 4, 3, 3), images(2, 4, 3, 2), None, None, None, None, eps=1e-5, relu=True)
     with pytest.raises(ValueError, match="4D input"):
         norm_relu(norm, torch.randn(3, 4, 5))
+
+
+@pytest.mark.parametrize("backend", [name for name in available() if name != "reference"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape, kernel, stride, padding, block",
+    [
+        ((18, 8, 6, 5), 3, 1, 1, 1),
+        ((3, 4, 9, 9), 3, 2, 1, (4, 1)),
+        ((5, 20, 4, 4), (1, 3), 1, (2, 0), 4),
+        ((5, 8, 4, 4), 1, 2, 0, 1),
+        ((5, 8, 4, 4), 1, 1, 0, 1),
+        ((2, 3, 7, 7), 2, 1, 1, 1),
+    ],
+    ids=str,
+)
+def test_norm_relu_conv_is_its_parts(shape, kernel, stride, padding, block, bias, training, backend):
+    norm = drawn_norm(shape[1]).train(training)
+    conv = SparseConv2d(shape[1], 8, kernel, stride, padding, bias=bias, density=0.5, block=block)
+    wide_norm, wide_conv = copy.deepcopy(norm).double(), conv.to_dense().double()
+    x = images(*shape, offset=1.0).requires_grad_()
+    wide_x = x.detach().double().requires_grad_()
+    with using(backend):
+        y = norm_relu_conv(norm, conv, x)
+        exact = wide_conv(F.relu(wide_norm(wide_x)))
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        found = torch.autograd.grad(y, [x, *norm.parameters(), *conv.parameters()], dy)
+    wanted = list(torch.autograd.grad(exact, [wide_x, *wide_norm.parameters(), *wide_conv.parameters()], dy.double()))
+    mask = conv.pattern.to_mask()
+    at = 3
+    wanted[at] = wide_conv_units(wanted[at], conv)
+    assert y.is_contiguous(memory_format=torch.channels_last) and mask.any()
+    for got, want in zip((y, *found), (exact, *wanted), strict=True):
+        assert got.shape == want.shape
+        assert (got.double() - want).abs().max() <= 1e-4 * (want.abs().max() + 1)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name).double(), getattr(wide_norm, name), rtol=1e-5, atol=1e-5)
+
+
+def wide_conv_units(gradient: torch.Tensor, conv: SparseConv2d) -> torch.Tensor:
+    """A dense convolution's gradient at the units."""
+    b_r, b_c = conv.block
+    pattern = conv.pattern
+    blocks = gradient.flatten(1).view(pattern.num_unit_rows, b_r, -1, b_c).transpose(1, 2).reshape(-1, b_r, b_c)
+    return blocks[pattern.unit_indices()].view(conv.values.shape)
+
+
+def test_fused_and_apart_in_bf16_with_hooks_and_compiled():
+    norm, conv = drawn_norm(8), SparseConv2d(8, 8, 3, padding=1, density=0.5)
+    x = images(16, 8, 6, 6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(norm_relu_conv(norm, conv, x), conv(norm_relu(norm, x)), rtol=0.02, atol=0.05)
+    x = images(16, 8, 6, 6)
+    compiled = torch.compile(lambda x: norm_relu_conv(norm, conv, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), norm_relu_conv(norm, conv, x))
+    arguments = (conv.values, *conv.index, x, norm.weight, norm.bias, None, None, 1e-5, None)
+    torch.library.opcheck(torch.ops.rarefy.norm_conv2d, (*arguments, [3, 3], [1, 1], [1, 1], [1, 1]))
+    seen = []
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    y = norm_relu_conv(norm, conv, x)
+    assert len(seen) == 1 and bool((seen[0] >= 0).all())
+    torch.testing.assert_close(y, conv(norm_relu(norm, x)))
+
+
+def test_growth_sees_what_is_convolved():
+    norm, conv = drawn_norm(8), SparseConv2d(8, 8, 3, padding=1, density=0.5)
+    x, seen = images(16, 8, 6, 6), []
+
+    class Collector:
+        def add(self, index, dy, x):
+            seen.append((dy, x))
+
+    collector = Collector()
+    for run in (lambda: norm_relu_conv(norm, conv, x), lambda: conv(norm_relu(norm, x))):
+        sink.arm(conv.sink, collector)
+        run().square().sum().backward()
+    sink.disarm(conv.sink)
+    assert len(seen) == 2 and sink.take_calls(conv.sink) == 2
+    for fused, apart in zip(*seen, strict=True):
+        torch.testing.assert_close(fused, apart, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.models.images import check_sizes, draw_he, image_batch
-from rarefy.nn import norm_relu
+from rarefy.nn import norm_relu, norm_relu_conv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
-        y = self.conv2(norm_relu(self.norm1, self.conv1(x)))
+        y = norm_relu_conv(self.norm1, self.conv2, self.conv1(x))
         if self.skip is not None and self.skip_norm is not None:
             x = self.skip_norm(self.skip(x))
         return norm_relu(self.norm2, y, x)

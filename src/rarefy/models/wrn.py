@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.models.images import check_sizes, draw_he, image_batch
-from rarefy.nn import norm_relu
+from rarefy.nn import norm_relu, norm_relu_conv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,12 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
-        y = norm_relu(self.norm1, x)
-        x = x if self.skip is None else self.skip(y)
-        return x + self.conv2(norm_relu(self.norm2, self.conv1(y)))
+        if self.skip is None:
+            y = norm_relu_conv(self.norm1, self.conv1, x)
+        else:
+            shared = norm_relu(self.norm1, x)
+            x, y = self.skip(shared), self.conv1(shared)
+        return x + norm_relu_conv(self.norm2, self.conv2, y)
 
 
 class WRN(nn.Module):

@@ -5,6 +5,15 @@ from rarefy.nn.layer import SparseLayer
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.low_rank import SparseLowRank
 from rarefy.nn.mlp import gated_mlp, mlp
-from rarefy.nn.norm import norm_relu
+from rarefy.nn.norm import norm_relu, norm_relu_conv
 
-__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "SparseLowRank", "gated_mlp", "mlp", "norm_relu"]
+__all__ = [
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "SparseLowRank",
+    "gated_mlp",
+    "mlp",
+    "norm_relu",
+    "norm_relu_conv",
+]

@@ -9,12 +9,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rarefy.ops import convolution, expanded, mlp, reference, schema, sink, tiled
+from rarefy.ops import convolution, expanded, mlp, norm_convolution, reference, schema, sink, tiled
 from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, names_plain_torch, using
 from rarefy.ops.index import Index, index_dtype
 
-__all__ = ["Index", "available", "causal_attention", "convolution", "index_dtype", "mlp", "sink", "using"]
+__all__ = [
+    "Index",
+    "available",
+    "causal_attention",
+    "convolution",
+    "index_dtype",
+    "mlp",
+    "norm_convolution",
+    "sink",
+    "using",
+]
 
 
 def _backend(values: Tensor, index: Index) -> ModuleType:

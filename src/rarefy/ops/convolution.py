@@ -16,7 +16,7 @@ Growth looks at the rows that a linear layer would have: patches of x, some imag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -206,7 +206,7 @@ def _conv2d_backward(
     else:
         found = _plain_backward(values, index, dy, x, geometry, needs)
     if sink is not None:
-        _feed(sink, index, dy, x, geometry)
+        feed(sink, index, dy, lambda: x, geometry, x.shape[0])
     return (
         x.new_empty(0) if found.dx is None else found.dx.to(x.dtype, memory_format=_layout(x)),
         values.new_empty(0) if found.dvalues is None or not needs[1] else found.dvalues.to(values.dtype),
@@ -214,20 +214,28 @@ def _conv2d_backward(
     )
 
 
-def _feed(layer_sink: Tensor, index: Index, dy: Tensor, x: Tensor, geometry: Geometry) -> None:
-    """Patches of a few images at a time, each a backward call of the layer: their gradients add up."""
+def feed(
+    layer_sink: Tensor, index: Index, dy: Tensor, make_x: Callable[[], Tensor], geometry: Geometry, count: int
+) -> None:
+    """Patches of a few images at a time, each a backward call of the layer: their gradients add up.
+
+    Args:
+        make_x: the images; only called if someone waits for them.
+        count: N.
+    """
     patch_entries = index.in_features * math.prod(dy.shape[2:])
     images = max(1, PATCH_ENTRIES // max(1, patch_entries))
 
     kernel, stride, padding, dilation = (tuple(pair) for pair in geometry)
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        x = make_x()
         wide = torch.promote_types(x.dtype, torch.float32)
         for some_dy, some_x in zip(dy.split(images), x.split(images), strict=True):
             patches = F.unfold(some_x.to(wide), kernel, dilation, padding, stride)
             yield _rows(some_dy), patches.transpose(1, 2).reshape(-1, index.in_features)
 
-    sink.feed_parts(layer_sink, index, max(1, -(-x.shape[0] // images)), parts)
+    sink.feed_parts(layer_sink, index, max(1, -(-count // images)), parts)
 
 
 @torch.library.register_fake("rarefy::conv2d")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
-from rarefy.ops.library import INT64, call, load
+from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
 from rarefy.ops.native import c_pattern
 
@@ -23,12 +23,18 @@ class _CConv(ctypes.Structure):
     _fields_ = [
         *((name, INT64) for name in ("images", "channels", "out_channels")),
         *((name, INT64 * 2) for name in ("in_size", "out_size", "kernel", "stride", "padding", "dilation")),
+        *((name, POINTER) for name in ("scale", "shift")),
     ]
 
 
-def _c_conv(x_shape: tuple[int, ...], y_shape: tuple[int, ...], geometry: Geometry) -> _CConv:
+Affine = tuple[Tensor, Tensor]
+"""(C,) scale and shift, contiguous fp32: what is convolved is ReLU(x * scale + shift)."""
+
+
+def _c_conv(x_shape: tuple[int, ...], y_shape: tuple[int, ...], geometry: Geometry, affine: Affine | None) -> _CConv:
     pairs = [(INT64 * 2)(*pair) for pair in (x_shape[2:], y_shape[2:], *geometry)]
-    return _CConv(x_shape[0], x_shape[1], y_shape[1], *pairs)
+    pointers = (None, None) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())
+    return _CConv(x_shape[0], x_shape[1], y_shape[1], *pairs, *pointers)
 
 
 def _images(*tensors: Tensor) -> list[Tensor]:
@@ -49,12 +55,19 @@ def _f32(tensor: Tensor) -> Tensor:
 
 
 def convolve(
-    values: Tensor, index: Index, x: Tensor, bias: Tensor | None, geometry: Geometry, shape: tuple[int, ...]
+    values: Tensor,
+    index: Index,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    shape: tuple[int, ...],
+    affine: Affine | None = None,
 ) -> Tensor | None:
     """y, channels_last, of that shape. None: the taps lie too far apart for the kernels."""
     values, (images,) = _f32(values), _images(x)
     offset = None if bias is None else _f32(bias)
-    y, conv, pattern = _new_images(shape, images.dtype), _c_conv(tuple(x.shape), shape, geometry), c_pattern(index)
+    y, pattern = _new_images(shape, images.dtype), c_pattern(index)
+    conv = _c_conv(tuple(x.shape), shape, geometry, affine)
     library = load()
     assert isinstance(library, ctypes.CDLL)
     pointers = (values.data_ptr(), images.data_ptr(), None if offset is None else offset.data_ptr(), y.data_ptr())
@@ -69,13 +82,19 @@ def convolve(
 
 
 def convolve_backward(
-    values: Tensor, index: Index, dy: Tensor, x: Tensor, geometry: Geometry, needs: list[bool]
+    values: Tensor,
+    index: Index,
+    dy: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    needs: list[bool],
+    affine: Affine | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """dx, channels_last, dvalues and dbias; dx and dbias where `needs` asks for them."""
+    """dx, channels_last, dvalues and dbias; dx and dbias where `needs` asks for them. dx is of what is convolved."""
     wide, (dy_images, x_images) = _f32(values), _images(dy, x)
     dx = _new_images(tuple(x.shape), x_images.dtype) if needs[0] else None
     dvalues, dbias = torch.empty_like(wide), torch.empty(index.out_features) if needs[2] else None
-    conv, pattern = _c_conv(tuple(x.shape), tuple(dy.shape), geometry), c_pattern(index)
+    conv, pattern = _c_conv(tuple(x.shape), tuple(dy.shape), geometry, affine), c_pattern(index)
     outputs = (None if dx is None else dx.data_ptr(), dvalues.data_ptr(), None if dbias is None else dbias.data_ptr())
     inputs = (wide.data_ptr(), dy_images.data_ptr(), x_images.data_ptr())
     half = x_images.dtype is torch.bfloat16

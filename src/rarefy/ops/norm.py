@@ -130,6 +130,22 @@ def _backward(
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and var of the batch, by the kernel: see `runs_kernel`."""
+    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    norm = _c_norm(x, None, None, mean, var, 0.0, (False, True))
+    call("rarefy_norm_forward", ctypes.byref(norm), x.data_ptr(), None, None, torch.get_num_threads())
+    return mean, var
+
+
+def affine(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(C,) fp32 scale and shift, of which the norm is x * scale + shift."""
+    scale = (var.to(torch.float32) + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.detach().to(torch.float32)
+    shift = -mean.to(torch.float32) * scale
+    return scale.contiguous(), (shift if bias is None else shift + bias.detach().to(torch.float32)).contiguous()
+
+
 # ---- reference -------------------------------------------------------------------------------------------------------
 
 
