@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy import CHT, SET, CHTs, Constant, LayerView, Linear, Pattern, Plan, RigL, SparseLinear, sparsify
+from rarefy.methods import cht
 from rarefy.methods.topology import grid_of, link_scores
 from rewires import check_nothing_changed, check_rewire, engine, layer_of, snapshot, step, units_of, values_of
 
@@ -167,6 +168,24 @@ def test_ties_do_not_depend_on_tiles(monkeypatch):
                 rewire(layer, method)
                 key = (type(method), way_up.shape)
                 assert results.setdefault(key, units_of(layer)) == units_of(layer)
+
+
+@pytest.mark.parametrize("method", [CHT(fraction=Constant(0.1)), CHTs(fraction=Constant(0.1))], ids=type)
+@pytest.mark.parametrize("striped", [False, True])
+def test_the_bound_leaves_out_nobody(method, striped, monkeypatch):
+    """On a layer large enough to have a bound the choice is the one without; striped, most scores tie."""
+    if striped:
+        mask = (torch.arange(160)[:, None] // 8 + torch.arange(200) // 10) % 20 == 0
+    else:
+        mask = torch.rand(160, 200, generator=torch.Generator().manual_seed(1)) < 0.05
+    chosen, bounds = [], []
+    for bound in (cht._bound, lambda scores, k: -torch.inf):
+        monkeypatch.setattr(cht, "_bound", lambda scores, k, bound=bound: bounds.append(bound(scores, k)) or bounds[-1])
+        layer = SparseLinear.from_pattern(Pattern.from_mask(mask), generator=torch.Generator().manual_seed(0))
+        rewire(layer, method)
+        chosen.append(units_of(layer))
+    assert chosen[0] == chosen[1]
+    assert striped or max(bounds) > 0  # there was one
 
 
 # -- CHTs --

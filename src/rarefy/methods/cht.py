@@ -125,6 +125,7 @@ class CHT(Method):
             begins, ends = first * grid.num_short, first * grid.num_short + wanted.numel()
             inside = slice(*torch.searchsorted(taken, taken.new_tensor([begins, ends])).tolist())
             wanted[taken[inside] - begins] = -1
+            floor = max(floor, _bound(wanted, k))
             found = (wanted >= max(floor, 0)).nonzero().flatten()  # equals stay: a lower unit may be among them
             units, best = torch.cat([units, grid.to_units(found + begins)]), torch.cat([best, wanted[found]])
             if units.numel() > max(2 * k, 1 << 16):
@@ -147,6 +148,22 @@ class CHT(Method):
                 read = torch.bincount(pattern.col_indices.long(), minlength=pattern.num_unit_cols).bool()
                 useless |= ~read.repeat_interleave(pattern.block[1]).view(-1, b_r).any(dim=1)[rows]
         return useless
+
+
+SAMPLED = 16
+"""One score in so many is looked at for a bound."""
+
+
+def _bound(scores: Tensor, k: int) -> float:
+    """What at least k of the scores reach, not far below the k-th highest: little is then left to collect and sort.
+    -inf where a sample of them finds none.
+    """
+    sample = scores[::SAMPLED]
+    rank = 2 * k // SAMPLED + SAMPLED  # of the sample: about 2k of all are above it
+    if not 0 < rank < sample.numel() // 2:
+        return -torch.inf
+    bound = sample.kthvalue(sample.numel() - rank + 1).values
+    return float(bound) if int((scores >= bound).sum()) >= k else -torch.inf
 
 
 def _best(units: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
