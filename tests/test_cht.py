@@ -170,7 +170,7 @@ def test_ties_do_not_depend_on_tiles(monkeypatch):
                 assert results.setdefault(key, units_of(layer)) == units_of(layer)
 
 
-@pytest.mark.parametrize("method", [CHT(fraction=Constant(0.1)), CHTs(fraction=Constant(0.1))], ids=type)
+@pytest.mark.parametrize("method", [CHT(fraction=Constant(0.1)), CHTs(fraction=Constant(0.1))], ids=["cht", "chts"])
 @pytest.mark.parametrize("striped", [False, True])
 def test_the_bound_leaves_out_nobody(method, striped, monkeypatch):
     """On a layer large enough to have a bound the choice is the one without; striped, most scores tie."""

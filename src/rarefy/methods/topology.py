@@ -79,7 +79,7 @@ def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Ite
     """Scores of all links, a few lines of the longer side at a time, in ascending order.
 
     S the shorter side, L the longer, K links: O(K (L + S) + L S) time. Memory O(K + tile): what the short side's
-    pairs count for, S x S, is kept where that is at most a tile or 8 K, and else made anew for each tile.
+    pairs count for, S x S, is kept where that is at most a tile or 8 K, and else made anew for each tile, O(K S) each.
     """
     index, short, long = grid.index, grid.num_short, grid.num_long
     ones = torch.ones(index.num_units, dtype=torch.float32, device=index.crow.device)
@@ -100,9 +100,9 @@ def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Ite
             mine = _lines(index.t_crow, index.t_rows, first, min(first + step, long), short)
             common = torch.ops.rarefy.spmm_t(ones, *index, mine)
             scores = torch.ops.rarefy.spmm(ones, *index, _share(rule, common, degree_long))
-            some, units = _part(grid, first, min(first + step, long))
+            part = _part(grid, first, min(first + step, long))
             for begin, pairs in short_pairs() if kept is None else kept:
-                counted = torch.ops.rarefy.spmm(ones[: units.numel()], *some, pairs)
+                counted = torch.ops.rarefy.spmm(ones[: part.num_units], *part, pairs)
                 scores[:, begin : begin + pairs.shape[0]] += counted.T
             yield LinkScores(first, _rounded(scores))
 
@@ -123,13 +123,11 @@ def _lines(pointers: Tensor, others: Tensor, first: int, last: int, num_others: 
     return lines
 
 
-def _part(grid: Grid, first: int, last: int) -> tuple[Index, Tensor]:
-    """The links of some lines of the longer side, those lines being rows: index and ascending units."""
-    index, short = grid.index, grid.num_short
-    counts = torch.diff(index.t_crow[first : last + 1].long())
-    lines = torch.repeat_interleave(torch.arange(last - first, device=counts.device), counts)
-    units = lines * short + index.t_rows[int(index.t_crow[first]) : int(index.t_crow[last])].long()
-    return Index.of(Pattern.from_sorted_units(units, (last - first, short))), units
+def _part(grid: Grid, first: int, last: int) -> Index:
+    """The links of some lines of the longer side, those lines being rows."""
+    crow = grid.index.t_crow[first : last + 1]
+    others = grid.index.t_rows[int(crow[0]) : int(crow[-1])]
+    return Index.of(Pattern(crow - crow[0], others, (last - first, grid.num_short)))
 
 
 def _rounded(scores: Tensor) -> Tensor:
