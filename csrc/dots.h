@@ -44,6 +44,21 @@ class Dots {
     store_any(target_, add_ ? load_any(target_) + sum : sum);
     target_ += VL;
   }
+  // The same for ROWS x COLS = VL places of a matrix whose rows are `stride` long, from target[first] on, which stays.
+  template <int ROWS, int COLS>
+  void put_rows(vec (&sums)[VL], int64_t first, int64_t stride) {
+    const vec sum = reduce(sums);
+    typedef float row __attribute__((vector_size(COLS * 4), aligned(4), may_alias));
+    alignas(sizeof(vec)) float places[VL];
+    store(places, sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      row *to = reinterpret_cast<row *>(target_ + first + r * stride);
+      const row from = *reinterpret_cast<const row *>(places + r * COLS);
+      *to = add_ ? *to + from : from;
+    }
+  }
+  void skip(int64_t places) { target_ += places; }
 
  private:
   vec reduce_at(int64_t first) const {
@@ -74,32 +89,16 @@ class Dots {
   bool add_;
 };
 
-// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j]. x's vectors lie `x_step` floats apart.
-template <int BR, int BC, int NV>
-inline void unit_dots(const float *dy, const float *x, int64_t x_step, Dots<false> &dots) {
-  constexpr int P = NV * VL;
-  constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
-  for (int i0 = 0; i0 < BR; i0 += RI) {
-    for (int j0 = 0; j0 < BC; j0 += RJ) {
-      vec acc[VL] = {};
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
+// Takes the dot products of RI x RJ places of a BR x BC unit.
+template <int BR, int BC, int RI, int RJ>
+inline void put_unit(vec (&acc)[VL], Dots<false> &dots) {
+  if constexpr (RI * RJ == VL) {
+    dots.put(acc);
+  } else {
+    static_assert(RI == BR && RJ == BC, "a unit smaller than a vector is one tile");
 #pragma GCC unroll 16
-        for (int i = 0; i < RI; ++i) {
-          const vec y = load(dy + (i0 + i) * P + v * VL);
-#pragma GCC unroll 16
-          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + (j0 + j) * P + v * x_step);
-        }
-      }
-      if constexpr (RI * RJ == VL) {
-        dots.put(acc);
-      } else {
-        static_assert(RI == BR && RJ == BC, "a unit smaller than a vector is one tile");
-#pragma GCC unroll 16
-        for (int i = 0; i < RI * RJ; ++i) store(dots.next() + i * VL, acc[i]);
-        dots.advance(RI * RJ);
-      }
-    }
+    for (int i = 0; i < RI * RJ; ++i) store(dots.next() + i * VL, acc[i]);
+    dots.advance(RI * RJ);
   }
 }
 

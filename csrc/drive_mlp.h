@@ -56,13 +56,15 @@ inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, con
     sums_floats = max64(sums_floats, inner[i].chunk_floats());
     scratch_ints = max64(scratch_ints, build_scratch(inner[i].s));
   }
-  const int64_t own = (x.features + hidden) * kPanel + sums_floats;
-  float *buffers = nullptr;
+  const int64_t own = (x.features + hidden) * kPanel;
+  cell *buffers = nullptr;
+  float *all_sums = nullptr;
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     for (int i = 0; i < mlp.num_inner; ++i) carve_matrix(inner[i], carver);
     carve_matrix(down, carver);
-    buffers = carver.take<float>(threads * own);
+    buffers = carver.take<cell>(threads * own);
+    all_sums = carver.take<float>(threads * sums_floats);
     scratch = carver.take<int32_t>(threads * scratch_ints);
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -73,7 +75,8 @@ inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, con
     for (int i = 0; i < mlp.num_inner; ++i) build(inner[i], mlp.inner[i].layer.values, scratch + thread * scratch_ints);
     build(down, mlp.down.layer.values, scratch + thread * scratch_ints);
 #pragma omp barrier
-    float *panel = buffers + thread * own, *h = panel + x.features * kPanel, *sums = h + hidden * kPanel;
+    cell *panel = buffers + thread * own, *h = panel + x.features * kPanel;
+    float *sums = all_sums + thread * sums_floats;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t at = 0; at < panels; ++at) {
       const int64_t token = at * kPanel, tokens = min64(kPanel, batch - token);
@@ -82,23 +85,26 @@ inline int mlp_forward(const Mlp &mlp, const RowMajor &x, const RowMajor &y, con
         with_activation(mlp.activation, [&](auto activation) {
           for (int64_t r = 0; r < count; ++r) {
             const int64_t place = z.offset(token, first + r);
+            vec value[kWide];
             for (int v = 0; v < kWide; ++v) {
-              vec value, slope;
+              vec slope;
               z.store_at(place + v * VL, load(done + r * kPanel + v * VL));
-              activate<decltype(activation)::value>(z.load_at(place + v * VL), value, slope);
-              store(h + (first + r) * kPanel + v * VL, value);
+              activate<decltype(activation)::value>(z.load_at(place + v * VL), value[v], slope);
             }
+            store_cells<kWide>(h + (first + r) * kPanel, value);
           }
         });
       };
       const auto multiply_outputs = [&](int64_t first, int64_t count, const float *done) {
         for (int64_t r = 0; r < count; ++r) {
           const int64_t place = z.offset(token, hidden + first + r);
+          vec value[kWide];
+          load_cells<kWide>(h + (first + r) * kPanel, value);
           for (int v = 0; v < kWide; ++v) {
-            float *value = h + (first + r) * kPanel + v * VL;
             z.store_at(place + v * VL, load(done + r * kPanel + v * VL));
-            store(value, load(value) * z.load_at(place + v * VL));
+            value[v] *= z.load_at(place + v * VL);
           }
+          store_cells<kWide>(h + (first + r) * kPanel, value);
         }
       };
       multiply_panel(
@@ -134,25 +140,28 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
   const bool has_dx = dx.data != nullptr, sums_dx = has_dx && num_inner == 2;
   Gradients inner[2], down = plan_gradients(mlp.down.layer.pattern, mlp.down.kernels, threads);
   const int64_t slopes = down.m.chunk_floats();
-  int64_t own = down.own_floats(), scratch_ints = build_scratch(down.m.s);
+  int64_t chunk_floats = slopes, scratch_ints = build_scratch(down.m.s);
   for (int i = 0; i < num_inner; ++i) {
     inner[i] = plan_gradients(mlp.inner[i].layer.pattern, mlp.inner[i].kernels, threads);
-    own = max64(own, inner[i].own_floats());
+    chunk_floats = max64(chunk_floats, inner[i].m.chunk_floats());
     scratch_ints = max64(scratch_ints, build_scratch(inner[i].m.s));
   }
-  const int64_t panel_floats = (num_inner * hidden + out + (sums_dx ? in : 0)) * kPanel;
-  const int64_t group = max64(2, min64(panels, kMlpBytes / max64(1, panel_floats * int64_t(sizeof(float)))));
-  float *dy_panels = nullptr, *dz_panels[2] = {}, *dx_panels = nullptr, *buffers = nullptr;
+  const int64_t panel_bytes = (num_inner * hidden + out) * kPanelBytes + (sums_dx ? in : 0) * kPanel * int64_t(sizeof(float));
+  const int64_t group = max64(2, min64(panels, kMlpBytes / max64(1, panel_bytes)));
+  cell *dy_panels = nullptr, *dz_panels[2] = {};
+  float *dx_panels = nullptr, *all_slopes = nullptr;
+  OwnOfAll owns = {};
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     for (int i = 0; i < num_inner; ++i) {
       carve_gradients(inner[i], carver, panels, mlp.inner[i].gradients.bias != nullptr);
-      dz_panels[i] = carver.take<float>(group * hidden * kPanel);
+      dz_panels[i] = carver.take<cell>(group * hidden * kPanel);
     }
     carve_gradients(down, carver, panels, mlp.down.gradients.bias != nullptr);
-    dy_panels = carver.take<float>(group * out * kPanel);
+    dy_panels = carver.take<cell>(group * out * kPanel);
     dx_panels = carver.take<float>(sums_dx ? group * in * kPanel : 0);
-    buffers = carver.take<float>(threads * (own + num_inner * slopes));
+    owns.carve(carver, threads, chunk_floats);
+    all_slopes = carver.take<float>(threads * num_inner * slopes);
     scratch = carver.take<int32_t>(threads * scratch_ints);
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -160,7 +169,8 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-    float *mine = buffers + thread * (own + num_inner * slopes), *slope[2] = {mine + own, mine + own + slopes};
+    const Own mine = owns.of(thread);
+    float *first_slope = all_slopes + thread * num_inner * slopes, *slope[2] = {first_slope, first_slope + slopes};
     for (int i = 0; i < num_inner; ++i) {
       build(inner[i].m, has_dx ? mlp.inner[i].layer.values : nullptr, scratch + thread * scratch_ints);
     }
@@ -169,42 +179,43 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
       const int64_t count = min64(group, panels - first);
       const auto tokens_of = [&](int64_t panel) { return max64(0, min64(kPanel, batch - panel * kPanel)); };
       pack_dy(dy, first, count, batch, dy_panels, mlp.down.gradients.bias != nullptr ? down.bias_parts : nullptr);
-      clear_dots(down, mine);
+      mine.clear_dots();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t chunk = 0; chunk < down.m.s.num_chunks; ++chunk) {
         gradients_chunk<true>(
             down, chunk, dy_panels, first, count, mine,
-            [&](int64_t panel, int64_t c0, int64_t c1, float *h) {  // and its derivatives, which `emit` needs
+            [&](int64_t panel, int64_t c0, int64_t c1, cell *h) {  // and its derivatives, which `emit` needs
               with_activation(mlp.activation, [&](auto activation) {
                 for (int64_t r = 0; r < c1 - c0; ++r) {
                   const int64_t place = z.offset(panel * kPanel, c0 + r), factor = z.offset(panel * kPanel, hidden + c0 + r);
+                  vec value[kWide];
                   for (int v = 0; v < kWide; ++v) {
                     const int64_t lane = r * kPanel + v * VL;
-                    vec value, derivative;
-                    activate<decltype(activation)::value>(z.load_at(place + v * VL), value, derivative);
+                    vec derivative;
+                    activate<decltype(activation)::value>(z.load_at(place + v * VL), value[v], derivative);
                     if (num_inner == 2) {
                       const vec up = z.load_at(factor + v * VL);
-                      store(slope[1] + lane, value);
-                      value *= up;
+                      store(slope[1] + lane, value[v]);
+                      value[v] *= up;
                       derivative *= up;
                     }
-                    store(h + lane, value);
                     store(slope[0] + lane, derivative);
                   }
+                  store_cells<kWide>(h + r * kPanel, value);
                 }
               });
             },
             [](int64_t, int64_t, int64_t, int64_t, Prefetch &) {},
             [&](int64_t panel, int64_t c0, int64_t c1, const float *dh) {
               for (int i = 0; i < num_inner; ++i) {
-                float *dz = dz_panels[i] + ((panel - first) * hidden + c0) * kPanel;
+                cell *dz = dz_panels[i] + ((panel - first) * hidden + c0) * kPanel;
                 for (int64_t r = 0; r < c1 - c0; ++r) {
-                  vec total = {};
+                  vec total = {}, d[kWide];
                   for (int v = 0; v < kWide; ++v) {
-                    const vec d = load(dh + r * kPanel + v * VL) * load(slope[i] + r * kPanel + v * VL);
-                    store(dz + r * kPanel + v * VL, d);
-                    total += d;
+                    d[v] = load(dh + r * kPanel + v * VL) * load(slope[i] + r * kPanel + v * VL);
+                    total += d[v];
                   }
+                  store_cells<kWide>(dz + r * kPanel, d);
                   if (mlp.inner[i].gradients.bias == nullptr) continue;
                   float sum = 0.0f;
                   for (int lane = 0; lane < VL; ++lane) sum += total[lane];
@@ -216,8 +227,8 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
       for (int i = 0; i < num_inner; ++i) {
         const Gradients &g = inner[i];
         const bool last = i == num_inner - 1;
-        clear_dots(g, mine);
-        const auto load_x = [&](int64_t panel, int64_t c0, int64_t c1, float *target) {
+        mine.clear_dots();
+        const auto load_x = [&](int64_t panel, int64_t c0, int64_t c1, cell *target) {
           pack_rows<kWide>(x, panel * kPanel, tokens_of(panel), c0, c1, target);
         };
         const auto expect = [&](int64_t panel, int64_t c0, int64_t c1, int64_t t, Prefetch &prefetch) {
@@ -251,6 +262,44 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
     finish_gradients(down, panels, mlp.down.gradients.values, mlp.down.gradients.bias);
   }
   return RAREFY_OK;
+}
+
+// An MLP with the kernels that find(pattern) gives; false if that is null for one of its matrices.
+template <class Find>
+bool find_mlp(Find find, const rarefy_mlp &mlp, const rarefy_mlp_gradients &gradients, Mlp &found) {
+  const bool gated = mlp.gate.pattern != nullptr;
+  const auto set = [&](MlpLayer &layer, const rarefy_layer &from, const rarefy_layer_gradients &to) {
+    layer = {from, find(from.pattern), to};
+    return layer.kernels != nullptr;
+  };
+  found.num_inner = gated ? 2 : 1;
+  found.activation = mlp.activation;
+  return (!gated || set(found.inner[0], mlp.gate, gradients.gate)) && set(found.inner[gated], mlp.up, gradients.up) &&
+         set(found.down, mlp.down, gradients.down);
+}
+
+inline Saved saved(const rarefy_mlp &mlp, const Mlp &found, const void *z) {
+  return {const_cast<void *>(z), found.num_inner * found.hidden(), mlp.half_saved != 0};
+}
+
+template <class Find>
+int mlp_forward_with(Find find, const rarefy_mlp &mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
+  Mlp found = {};
+  if (!find_mlp(find, mlp, {}, found)) return RAREFY_UNSUPPORTED_BLOCK;
+  const bool half = mlp.half_rows != 0;
+  return mlp_forward(found, {x, mlp.up.pattern->in_features, half}, {y, mlp.down.pattern->out_features, half},
+                     saved(mlp, found, z), batch, threads);
+}
+
+template <class Find>
+int mlp_backward_with(Find find, const rarefy_mlp &mlp, const void *dy, const void *x, const void *z, void *dx,
+                      const rarefy_mlp_gradients &gradients, int64_t batch, int threads) {
+  Mlp found = {};
+  if (!find_mlp(find, mlp, gradients, found)) return RAREFY_UNSUPPORTED_BLOCK;
+  const bool half = mlp.half_rows != 0;
+  const int64_t in = mlp.up.pattern->in_features;
+  return mlp_backward(found, {dy, mlp.down.pattern->out_features, half}, {x, in, half}, saved(mlp, found, z), {dx, in, half},
+                      batch, threads);
 }
 
 }  // namespace

@@ -11,13 +11,15 @@
 namespace rarefy {
 namespace {
 
-constexpr int64_t kTileBytes = int64_t(32) << 10;   // inputs in L1
-constexpr int64_t kSumsBytes = int64_t(256) << 10;  // sums in L2
+// With bfloat16 cells the ends of segments weigh twice as much, and longer segments are worth more than L1.
+constexpr int64_t kTileBytes = int64_t(kHalfCells ? 64 : 32) << 10;    // inputs in L1
+constexpr int64_t kSumsBytes = int64_t(kHalfCells ? 512 : 256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
+constexpr int64_t kPanelBytes = kPanel * int64_t(sizeof(cell));  // of one feature
 
 // Columns a tile should have: as many as fit in `tile_bytes`, but more where the segments would be too short to be worth it.
 inline int64_t choose_tile(int64_t num_rows, int64_t num_cols, int64_t num_units, int64_t block_inputs) {
-  int64_t inputs = kTileBytes / (kPanel * int64_t(sizeof(float)));
+  int64_t inputs = kTileBytes / kPanelBytes;
   const double density = double(num_units) / (double(max64(num_rows, 1)) * double(max64(num_cols, 1)));
   while (inputs * 2 < max_tile_inputs(kPanel) && inputs * density < 6.0 * double(block_inputs)) inputs *= 2;
   return max64(1, inputs / block_inputs);
@@ -47,7 +49,8 @@ struct Matrix {
 inline Matrix plan_multiply(const rarefy_pattern *p, const TileKernels *kernels, bool transposed, int64_t parts) {
   Matrix m = {p, kernels, transposed, {}};
   const int64_t chunk_rows = kSumsBytes / (m.outputs() * kPanel * int64_t(sizeof(float)));
-  m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(), m.unit_entries() == 1, false, false);
+  m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(), m.unit_entries() == 1,
+                    kHalfCells && m.inputs() == 1, false);
   return m;
 }
 
@@ -61,13 +64,13 @@ inline void carve_matrix(Matrix &m, Carver &carver) {
 template <class OffsetOf>
 void build_stream(const Stream &s, const rarefy_pattern *p, bool transposed, const float *values, int32_t *scratch,
                   OffsetOf offset_of) {
-  const int64_t entries = p->block_rows * p->block_cols;
+  const Unit unit = transposed ? Unit{p->block_cols, p->block_rows, true} : Unit{p->block_rows, p->block_cols, false};
 #pragma omp for schedule(dynamic, 1) nowait
   for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
     if (p->index_bytes == 2) {
-      build_chunk(s, transposed ? by_cols<uint16_t>(p) : by_rows<uint16_t>(p), values, entries, chunk, offset_of, scratch);
+      build_chunk(s, transposed ? by_cols<uint16_t>(p) : by_rows<uint16_t>(p), values, unit, chunk, offset_of, scratch);
     } else {
-      build_chunk(s, transposed ? by_cols<int32_t>(p) : by_rows<int32_t>(p), values, entries, chunk, offset_of, scratch);
+      build_chunk(s, transposed ? by_cols<int32_t>(p) : by_rows<int32_t>(p), values, unit, chunk, offset_of, scratch);
     }
   }
 }
@@ -77,7 +80,7 @@ struct SideBySide {
   int64_t mask;
   int step;
   SideBySide(const Stream &s, int64_t inputs)
-      : mask(s.tile_cols - 1), step(int(inputs) * kPanel * int(sizeof(float)) / kOffsetBytes) {}
+      : mask(s.tile_cols - 1), step(int(inputs * kPanelBytes) / kOffsetBytes) {}
   uint16_t operator()(int64_t column) const { return uint16_t((column & mask) * step); }
 };
 
@@ -104,7 +107,7 @@ inline void put_in_order(const Stream &s, int64_t entries, int64_t parts, const 
 // One panel times the chunks [begin, end). load(f0, f1) is called before the inputs in [f0, f1) are first read from
 // `panel`, expect(tile, prefetch) may announce memory, and emit(first, count, sums) takes finished outputs.
 template <class Load, class Expect, class Emit>
-void multiply_panel(const Matrix &m, int64_t begin, int64_t end, const float *bias, float *panel, float *sums, Load load,
+void multiply_panel(const Matrix &m, int64_t begin, int64_t end, const float *bias, cell *panel, float *sums, Load load,
                     Expect expect, Emit emit) {
   const auto multiply = m.transposed ? m.kernels->multiply_t : m.kernels->multiply;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -140,12 +143,14 @@ inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, b
   const int64_t wanted = row_parts(panels, y.features / (transposed ? p->block_cols : p->block_rows), threads);
   Matrix m = plan_multiply(p, kernels, transposed, wanted);
   const int64_t parts = min64(wanted, max64(m.s.num_chunks, 1));
-  const int64_t in = m.in_features(), own = in * kPanel + m.chunk_floats();
-  float *buffers = nullptr;
+  const int64_t in = m.in_features();
+  cell *panels_own = nullptr;
+  float *sums_own = nullptr;
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_matrix(m, carver);
-    buffers = carver.take<float>(threads * own);
+    panels_own = carver.take<cell>(threads * in * kPanel);
+    sums_own = carver.take<float>(threads * m.chunk_floats());
     scratch = carver.take<int32_t>(threads * build_scratch(m.s));
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -155,7 +160,8 @@ inline int multiply_tiled(const rarefy_pattern *p, const TileKernels *kernels, b
     const int thread = omp_get_thread_num();
     build(m, values, scratch + thread * build_scratch(m.s));
 #pragma omp barrier
-    float *panel = buffers + thread * own, *sums = panel + in * kPanel;
+    cell *panel = panels_own + thread * in * kPanel;
+    float *sums = sums_own + thread * m.chunk_floats();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels * parts; ++task) {
       const int64_t token = task / parts * kPanel, part = task % parts, tokens = min64(kPanel, batch - token);
@@ -186,20 +192,36 @@ struct Gradients {
   float *bias_parts;  // sums of dy over the tokens of each panel: (panels, out)
   int64_t out() const { return m.in_features(); }   // of the layer, that is
   int64_t in() const { return m.out_features(); }
-  int64_t own_floats() const { return 2 * m.chunk_floats() + Dots<false>::BUFFER; }
 };
 
 // What a thread of its own needs: inputs of a chunk, sums for their gradients, and dot products that wait.
-inline void clear_dots(const Gradients &g, float *own) {
-  for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) own[2 * g.m.chunk_floats() + d] = 0.0f;
-}
+struct Own {
+  cell *x;
+  float *sums, *dots;
+  void clear_dots() const {
+    for (int64_t d = 0; d < Dots<false>::BUFFER; ++d) dots[d] = 0.0f;
+  }
+};
+struct OwnOfAll {
+  int64_t chunk;  // cells and floats
+  Own first;
+  void carve(Carver &carver, int threads, int64_t chunk_floats) {
+    chunk = chunk_floats;
+    first.x = carver.take<cell>(threads * chunk);
+    first.sums = carver.take<float>(threads * chunk);
+    first.dots = carver.take<float>(threads * Dots<false>::BUFFER);
+  }
+  Own of(int thread) const {
+    return {first.x + thread * chunk, first.sums + thread * chunk, first.dots + thread * Dots<false>::BUFFER};
+  }
+};
 
 inline Gradients plan_gradients(const rarefy_pattern *p, const TileKernels *kernels, int threads) {
   Gradients g = {{p, kernels, true, {}}, nullptr, nullptr};
   const int64_t chunk_rows = max64(1, kSumsBytes / 2 / (p->block_cols * kPanel * int64_t(sizeof(float))));
   const bool single = g.m.unit_entries() == 1;
   g.m.s = plan_stream(g.m.ptr(), g.m.num_rows(), g.m.num_cols(), chunk_rows, 2 * threads, g.m.tile_cols(),
-                      single && kPairedBackward, single, true);
+                      single && kPairedBackward, single || (kHalfCells && g.m.inputs() == 1), true);
   return g;
 }
 
@@ -212,28 +234,27 @@ inline void carve_gradients(Gradients &g, Carver &carver, int64_t panels, bool b
 // One chunk over the `count` panels from `first_panel` on, of which dy_panels holds the first. load(panel, c0, c1, x) brings
 // the inputs [c0, c1) of the layer for one panel; emit(panel, c0, c1, sums) takes their gradients; none: emit is not called.
 template <bool DX, class Load, class Expect, class Emit>
-void gradients_chunk(const Gradients &g, int64_t chunk, const float *dy_panels, int64_t first_panel, int64_t count,
-                     float *own, Load load, Expect expect, Emit emit) {
+void gradients_chunk(const Gradients &g, int64_t chunk, const cell *dy_panels, int64_t first_panel, int64_t count,
+                     const Own &own, Load load, Expect expect, Emit emit) {
   const Matrix &m = g.m;
-  float *x_chunk = own, *sums = x_chunk + m.chunk_floats(), *dots = sums + m.chunk_floats();
   const int64_t c0 = m.first_output(chunk), c1 = m.first_output(chunk + 1);
   const auto backward = DX ? m.kernels->backward : m.kernels->backward_values;
   for (int64_t at = 0; at < count; ++at) {
-    load(first_panel + at, c0, c1, x_chunk);
+    load(first_panel + at, c0, c1, own.x);
     if (DX) {
-      for (int64_t i = 0; i < (c1 - c0) * kPanel; i += VL) store(sums + i, vec{});
+      for (int64_t i = 0; i < (c1 - c0) * kPanel; i += VL) store(own.sums + i, vec{});
     }
     for (int64_t t = 0; t < m.s.num_tiles; ++t) {
-      const float *panel = dy_panels + at * g.out() * kPanel;
+      const cell *panel = dy_panels + at * g.out() * kPanel;
       const int64_t f0 = m.first_input(t), f1 = m.first_input(t + 1), f2 = m.first_input(t + 2);
       Prefetch prefetch;
       const int64_t next = f1 < g.out() ? f2 - f1 : at + 1 < count ? m.first_input(1) : 0;  // the next panel's after the last
-      prefetch.add(panel + f1 * kPanel, 0, next > 0, next * kPanel * int64_t(sizeof(float)));
+      prefetch.add(panel + f1 * kPanel, 0, next > 0, next * kPanelBytes);
       expect(first_panel + at, c0, c1, t, prefetch);
-      backward(m.s, chunk * m.s.num_tiles + t, panel + f0 * kPanel, x_chunk, sums, dots, g.in_order, first_panel + at > 0,
+      backward(m.s, chunk * m.s.num_tiles + t, panel + f0 * kPanel, own.x, own.sums, own.dots, g.in_order, first_panel + at > 0,
                prefetch);
     }
-    if (DX) emit(first_panel + at, c0, c1, sums);
+    if (DX) emit(first_panel + at, c0, c1, own.sums);
   }
 }
 
@@ -245,7 +266,7 @@ inline void expect_rows(const RowMajor &rows, int64_t token, int64_t tokens, int
 }
 
 // To be called by all threads: dy's panels [first, first + count) from rows, and the sums for the bias.
-inline void pack_dy(const RowMajor &dy, int64_t first, int64_t count, int64_t batch, float *dy_panels, float *bias_parts) {
+inline void pack_dy(const RowMajor &dy, int64_t first, int64_t count, int64_t batch, cell *dy_panels, float *bias_parts) {
   const int64_t out = dy.features, pieces = ceil_div(out, kPieceFeatures);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < count * pieces; ++task) {
@@ -267,14 +288,15 @@ inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, c
                           const RowMajor &x, const RowMajor &dx, float *dvalues, float *dbias, int64_t batch, int threads) {
   const int64_t out = p->out_features, panels = ceil_div(batch, kPanel);
   Gradients g = plan_gradients(p, kernels, threads);
-  const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * kPanel * int64_t(sizeof(float)))));
+  const int64_t group = max64(2, min64(panels, kDyBytes / max64(1, out * kPanelBytes)));
   const bool has_dx = dx.data != nullptr;
-  float *dy_panels = nullptr, *buffers = nullptr;
+  cell *dy_panels = nullptr;
+  OwnOfAll owns = {};
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_gradients(g, carver, panels, dbias != nullptr);
-    dy_panels = carver.take<float>(group * out * kPanel);
-    buffers = carver.take<float>(threads * g.own_floats());
+    dy_panels = carver.take<cell>(group * out * kPanel);
+    owns.carve(carver, threads, g.m.chunk_floats());
     scratch = carver.take<int32_t>(threads * build_scratch(g.m.s));
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -282,14 +304,14 @@ inline int backward_tiled(const rarefy_pattern *p, const TileKernels *kernels, c
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
-    float *own = buffers + thread * g.own_floats();
-    clear_dots(g, own);
+    const Own own = owns.of(thread);
+    own.clear_dots();
     build(g.m, has_dx ? values : nullptr, scratch + thread * build_scratch(g.m.s));  // pack_dy ends with a barrier
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = min64(group, panels - first), tiles = g.m.s.num_tiles;
       pack_dy(dy, first, count, batch, dy_panels, dbias != nullptr ? g.bias_parts : nullptr);
       const auto tokens_of = [&](int64_t panel) { return max64(0, min64(kPanel, batch - panel * kPanel)); };
-      const auto load = [&](int64_t panel, int64_t c0, int64_t c1, float *target) {
+      const auto load = [&](int64_t panel, int64_t c0, int64_t c1, cell *target) {
         pack_rows<kWide>(x, panel * kPanel, tokens_of(panel), c0, c1, target);
       };
       const auto expect = [&](int64_t panel, int64_t c0, int64_t c1, int64_t t, Prefetch &prefetch) {

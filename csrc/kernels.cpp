@@ -50,8 +50,7 @@ constexpr Block kBlock = {BR,
                           {spmm_some<BR, BC, uint16_t>, spmm_some<BR, BC, int32_t>},
                           {backward_some<BR, BC, uint16_t>, backward_some<BR, BC, int32_t>}};
 
-// Block shapes with a kernel. Each costs some seconds of compilation per target, so the list holds what is used.
-constexpr Block kBlocks[] = {kBlock<1, 1>, kBlock<4, 1>, kBlock<8, 1>, kBlock<4, 4>, kBlock<8, 8>, kBlock<16, 16>};
+constexpr Block kBlocks[] = {RAREFY_BLOCKS(kBlock)};
 
 const Block *find_block(int64_t rows, int64_t cols) {
   for (const Block &block : kBlocks) {
@@ -133,40 +132,18 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
                         threads);
 }
 
-// False if a block has no kernel.
-bool find_mlp(const rarefy_mlp &mlp, const rarefy_mlp_gradients &gradients, Mlp &found) {
-  const bool gated = mlp.gate.pattern != nullptr;
-  const auto set = [](MlpLayer &layer, const rarefy_layer &from, const rarefy_layer_gradients &to) {
-    const Block *block = find_block(from.pattern->block_rows, from.pattern->block_cols);
-    if (block != nullptr) layer = {from, &block->tiled, to};
-    return block != nullptr;
-  };
-  found.num_inner = gated ? 2 : 1;
-  found.activation = mlp.activation;
-  return (!gated || set(found.inner[0], mlp.gate, gradients.gate)) && set(found.inner[gated], mlp.up, gradients.up) &&
-         set(found.down, mlp.down, gradients.down);
-}
-
-Saved saved(const rarefy_mlp &mlp, const Mlp &found, const void *z) {
-  return {const_cast<void *>(z), found.num_inner * found.hidden(), mlp.half_saved != 0};
+const TileKernels *find_tiled(const rarefy_pattern *p) {
+  const Block *block = find_block(p->block_rows, p->block_cols);
+  return block != nullptr ? &block->tiled : nullptr;
 }
 
 int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
-  Mlp found = {};
-  if (!find_mlp(*mlp, {}, found)) return RAREFY_UNSUPPORTED_BLOCK;
-  const bool half = mlp->half_rows != 0;
-  return rarefy::mlp_forward(found, {x, mlp->up.pattern->in_features, half}, {y, mlp->down.pattern->out_features, half},
-                             saved(*mlp, found, z), batch, threads);
+  return mlp_forward_with(find_tiled, *mlp, x, y, z, batch, threads);
 }
 
 int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
                  const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
-  Mlp found = {};
-  if (!find_mlp(*mlp, *gradients, found)) return RAREFY_UNSUPPORTED_BLOCK;
-  const bool half = mlp->half_rows != 0;
-  const int64_t in = mlp->up.pattern->in_features;
-  return rarefy::mlp_backward(found, {dy, mlp->down.pattern->out_features, half}, {x, in, half}, saved(*mlp, found, z),
-                              {dx, in, half}, batch, threads);
+  return mlp_backward_with(find_tiled, *mlp, dy, x, z, dx, *gradients, batch, threads);
 }
 
 int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,

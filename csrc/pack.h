@@ -1,15 +1,21 @@
 // Panels: P = NV * VL tokens side by side for each feature, so that a nonzero works on whole cache lines.
-// panel[feature][P], feature-major and float32; a row-major matrix has one token a row and float32 or bfloat16 elements.
+// panel[feature][P], feature-major, in cells (cells.h); a row-major matrix has one token a row and float32 or bfloat16
+// elements.
 // Lanes past the last token are zero.
 #pragma once
 
-#include "simd.h"
+#if defined(RAREFY_HALF_CELLS)
+#include "pack_bf16.h"
+#else
+#include "cells.h"
+#endif
 
 namespace rarefy {
 namespace {
 
 constexpr int64_t kPieceFeatures = 256;  // what a thread packs at a time where threads share a panel
 
+#if !defined(RAREFY_HALF_CELLS)
 // panel[f - begin] for the features begin <= f < end of `tokens` <= P rows of `source`, whose row length is `stride`.
 template <int NV, class T>
 void pack(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {
@@ -45,6 +51,7 @@ void pack(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_
     }
   }
 }
+#endif
 
 // The reverse: target[token][f] for begin <= f < end from panel[f - begin]; only `tokens` rows are written.
 template <int NV, class T>
@@ -114,7 +121,7 @@ struct RowMajor {
 };
 
 template <int NV>
-void pack_rows(const RowMajor &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, float *panel) {
+void pack_rows(const RowMajor &rows, int64_t token, int64_t tokens, int64_t begin, int64_t end, cell *panel) {
   if (rows.half) {
     pack<NV>(reinterpret_cast<const bf16 *>(rows.at(token, 0)), rows.features, tokens, begin, end, panel);
   } else {

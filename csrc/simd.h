@@ -62,6 +62,10 @@ inline vec load_any(const bf16 *p) {
 }
 // To nearest, ties to even; NaN stays NaN.
 inline void store_any(bf16 *p, vec v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), __m256i(_mm512_cvtneps_pbh(__m512(v))));
+  return;
+#endif
   const words bits = reinterpret_cast<words>(v);
   const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_nan = reinterpret_cast<words>(v != v);
   *reinterpret_cast<halves_any *>(p) = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);

@@ -7,10 +7,11 @@
 // therefore sorted by length, which also lets two rows of equal length share a loop.
 //
 // Order of the units: chunk of rows, tile of columns, segment by length, column; in a pair of segments, unit by unit of
-// each in turn. A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
+// each in turn (with bfloat16 cells and units of one input, two units of each in turn). A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
 // a prefix sum. Chunks have about equal numbers of units, as they are what threads share out.
 #pragma once
 
+#include "cells.h"
 #include "scratch.h"
 #include "view.h"
 
@@ -26,7 +27,8 @@ struct Stream {
   int64_t num_rows, num_cols;             // of the view, in units
   int64_t num_places;                     // units and unused places
   bool pairs;                             // neighbours of equal length share a loop
-  bool even;                              // every segment or pair has an even number of places, the last maybe unused
+  bool even;                              // every segment or pair has an even number of places, the last maybe unused;
+                                          // with bfloat16 cells every segment, and what is unused has a value of zero
   bool ordered;                           // keeps `order`
   int64_t chunk_spare;                    // unused places of a chunk, at most
   int64_t chunk_rows, tile_cols;          // the most of a chunk, in units; tile_cols is a power of two
@@ -39,13 +41,13 @@ struct Stream {
   int32_t *first_unit;   // for each (chunk, tile)
   uint16_t *offsets;     // of the unit's inputs in the tile, in steps of 8 bytes
   int32_t *order;        // the unit's place in the values, -1 if unused; only if ordered
-  float *values;         // a copy in this order
+  cell *values;          // a copy in this order
 };
 
 constexpr int kOffsetBytes = 8;  // an x86 address multiplies by it for nothing
 
 // The most columns a tile may have for its offsets to fit 16 bits.
-constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (panel * int64_t(sizeof(float))); }
+constexpr int64_t max_tile_inputs(int panel) { return 65536 * kOffsetBytes / (panel * int64_t(sizeof(cell))); }
 
 // Cuts the rows into chunks of at most `most` rows and about a `parts`th of the work. Returns how many; first_row may be
 // null.
@@ -59,6 +61,12 @@ inline int64_t cut_chunks(const int32_t *ptr, int64_t num_rows, int64_t most, in
   }
   if (first_row != nullptr) first_row[count] = int32_t(num_rows);
   return count;
+}
+
+// Where a chunk's places begin, with so many units before it.
+inline int64_t first_place(const Stream &s, int64_t units, int64_t chunk) {
+  const int64_t place = units + chunk * s.chunk_spare;
+  return kHalfCells && s.even ? (place + 1) / 2 * 2 : place;
 }
 
 // ptr: the units of each row, num_rows + 1.
@@ -76,9 +84,10 @@ inline Stream plan_stream(const int32_t *ptr, int64_t num_rows, int64_t num_cols
   s.pairs = pairs;
   s.even = even;
   s.ordered = ordered;
-  // Only one segment of a length is left without a partner.
-  s.chunk_spare = even ? s.num_tiles * (pairs ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
-  s.num_places = ptr[num_rows] + s.num_chunks * s.chunk_spare;
+  // Where it is pairs that are even, only one segment of a length is left without a partner.
+  s.chunk_spare = even ? s.num_tiles * (pairs && !kHalfCells ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
+  if (even && kHalfCells) s.chunk_spare += 2;  // a chunk begins at an even place
+  s.num_places = first_place(s, ptr[num_rows], s.num_chunks);
   return s;
 }
 
@@ -89,7 +98,7 @@ inline void carve_stream(Stream &s, Carver &carver, int64_t unit_entries) {
   s.first_unit = carver.take<int32_t>(s.num_chunks * s.num_tiles);
   s.offsets = carver.take<uint16_t>(s.num_places);
   s.order = carver.take<int32_t>(s.ordered ? s.num_places : 0);
-  s.values = carver.take<float>(s.num_places * unit_entries);
+  s.values = carver.take<cell>(s.num_places * unit_entries);
 }
 
 // Whether segment i of `count` shares a loop with the next. To be asked at the first of each pair or single in turn.
@@ -98,11 +107,58 @@ inline bool paired(const Stream &s, const Segment *segments, int32_t i, int32_t 
 }
 
 // Scratch for build_chunk, in int32.
-inline int64_t build_scratch(const Stream &s) { return s.chunk_rows * (s.num_tiles + 1) + s.tile_cols + 1; }
+inline int64_t build_scratch(const Stream &s) { return s.chunk_rows * (s.num_tiles + 1) + s.tile_cols + 2; }
 
-// values may be null: then only the index is built. `entries` in a unit; offset_of(column) within its tile.
+// How a view's units are stored: [output][input], or [input][output] where the view is W^T.
+struct Unit {
+  int64_t outputs, inputs;
+  bool transposed;
+  int64_t entries() const { return outputs * inputs; }
+};
+
+// A segment's places for `length` units.
+inline int32_t places_of(const Stream &s, int32_t length) { return kHalfCells && s.even ? (length + 1) / 2 * 2 : length; }
+
+#if defined(RAREFY_HALF_CELLS)
+// A unit's values to place `to`, in pairs of inputs; null: zeros.
+inline void put_values(const Unit &unit, const float *from, int64_t to, cell *values) {
+  if (unit.entries() == 1) {
+    narrow_to(values + to, from != nullptr ? *from : 0.0f);
+    return;
+  }
+  if (unit.inputs == 1) {  // pairs of units
+    cell *out = values + to / 2 * 2 * unit.outputs + to % 2;
+    for (int64_t r = 0; r < unit.outputs; ++r) narrow_to(out + 2 * r, from != nullptr ? from[r] : 0.0f);
+    return;
+  }
+  alignas(64) cell narrow[256];
+  for (int64_t e = 0; e < unit.entries(); e += VL) {
+    const __m256i some = __m256i(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(__mmask16((1u << min64(VL, unit.entries() - e)) - 1), from + e)));
+    _mm256_store_si256(reinterpret_cast<__m256i *>(narrow + e), some);
+  }
+  cell *out = values + to * unit.entries();
+  const int64_t row = unit.transposed ? 1 : unit.inputs, column = unit.transposed ? unit.outputs : 1;
+  for (int64_t c = 0; c < unit.inputs; c += 2) {
+    const cell *first = narrow + c * column, *second = first + column;
+    for (int64_t r = 0; r < unit.outputs; ++r, out += 2) {
+      out[0] = first[r * row];
+      out[1] = second[r * row];
+    }
+  }
+}
+#else
+inline void put_values(const Unit &unit, const float *from, int64_t to, cell *values) {
+  if (unit.entries() == 1) {
+    values[to] = *from;
+  } else {
+    memcpy(values + to * unit.entries(), from, size_t(unit.entries()) * sizeof(float));
+  }
+}
+#endif
+
+// values may be null: then only the index is built. offset_of(column) within its tile.
 template <class Index, class OffsetOf>
-void build_chunk(const Stream &s, const View<Index> &view, const float *values, int64_t entries, int64_t chunk,
+void build_chunk(const Stream &s, const View<Index> &view, const float *values, const Unit &shape, int64_t chunk,
                  OffsetOf offset_of, int32_t *scratch) {
   const int64_t first = s.first_row[chunk], rows = s.first_row[chunk + 1] - first;
   const int64_t tiles = s.num_tiles;
@@ -115,61 +171,75 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
     for (int32_t k = begin; k < end; ++k) bound[(int64_t(view.cols[k]) >> s.tile_shift) + 1] = k + 1;
     for (int64_t t = 1; t <= tiles; ++t) bound[t] = bound[t] > bound[t - 1] ? bound[t] : bound[t - 1];
   }
-  int32_t unit = int32_t(view.ptr[first] + chunk * s.chunk_spare);
-  const int32_t chunk_end = int32_t(view.ptr[first + rows] + (chunk + 1) * s.chunk_spare);
+  int32_t unit = int32_t(first_place(s, view.ptr[first], chunk));
+  const int32_t chunk_end = int32_t(first_place(s, view.ptr[first + rows], chunk + 1));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t at = chunk * tiles + t;
     Segment *segments = s.segments + at * s.chunk_rows;
-    for (int64_t i = 0; i <= s.tile_cols; ++i) places[i] = 0;
+    for (int64_t i = 0; i <= s.tile_cols + 1; ++i) places[i] = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t *bound = bounds + r * (tiles + 1) + t;
-      ++places[bound[1] - bound[0]];
+      ++places[places_of(s, bound[1] - bound[0])];
     }
     int32_t count = 0;  // longest first; empty segments are left out
-    for (int64_t i = s.tile_cols; i > 0; --i) {
+    for (int64_t i = s.tile_cols + 1; i > 0; --i) {
       const int32_t here = places[i];
       places[i] = count;
       count += here;
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t *bound = bounds + r * (tiles + 1) + t;
-      const int32_t length = bound[1] - bound[0];
+      const int32_t length = places_of(s, bound[1] - bound[0]);
       if (length > 0) segments[places[length]++] = {uint16_t(r), uint16_t(length)};
     }
     s.num_segments[at] = count;
     s.first_unit[at] = unit;
+    const int32_t begin_unit = unit;
     auto put = [&](int32_t k, int32_t to) {
       const int32_t place = view.perm != nullptr ? view.perm[k] : k;
       s.offsets[to] = offset_of(view.cols[k]);
       if (s.ordered) s.order[to] = place;
-      if (values == nullptr) return;
-      if (entries == 1) {
-        s.values[to] = values[place];
-      } else {
-        memcpy(s.values + to * entries, values + place * entries, size_t(entries) * sizeof(float));
-      }
+      if (values != nullptr) put_values(shape, values + place * shape.entries(), to, s.values);
     };
-    for (int32_t i = 0; i < count; ++i) {
-      const int32_t length = segments[i].length;
-      const int32_t a = bounds[segments[i].row * (tiles + 1) + t];
-      if (paired(s, segments, i, count)) {
-        const int32_t b = bounds[segments[++i].row * (tiles + 1) + t];
-        for (int32_t j = 0; j < length; ++j, unit += 2) {
-          put(a + j, unit);
-          put(b + j, unit + 1);
+    auto leave = [&](int32_t to) {  // unused, beside a place of the same segment
+      s.offsets[to] = s.offsets[to - 1];
+      if (s.ordered) s.order[to] = -1;
+      if (values != nullptr) put_values(shape, nullptr, to, s.values);
+    };
+    for (int32_t i = 0; i < count;) {
+      const int32_t length = segments[i].length, rows = paired(s, segments, i, count) ? 2 : 1;
+      for (int32_t r = 0; r < rows; ++r) {
+        const int32_t *bound = bounds + segments[i + r].row * (tiles + 1) + t;
+        const int32_t begin = bound[0], real = bound[1] - begin;
+        if (kHalfCells && s.even) {
+          int32_t k = 0, to = unit + 2 * r;
+          for (; k + 2 <= real; k += 2, to += 2 * rows) {
+            put(begin + k, to);
+            put(begin + k + 1, to + 1);
+          }
+          if (k < real) {
+            put(begin + k, to);
+            leave(to + 1);
+          }
+        } else {
+          for (int32_t k = 0; k < length; ++k) put(begin + k, unit + k * rows + r);
         }
-      } else {
-        for (int32_t j = 0; j < length; ++j, ++unit) put(a + j, unit);
-        if (s.even && length % 2 != 0) {
-          if (s.ordered) s.order[unit] = -1;
-          ++unit;
-        }
+      }
+      unit += rows * length;
+      i += rows;
+      if (s.even && unit % 2 != begin_unit % 2) {
+        if (s.ordered) s.order[unit] = -1;
+        ++unit;
       }
     }
   }
   if (s.ordered) {
     for (; unit < chunk_end; ++unit) s.order[unit] = -1;
   }
+}
+
+inline const cell *input_at(const cell *tile, uint16_t offset) {
+  return reinterpret_cast<const cell *>(reinterpret_cast<const char *>(tile) + size_t(offset) * kOffsetBytes);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ from torch import Tensor
 from cases import gather, scatter
 from near import Near, activated
 from rarefy import Pattern
-from rarefy.ops import Index
+from rarefy.ops import Index, library
+from rarefy.ops.backend import names_plain_torch
 
 OPS = torch.ops.rarefy
 IN, HIDDEN, OUT = 48, 64, 32
@@ -48,30 +49,38 @@ class Problem:
         return getattr(OPS, f"{self.op}_backward")(*self.matrices, self.dy, self.x, z, activation, needs)
 
     @functools.cache  # noqa: B019  (the problems of `shared` live as long anyway)
-    def exact(self, activation: str, saved: torch.dtype) -> list[Near]:
-        """y and every gradient, in the order of the ops. In bf16 every result of a step may be rounded."""
-        weights = [Near.of(scatter(v, p)) for v, p in zip(self.values, self.patterns, strict=True)]
+    def exact(self, activation: str, saved: torch.dtype, rounds: bool = False) -> list[Near]:
+        """y and every gradient, in the order of the ops. In bf16 every result of a step may be rounded.
+
+        Args:
+            rounds: every factor of a product may be rounded to bf16 besides.
+        """
+
+        def factor(given: Near) -> Near:
+            return given.stored(torch.bfloat16) if rounds else given
+
+        weights = [factor(Near.of(scatter(v, p))) for v, p in zip(self.values, self.patterns, strict=True)]
         biases = [None if bias is None else Near.of(bias) for bias in self.biases]
         x, dy, rows = Near.of(self.x), Near.of(self.dy), self.x.dtype
 
         def linear(x: Near, at: int) -> Near:
-            y, bias = x @ weights[at].T, biases[at]
+            y, bias = factor(x) @ weights[at].T, biases[at]
             return y if bias is None else y + Near(bias.exact.expand(y.exact.shape), bias.off.expand(y.off.shape))
 
         inner = [linear(x, at).stored(saved) for at in range(len(weights) - 1)]
         act, slope = activated(inner[0], activation)
         act = act.stored(rows)
-        h = (act * inner[1]).stored(rows) if inner[1:] else act
+        h = (factor(act) * inner[1]).stored(rows) if inner[1:] else act
         y = linear(h, len(weights) - 1).stored(rows)
-        dh = (dy @ weights[-1]).stored(rows)
+        dh = (factor(dy) @ weights[-1]).stored(rows)
         outer = (dh * inner[1]).stored(rows) if inner[1:] else dh
         dz = [(outer * slope).stored(rows), *([(dh * act).stored(rows)] if inner[1:] else [])]
-        dx = (dz[0] @ weights[0]).stored(rows)
+        dx = (factor(dz[0]) @ weights[0]).stored(rows)
         if inner[1:]:
-            dx = (dx + (dz[1] @ weights[1]).stored(rows)).stored(rows)
+            dx = (dx + (factor(dz[1]) @ weights[1]).stored(rows)).stored(rows)
         found = [y, dx]
         for at, (gradient, source) in enumerate([*((d, x) for d in dz), (dy, h)]):
-            whole = gradient.T @ source
+            whole = factor(gradient).T @ factor(source)
             found.append(Near(gather(whole.exact, self.patterns[at]), gather(whole.off, self.patterns[at])))
             found.append(gradient.sum())
         return found
@@ -82,7 +91,9 @@ class Problem:
         gradients = self.backward(z, activation)
         assert y.dtype == gradients[0].dtype == self.x.dtype and z.dtype == (saved or self.x.dtype)
         assert all(gradient.dtype == torch.float32 for gradient in gradients[1:])
-        for exact, found in zip(self.exact(activation, z.dtype), (y, *gradients), strict=True):
+        dots = not names_plain_torch() and library.isa() == "avx512bf16"  # whose products take bf16 alone
+        rounds = dots and z.dtype == torch.bfloat16 and self.x.shape[0] >= 64
+        for exact, found in zip(self.exact(activation, z.dtype, rounds), (y, *gradients), strict=True):
             exact.admits(found)
 
 

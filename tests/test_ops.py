@@ -65,9 +65,10 @@ def close(
 
 
 def value_rounding(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """AMX multiplies bf16 values: the fp32 ones, rounded."""
+    """AMX and AVX512_BF16 multiply bf16 values: the fp32 ones, rounded."""
     tiles = backend == "amx" and case.block in ((8, 8), (16, 16)) and case.batch >= 64
-    return BF16 / 2 if tiles and dtype == torch.bfloat16 else 0.0
+    dots = backend == "avx512bf16" and case.batch >= 192
+    return BF16 / 2 if (tiles or dots) and dtype == torch.bfloat16 else 0.0
 
 
 def output_bound(p: Problem) -> Tensor:

@@ -233,10 +233,16 @@ void check_backward(const Problem &p, const rarefy_pattern &pattern, int threads
   }
 }
 
+// Whether products round their factors to bfloat16: AMX for some blocks and 64 tokens, AVX512_BF16 for all, given enough tokens.
+bool rounds_factors(const Problem &p, bool enough_for_dots) {
+  const bool square = p.br == p.bc && (p.br == 8 || p.br == 16);
+  return (square && p.batch >= 64 && strcmp(rarefy_isa(), "amx") == 0) ||
+         (enough_for_dots && strcmp(rarefy_isa(), "avx512bf16") == 0);
+}
+
 void check_bf16(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   if (p.c.size != Size::SMALL) return;
-  const bool square = p.br == p.bc && (p.br == 8 || p.br == 16);  // AMX multiplies values rounded to bfloat16
-  const double factors = square && p.batch >= 64 && strcmp(rarefy_isa(), "amx") == 0 ? 0x1p-8 : 0.0;
+  const double factors = rounds_factors(p, p.batch >= 192) ? 0x1p-8 : 0.0;
   GuardedHalves y(p.batch * p.out), dx(p.batch * p.in);
   Guarded dvalues(p.num_values()), dbias(p.out);
   found.status(rarefy_spmm_bf16(&pattern, p.values.data(), p.half_x.data(), p.bias.data(), y.data(), p.batch, threads));
@@ -447,9 +453,8 @@ void check_mlp(const Problem &up, const rarefy_pattern &pattern, int threads, Fo
                                             {d_down.data(), d_down_bias.data()}};
     found.status(rarefy_mlp_forward(&mlp, up.x.data(), y.data(), saved.data(), batch, threads));
     found.status(rarefy_mlp_backward(&mlp, truth.dy.data(), up.x.data(), saved.data(), dx.data(), &gradients, batch, threads));
-    // AMX rounds the factors of its products to bfloat16, for which tests/test_mlp.py has a bound: here only bits count.
-    const bool square = up.br == up.bc && (up.br == 8 || up.br == 16);
-    const bool rounds = square && truth.half && batch >= 64 && strcmp(rarefy_isa(), "amx") == 0;
+    // Where factors are rounded tests/test_mlp.py has a bound: here only bits count.
+    const bool rounds = truth.half && rounds_factors(up, batch >= 64);
     const auto compare = [&found, rounds](const char *what, const Guarded &got, const Near &near) {
       if (!got.intact()) found.fail(std::string(what) + ": written outside the output");
       found.compare(what, got.data(), near.exact, rounds ? Doubles(near.off.size(), INFINITY) : near.off);

@@ -79,8 +79,8 @@ FIELDS = ("bf16_dot", "bf16_tiles", "l2_read", "l2_copy", "memory_read", "memory
 
 
 def vectors(isa: str) -> str:
-    """The instruction set of an instruction set's fp32 arithmetic: "amx" adds bf16 tiles to AVX-512."""
-    return "avx512" if isa == "amx" else isa
+    """The instruction set of an instruction set's fp32 arithmetic: "amx" and "avx512bf16" add bf16 products to AVX-512."""
+    return "avx512" if isa in ("amx", "avx512bf16") else isa
 
 
 def measure(isas: list[str] | None = None, *, seconds: float = 1.0) -> Ceilings:

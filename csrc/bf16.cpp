@@ -1,0 +1,86 @@
+// Everything that may round its factors to bfloat16, with AVX512_BF16's dot products: bfloat16 activations, and float32 ones
+// under medium precision. The drivers are those of the other instruction sets, on panels of bfloat16 cells; what is exact, few
+// tokens and all else are AVX-512's.
+#define RAREFY_HALF_CELLS
+
+#include "internal.h"
+
+#include "drive_mlp.h"
+
+namespace rarefy {
+namespace {
+
+constexpr int64_t kFewTokens = 3 * kPanel;  // below, AVX-512's kernels
+
+struct Block {
+  int64_t rows, cols;
+  TileKernels tiled;
+};
+template <int BR, int BC>
+constexpr Block kBlock = {BR, BC, kTileKernels<BR, BC>};
+constexpr Block kBlocks[] = {RAREFY_BLOCKS(kBlock)};
+
+const TileKernels *find_tiled(const rarefy_pattern *p) {
+  for (const Block &block : kBlocks) {
+    if (block.rows == p->block_rows && block.cols == p->block_cols) return &block.tiled;
+  }
+  return nullptr;
+}
+
+bool takes(Activations activations, int64_t batch) { return activations != FLOAT32 && batch >= kFewTokens; }
+
+int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, Activations activations,
+         int64_t batch, int threads) {
+  const TileKernels *kernels = find_tiled(p);
+  if (kernels == nullptr || !takes(activations, batch)) {
+    return kernels_avx512()->spmm(p, values, x, bias, y, activations, batch, threads);
+  }
+  const bool half = activations == BFLOAT16;
+  return multiply_tiled(p, kernels, false, values, {x, p->in_features, half}, bias, {y, p->out_features, half}, batch, threads);
+}
+
+int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
+             float *dbias, Activations activations, int64_t batch, int threads) {
+  const TileKernels *kernels = find_tiled(p);
+  const bool only_dx = dvalues == nullptr && dbias == nullptr && dx != nullptr;
+  if (kernels == nullptr || !takes(activations, batch) || p->t_crow == nullptr || (dvalues == nullptr && !only_dx)) {
+    return kernels_avx512()->backward(p, values, dy, x, dx, dvalues, dbias, activations, batch, threads);
+  }
+  const bool half = activations == BFLOAT16;
+  const RowMajor dy_rows = {dy, p->out_features, half}, x_rows = {x, p->in_features, half}, dx_rows = {dx, p->in_features, half};
+  if (only_dx) return multiply_tiled(p, kernels, true, values, dy_rows, nullptr, dx_rows, batch, threads);
+  return backward_tiled(p, kernels, values, dy_rows, x_rows, dx_rows, dvalues, dbias, batch, threads);
+}
+
+bool takes(const rarefy_mlp *mlp, int64_t batch) {
+  return mlp->half_saved != 0 && batch >= kPanel && find_tiled(mlp->up.pattern) != nullptr &&
+         find_tiled(mlp->down.pattern) != nullptr && (mlp->gate.pattern == nullptr || find_tiled(mlp->gate.pattern) != nullptr);
+}
+
+int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) return kernels_avx512()->mlp_forward(mlp, x, y, z, batch, threads);
+  return mlp_forward_with(find_tiled, *mlp, x, y, z, batch, threads);
+}
+
+int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const void *z, void *dx,
+                 const rarefy_mlp_gradients *gradients, int64_t batch, int threads) {
+  if (!takes(mlp, batch)) return kernels_avx512()->mlp_backward(mlp, dy, x, z, dx, gradients, batch, threads);
+  return mlp_backward_with(find_tiled, *mlp, dy, x, z, dx, *gradients, batch, threads);
+}
+
+}  // namespace
+
+const Kernels *kernels_avx512bf16() {
+  static const Kernels table = [] {
+    Kernels kernels = *kernels_avx512();
+    kernels.name = "avx512bf16";
+    kernels.spmm = spmm;
+    kernels.backward = backward;
+    kernels.mlp_forward = mlp_forward;
+    kernels.mlp_backward = mlp_backward;
+    return kernels;
+  }();
+  return &table;
+}
+
+}  // namespace rarefy
