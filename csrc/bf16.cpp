@@ -1,7 +1,6 @@
-// Everything that may round its factors to bfloat16, with AVX512_BF16's dot products: bfloat16 activations, and float32 ones
-// under medium precision. The drivers are those of the other instruction sets, on panels of bfloat16 cells; what is exact, few
-// tokens and all else are AVX-512's.
-#define RAREFY_HALF_CELLS
+// Products that may round their factors to bfloat16 (bfloat16 activations, and float32 ones under medium precision) on panels
+// of bfloat16 cells, with AVX512_BF16's dot products. What is exact, few tokens and all else are AVX-512's.
+#define RAREFY_DOT_CELLS
 
 #include "internal.h"
 
@@ -10,7 +9,7 @@
 namespace rarefy {
 namespace {
 
-constexpr int64_t kFewTokens = 3 * kPanel;  // below, AVX-512's kernels
+constexpr int64_t kFewTokens = 192;  // below, AVX-512's kernels
 
 struct Block {
   int64_t rows, cols;
@@ -53,7 +52,7 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
 }
 
 bool takes(const rarefy_mlp *mlp, int64_t batch) {
-  return mlp->half_saved != 0 && batch >= kPanel && find_tiled(mlp->up.pattern) != nullptr &&
+  return mlp->half_saved != 0 && batch >= RAREFY_SAVED_TOKENS && find_tiled(mlp->up.pattern) != nullptr &&
          find_tiled(mlp->down.pattern) != nullptr && (mlp->gate.pattern == nullptr || find_tiled(mlp->gate.pattern) != nullptr);
 }
 

@@ -30,7 +30,7 @@ Choice find_choices() {
     choice.list[choice.count++] = kernels_amx();
   }
 #endif
-  // AMD's cores multiply pairs of bfloat16 as often as they multiply float32; Intel's issue half as many, and lose.
+  // AMD's cores issue as many products of bfloat16 pairs as of float32; Intel's half as many, and lose.
   const bool dots = avx512 && __builtin_cpu_supports("avx512bf16"), fast_dots = dots && __builtin_cpu_is("amd");
 #if defined(RAREFY_DOTS)
   if (fast_dots) choice.list[choice.count++] = kernels_avx512bf16();

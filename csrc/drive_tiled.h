@@ -11,9 +11,9 @@
 namespace rarefy {
 namespace {
 
-// With bfloat16 cells the ends of segments weigh twice as much, and longer segments are worth more than L1.
-constexpr int64_t kTileBytes = int64_t(kHalfCells ? 64 : 32) << 10;    // inputs in L1
-constexpr int64_t kSumsBytes = int64_t(kHalfCells ? 512 : 256) << 10;  // sums in L2
+// With dot products the ends of segments weigh twice as much, and longer segments are worth more than L1.
+constexpr int64_t kTileBytes = int64_t(kDotCells ? 64 : 32) << 10;    // inputs in L1
+constexpr int64_t kSumsBytes = int64_t(kDotCells ? 512 : 256) << 10;  // sums in L2
 constexpr int64_t kDyBytes = int64_t(8) << 20;      // packed dy that the threads share, in L3
 constexpr int64_t kPanelBytes = kPanel * int64_t(sizeof(cell));  // of one feature
 
@@ -50,7 +50,7 @@ inline Matrix plan_multiply(const rarefy_pattern *p, const TileKernels *kernels,
   Matrix m = {p, kernels, transposed, {}};
   const int64_t chunk_rows = kSumsBytes / (m.outputs() * kPanel * int64_t(sizeof(float)));
   m.s = plan_stream(m.ptr(), m.num_rows(), m.num_cols(), chunk_rows, parts, m.tile_cols(), m.unit_entries() == 1,
-                    kHalfCells && m.inputs() == 1, false);
+                    kDotCells && m.inputs() == 1, false);
   return m;
 }
 
@@ -221,7 +221,7 @@ inline Gradients plan_gradients(const rarefy_pattern *p, const TileKernels *kern
   const int64_t chunk_rows = max64(1, kSumsBytes / 2 / (p->block_cols * kPanel * int64_t(sizeof(float))));
   const bool single = g.m.unit_entries() == 1;
   g.m.s = plan_stream(g.m.ptr(), g.m.num_rows(), g.m.num_cols(), chunk_rows, 2 * threads, g.m.tile_cols(),
-                      single && kPairedBackward, single || (kHalfCells && g.m.inputs() == 1), true);
+                      single && kPairedBackward, single || (kDotCells && g.m.inputs() == 1), true);
   return g;
 }
 

@@ -4,10 +4,9 @@
 // Lanes past the last token are zero.
 #pragma once
 
-#if defined(RAREFY_HALF_CELLS)
-#include "pack_bf16.h"
-#else
 #include "cells.h"
+#if defined(RAREFY_DOT_CELLS)
+#include "pack_bf16.h"
 #endif
 
 namespace rarefy {
@@ -15,7 +14,7 @@ namespace {
 
 constexpr int64_t kPieceFeatures = 256;  // what a thread packs at a time where threads share a panel
 
-#if !defined(RAREFY_HALF_CELLS)
+#if !defined(RAREFY_DOT_CELLS)
 // panel[f - begin] for the features begin <= f < end of `tokens` <= P rows of `source`, whose row length is `stride`.
 template <int NV, class T>
 void pack(const T *source, int64_t stride, int64_t tokens, int64_t begin, int64_t end, float *panel) {

@@ -20,7 +20,7 @@ inline void pin(__m512i &v) { __asm__("" : "+v"(v)); }
 
 // ROWS segments of equal length, pair of inputs by pair of inputs of each in turn: sums[row] += units times inputs.
 template <int RB, int CB, int NV, bool WT, int ROWS, class Places>
-inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const cell *values, const cell *tile,
+inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const weight *values, const cell *tile,
                               float *sums, const Places places) {
   static_assert(CB == 1 || CB % 2 == 0, "a unit has one input or pairs of them");
   constexpr int P = NV * VL;
@@ -74,8 +74,8 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
 }
 
 // As for float32 cells: one load of dy serves both gradients, and dot products of neighbours in the stream leave joined.
-template <int NV, bool DX, int ROWS, class Places>
-inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const cell *values,
+template <int BR, int NV, bool DX, int ROWS, class Places>
+inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const weight *values,
                               const cell *tile, const cell *x, float *dx_sums, float *out, const Places places) {
   constexpr int HV = NV / 2;  // vectors of cells
   const pair *words = reinterpret_cast<const pair *>(values);
@@ -86,30 +86,42 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
 #pragma GCC unroll 8
     for (int v = 0; v < HV; ++v) own[s][v] = cells_at(x + places.at(segments[s].row) + 2 * v * places.step);
   }
-  for (int64_t k = 0; k < length / 2; ++k) {
-#pragma GCC unroll 4
-    for (int s = 0; s < ROWS; ++s) {
-      const uint16_t *offset = offsets + (ROWS * k + s) * 2;
-      const cell *first = input_at(tile, offset[0]), *second = input_at(tile, offset[1]);
-      __m512i weight = {};
-      if (DX) {
-        weight = _mm512_set1_epi32(int(words[ROWS * k + s]));
-        pin(weight);
-      }
-      vec dot[2] = {};
+  // A pair of inputs for row s: both gradients, where `at` is its place in the pairs of the stream.
+  auto product = [&](int s, int64_t at, const cell *first, const cell *second) __attribute__((always_inline)) {
+    __m512i values_of_pair = {};
+    if (DX) {
+      values_of_pair = _mm512_set1_epi32(int(words[at]));
+      pin(values_of_pair);
+    }
+    vec dot[2] = {};
 #pragma GCC unroll 8
-      for (int v = 0; v < HV; ++v) {
-        __m512i a = cells_at(first + 2 * v * VL), b = cells_at(second + 2 * v * VL);
-        if (DX) {
-          pin(a);
-          pin(b);
-          sum[s][2 * v] = dot_pairs(sum[s][2 * v], _mm512_unpacklo_epi16(a, b), weight);
-          sum[s][2 * v + 1] = dot_pairs(sum[s][2 * v + 1], _mm512_unpackhi_epi16(a, b), weight);
-        }
-        dot[0] = dot_pairs(dot[0], own[s][v], a);
-        dot[1] = dot_pairs(dot[1], own[s][v], b);
+    for (int v = 0; v < HV; ++v) {
+      __m512i a = cells_at(first + 2 * v * VL), b = cells_at(second + 2 * v * VL);
+      if (DX) {
+        pin(a);
+        pin(b);
+        sum[s][2 * v] = dot_pairs(sum[s][2 * v], _mm512_unpacklo_epi16(a, b), values_of_pair);
+        sum[s][2 * v + 1] = dot_pairs(sum[s][2 * v + 1], _mm512_unpackhi_epi16(a, b), values_of_pair);
       }
-      store(out + (ROWS * k + s) * VL, join<1>(dot[0], dot[1]));
+      dot[0] = dot_pairs(dot[0], own[s][v], a);
+      dot[1] = dot_pairs(dot[1], own[s][v], b);
+    }
+    store(out + at * VL, join<1>(dot[0], dot[1]));
+  };
+  if constexpr (BR > 1) {
+    static_assert(BR % 2 == 0 && ROWS == 1, "inputs come in pairs, and one row takes the registers");
+    for (int64_t k = 0; k < length; ++k) {
+      const cell *dy = input_at(tile, offsets[k]);
+#pragma GCC unroll 8
+      for (int i = 0; i < BR; i += 2) product(0, (k * BR + i) / 2, dy + i * (NV * VL), dy + (i + 1) * (NV * VL));
+    }
+  } else {
+    for (int64_t k = 0; k < length / 2; ++k) {
+#pragma GCC unroll 4
+      for (int s = 0; s < ROWS; ++s) {
+        const uint16_t *offset = offsets + (ROWS * k + s) * 2;
+        product(s, ROWS * k + s, input_at(tile, offset[0]), input_at(tile, offset[1]));
+      }
     }
   }
   if (DX) {

@@ -10,7 +10,7 @@ namespace {
 // ROWS segments of equal length, unit by unit of each in turn: sums[row] += units times inputs.
 // WT: a unit's values are [input][output] of this view, that is, the view is W^T.
 template <int RB, int CB, int NV, bool WT, int ROWS, class Places>
-inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const cell *values, const cell *tile,
+inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const weight *values, const cell *tile,
                               float *sums, const Places places) {
   constexpr int P = NV * VL;
   // Where the rows of a unit do not fit at once, fewer rows by more vectors: a third fewer loads, measured to be faster.
@@ -24,14 +24,16 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
 #pragma GCC unroll 4
         for (int s = 0; s < ROWS; ++s) {
           const cell *x = input_at(tile, offsets[ROWS * k + s]) + v0 * VL;
-          const cell *w = values + (ROWS * k + s) * (RB * CB);
+          const weight *w = values + (ROWS * k + s) * (RB * CB);
 #pragma GCC unroll 16
           for (int c = 0; c < CB; ++c) {
+            vec inputs[VT];
+            load_cells<VT>(x + c * P, inputs);
 #pragma GCC unroll 16
             for (int r = 0; r < RT; ++r) {
-              const vec weight = broadcast(WT ? w[c * RB + r0 + r] : w[(r0 + r) * CB + c]);
+              const vec entry = broadcast(WT ? w[c * RB + r0 + r] : w[(r0 + r) * CB + c]);
 #pragma GCC unroll 16
-              for (int v = 0; v < VT; ++v) sum[s][r][v] += weight * load(x + c * P + v * VL);
+              for (int v = 0; v < VT; ++v) sum[s][r][v] += entry * inputs[v];
             }
           }
         }
@@ -52,11 +54,11 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
   }
 }
 
-// The backward pass of unstructured segments: the view is W^T, `tile` holds dy, and for each nonzero one load of dy
-// serves both gradients: dx_sums[row] += w dy, and the dot product of dy with x[row]. Dot products of neighbours in the
-// stream leave joined; a last one without a neighbour is joined with zero, and the stream has a place for the zero.
-template <int NV, bool DX, int ROWS, class Places>
-inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const cell *values,
+// The backward pass of units of BR x 1: the view is W^T, `tile` holds dy, and for each value one load of dy serves both
+// gradients: dx_sums[row] += w dy, and the dot product of dy with x[row]. Dot products of neighbours in the stream leave
+// joined; a last one without a neighbour is joined with zero, and the stream has a place for the zero.
+template <int BR, int NV, bool DX, int ROWS, class Places>
+inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const weight *values,
                               const cell *tile, const cell *x, float *dx_sums, float *out, const Places places) {
   vec own[ROWS][NV], sum[ROWS][NV] = {};
 #pragma GCC unroll 4
@@ -64,23 +66,36 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) own[s][v] = load(x + places.at(segments[s].row) + v * places.step);
   }
-  auto unit = [&](int s, int64_t at) __attribute__((always_inline)) {
-    const cell *dy = input_at(tile, offsets[at]);
-    vec weight = {};
-    if (DX) weight = broadcast(values[at]);
+  auto product = [&](int s, const cell *dy, const weight *value) __attribute__((always_inline)) {
+    vec entry = {};
+    if (DX) entry = broadcast(*value);
     vec dot = {};
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       vec d = load(dy + v * VL);
       if (DX) {
         pin(d);
-        sum[s][v] += weight * d;
+        sum[s][v] += entry * d;
       }
       dot = v == 0 ? own[s][0] * d : dot + own[s][v] * d;
     }
     return dot;
   };
-  if constexpr (ROWS == 2) {
+  auto unit = [&](int s, int64_t at) __attribute__((always_inline)) {
+    return product(s, input_at(tile, offsets[at]), values + at);
+  };
+  if constexpr (BR > 1) {
+    static_assert(BR % 2 == 0 && ROWS == 1, "dot products leave in pairs, and one row takes the registers");
+    for (int64_t k = 0; k < length; ++k) {
+      const cell *dy = input_at(tile, offsets[k]);
+#pragma GCC unroll 8
+      for (int i = 0; i < BR; i += 2) {
+        const weight *value = values + k * BR + i;
+        const vec a = product(0, dy + i * (NV * VL), value), b = product(0, dy + (i + 1) * (NV * VL), value + 1);
+        store(out + (k * BR + i) / 2 * VL, join<1>(a, b));
+      }
+    }
+  } else if constexpr (ROWS == 2) {
     for (int64_t k = 0; k < length; ++k) {
       const vec a = unit(0, 2 * k), b = unit(ROWS - 1, 2 * k + 1);
       store(out + k * VL, join<1>(a, b));

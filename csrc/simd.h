@@ -60,15 +60,17 @@ inline vec load_any(const bf16 *p) {
   const halves narrow = *reinterpret_cast<const halves_any *>(p);
   return reinterpret_cast<vec>(__builtin_convertvector(narrow, words) << 16);
 }
-// To nearest, ties to even; NaN stays NaN.
+// In the upper halves: to nearest, ties to even; NaN stays NaN. The lower halves are anything.
+inline words round_to_bf16(vec v) {
+  const words bits = reinterpret_cast<words>(v), is_nan = reinterpret_cast<words>(v != v);
+  return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~is_nan) | (is_nan & 0x7fc00000);
+}
 inline void store_any(bf16 *p, vec v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), __m256i(_mm512_cvtneps_pbh(__m512(v))));
-  return;
+#else
+  *reinterpret_cast<halves_any *>(p) = __builtin_convertvector(round_to_bf16(v) >> 16, halves);
 #endif
-  const words bits = reinterpret_cast<words>(v);
-  const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_nan = reinterpret_cast<words>(v != v);
-  *reinterpret_cast<halves_any *>(p) = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);
 }
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {

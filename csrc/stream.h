@@ -7,7 +7,7 @@
 // therefore sorted by length, which also lets two rows of equal length share a loop.
 //
 // Order of the units: chunk of rows, tile of columns, segment by length, column; in a pair of segments, unit by unit of
-// each in turn (with bfloat16 cells and units of one input, two units of each in turn). A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
+// each in turn (with dot products and units of one input, two units of each in turn). A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
 // a prefix sum. Chunks have about equal numbers of units, as they are what threads share out.
 #pragma once
 
@@ -28,7 +28,7 @@ struct Stream {
   int64_t num_places;                     // units and unused places
   bool pairs;                             // neighbours of equal length share a loop
   bool even;                              // every segment or pair has an even number of places, the last maybe unused;
-                                          // with bfloat16 cells every segment, and what is unused has a value of zero
+                                          // with dot products every segment, and what is unused has a value of zero
   bool ordered;                           // keeps `order`
   int64_t chunk_spare;                    // unused places of a chunk, at most
   int64_t chunk_rows, tile_cols;          // the most of a chunk, in units; tile_cols is a power of two
@@ -41,7 +41,7 @@ struct Stream {
   int32_t *first_unit;   // for each (chunk, tile)
   uint16_t *offsets;     // of the unit's inputs in the tile, in steps of 8 bytes
   int32_t *order;        // the unit's place in the values, -1 if unused; only if ordered
-  cell *values;          // a copy in this order
+  weight *values;        // a copy in this order
 };
 
 constexpr int kOffsetBytes = 8;  // an x86 address multiplies by it for nothing
@@ -66,7 +66,7 @@ inline int64_t cut_chunks(const int32_t *ptr, int64_t num_rows, int64_t most, in
 // Where a chunk's places begin, with so many units before it.
 inline int64_t first_place(const Stream &s, int64_t units, int64_t chunk) {
   const int64_t place = units + chunk * s.chunk_spare;
-  return kHalfCells && s.even ? (place + 1) / 2 * 2 : place;
+  return kDotCells && s.even ? (place + 1) / 2 * 2 : place;
 }
 
 // ptr: the units of each row, num_rows + 1.
@@ -85,8 +85,8 @@ inline Stream plan_stream(const int32_t *ptr, int64_t num_rows, int64_t num_cols
   s.even = even;
   s.ordered = ordered;
   // Where it is pairs that are even, only one segment of a length is left without a partner.
-  s.chunk_spare = even ? s.num_tiles * (pairs && !kHalfCells ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
-  if (even && kHalfCells) s.chunk_spare += 2;  // a chunk begins at an even place
+  s.chunk_spare = even ? s.num_tiles * (pairs && !kDotCells ? min64(s.chunk_rows, s.tile_cols) : s.chunk_rows) : 0;
+  if (even && kDotCells) s.chunk_spare += 2;  // a chunk begins at an even place
   s.num_places = first_place(s, ptr[num_rows], s.num_chunks);
   return s;
 }
@@ -98,7 +98,7 @@ inline void carve_stream(Stream &s, Carver &carver, int64_t unit_entries) {
   s.first_unit = carver.take<int32_t>(s.num_chunks * s.num_tiles);
   s.offsets = carver.take<uint16_t>(s.num_places);
   s.order = carver.take<int32_t>(s.ordered ? s.num_places : 0);
-  s.values = carver.take<cell>(s.num_places * unit_entries);
+  s.values = carver.take<weight>(s.num_places * unit_entries);
 }
 
 // Whether segment i of `count` shares a loop with the next. To be asked at the first of each pair or single in turn.
@@ -116,30 +116,32 @@ struct Unit {
   int64_t entries() const { return outputs * inputs; }
 };
 
-// A segment's places for `length` units.
-inline int32_t places_of(const Stream &s, int32_t length) { return kHalfCells && s.even ? (length + 1) / 2 * 2 : length; }
+constexpr int32_t kSegmentsAhead = 6;  // segments
 
-#if defined(RAREFY_HALF_CELLS)
+// A segment's places for `length` units.
+inline int32_t places_of(const Stream &s, int32_t length) { return kDotCells && s.even ? (length + 1) / 2 * 2 : length; }
+
+#if defined(RAREFY_DOT_CELLS)
 // A unit's values to place `to`, in pairs of inputs; null: zeros.
-inline void put_values(const Unit &unit, const float *from, int64_t to, cell *values) {
+inline void put_values(const Unit &unit, const float *from, int64_t to, weight *values) {
   if (unit.entries() == 1) {
     narrow_to(values + to, from != nullptr ? *from : 0.0f);
     return;
   }
   if (unit.inputs == 1) {  // pairs of units
-    cell *out = values + to / 2 * 2 * unit.outputs + to % 2;
+    weight *out = values + to / 2 * 2 * unit.outputs + to % 2;
     for (int64_t r = 0; r < unit.outputs; ++r) narrow_to(out + 2 * r, from != nullptr ? from[r] : 0.0f);
     return;
   }
-  alignas(64) cell narrow[256];
+  alignas(64) weight narrow[256];
   for (int64_t e = 0; e < unit.entries(); e += VL) {
     const __m256i some = __m256i(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(__mmask16((1u << min64(VL, unit.entries() - e)) - 1), from + e)));
     _mm256_store_si256(reinterpret_cast<__m256i *>(narrow + e), some);
   }
-  cell *out = values + to * unit.entries();
+  weight *out = values + to * unit.entries();
   const int64_t row = unit.transposed ? 1 : unit.inputs, column = unit.transposed ? unit.outputs : 1;
   for (int64_t c = 0; c < unit.inputs; c += 2) {
-    const cell *first = narrow + c * column, *second = first + column;
+    const weight *first = narrow + c * column, *second = first + column;
     for (int64_t r = 0; r < unit.outputs; ++r, out += 2) {
       out[0] = first[r * row];
       out[1] = second[r * row];
@@ -147,7 +149,7 @@ inline void put_values(const Unit &unit, const float *from, int64_t to, cell *va
   }
 }
 #else
-inline void put_values(const Unit &unit, const float *from, int64_t to, cell *values) {
+inline void put_values(const Unit &unit, const float *from, int64_t to, weight *values) {
   if (unit.entries() == 1) {
     values[to] = *from;
   } else {
@@ -201,17 +203,26 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
       if (s.ordered) s.order[to] = place;
       if (values != nullptr) put_values(shape, values + place * shape.entries(), to, s.values);
     };
+    // Segments are visited by length, so their units lie where no hardware looks ahead.
+    auto announce = [&](int32_t i) {
+      if (i >= count) return;
+      const int32_t k = bounds[segments[i].row * (tiles + 1) + t];
+      __builtin_prefetch(view.cols + k);
+      __builtin_prefetch(view.perm != nullptr ? static_cast<const void *>(view.perm + k) : values + k * shape.entries());
+    };
     auto leave = [&](int32_t to) {  // unused, beside a place of the same segment
       s.offsets[to] = s.offsets[to - 1];
       if (s.ordered) s.order[to] = -1;
       if (values != nullptr) put_values(shape, nullptr, to, s.values);
     };
     for (int32_t i = 0; i < count;) {
+      announce(i + kSegmentsAhead);
+      announce(i + kSegmentsAhead + 1);
       const int32_t length = segments[i].length, rows = paired(s, segments, i, count) ? 2 : 1;
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t *bound = bounds + segments[i + r].row * (tiles + 1) + t;
         const int32_t begin = bound[0], real = bound[1] - begin;
-        if (kHalfCells && s.even) {
+        if (kDotCells && s.even) {
           int32_t k = 0, to = unit + 2 * r;
           for (; k + 2 <= real; k += 2, to += 2 * rows) {
             put(begin + k, to);

@@ -1,9 +1,10 @@
 // Kernels on a Stream: inputs in L1, sums in L2. See stream.h.
 #pragma once
 
+#include "cells.h"
 #include "pack.h"
 #include "prefetch.h"
-#if defined(RAREFY_HALF_CELLS)
+#if defined(RAREFY_DOT_CELLS)
 #include "segments_bf16.h"
 #else
 #include "segments_f32.h"
@@ -32,7 +33,7 @@ inline void multiply_tile(const Stream &s, int64_t at, const cell *tile, float *
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
-  const cell *values = s.values + int64_t(s.first_unit[at]) * (RB * CB);
+  const weight *values = s.values + int64_t(s.first_unit[at]) * (RB * CB);
   prefetch.spread(RB * CB == 1 ? count / 2 : count);
   for (int32_t i = 0; i < count;) {
     prefetch.step();
@@ -58,29 +59,29 @@ inline void backward_tile(const Stream &s, int64_t at, const cell *tile, const c
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
-  const cell *values = s.values + int64_t(s.first_unit[at]) * (BR * BC);
+  const weight *values = s.values + int64_t(s.first_unit[at]) * (BR * BC);
   dvalues += int64_t(s.first_unit[at]) * (BR * BC);
-  if constexpr (BR == 1 && BC == 1) {
+  if constexpr (BC == 1) {
     Dots<true> dots(dots_buffer);
     dots.begin(dvalues, add);
-    prefetch.spread(count / 2);
+    prefetch.spread(BR == 1 ? count / 2 : count);
     for (int32_t i = 0; i < count;) {
       prefetch.step();
       const int64_t length = segments[i].length;
-      const int rows = kPairedBackward && paired(s, segments, i, count) ? 2 : 1;
-      constexpr int64_t kMost = kDots / 2;  // longer segments go in pieces: the dots wait in a small buffer
+      const int rows = BR == 1 && kPairedBackward && paired(s, segments, i, count) ? 2 : 1;
+      constexpr int64_t kMost = kDots / 2 / BR;  // longer segments go in pieces: the dots wait in a small buffer
       for (int64_t k = 0; k < length; k += kMost) {
         const int64_t piece = min64(kMost, length - k);
-        if (kPairedBackward && rows == 2) {
-          backward_segments<NV, DX, (kPairedBackward ? 2 : 1)>(segments + i, piece, offsets, values, tile, x, dx_sums,
-                                                               dots.next(), places);
+        if (rows == 2) {
+          backward_segments<BR, NV, DX, (BR == 1 && kPairedBackward ? 2 : 1)>(segments + i, piece, offsets, values, tile, x,
+                                                                              dx_sums, dots.next(), places);
         } else {
-          backward_segments<NV, DX, 1>(segments + i, piece, offsets, values, tile, x, dx_sums, dots.next(), places);
+          backward_segments<BR, NV, DX, 1>(segments + i, piece, offsets, values, tile, x, dx_sums, dots.next(), places);
         }
-        const int64_t places = rows == 2 ? 2 * piece : (piece + 1) / 2 * 2;
-        dots.advance(places / 2);
-        offsets += places;
-        values += places;
+        const int64_t units = rows == 2 ? 2 * piece : BR == 1 ? (piece + 1) / 2 * 2 : piece;
+        dots.advance(units * BR / 2);
+        offsets += units;
+        values += units * BR;
       }
       i += rows;
     }
