@@ -116,8 +116,6 @@ struct Unit {
   int64_t entries() const { return outputs * inputs; }
 };
 
-constexpr int32_t kSegmentsAhead = 6;  // segments
-
 // A segment's places for `length` units.
 inline int32_t places_of(const Stream &s, int32_t length) { return kDotCells && s.even ? (length + 1) / 2 * 2 : length; }
 
@@ -203,21 +201,12 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
       if (s.ordered) s.order[to] = place;
       if (values != nullptr) put_values(shape, values + place * shape.entries(), to, s.values);
     };
-    // Segments are visited by length, so their units lie where no hardware looks ahead.
-    auto announce = [&](int32_t i) {
-      if (i >= count) return;
-      const int32_t k = bounds[segments[i].row * (tiles + 1) + t];
-      __builtin_prefetch(view.cols + k);
-      __builtin_prefetch(view.perm != nullptr ? static_cast<const void *>(view.perm + k) : values + k * shape.entries());
-    };
     auto leave = [&](int32_t to) {  // unused, beside a place of the same segment
       s.offsets[to] = s.offsets[to - 1];
       if (s.ordered) s.order[to] = -1;
       if (values != nullptr) put_values(shape, nullptr, to, s.values);
     };
     for (int32_t i = 0; i < count;) {
-      announce(i + kSegmentsAhead);
-      announce(i + kSegmentsAhead + 1);
       const int32_t length = segments[i].length, rows = paired(s, segments, i, count) ? 2 : 1;
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t *bound = bounds + segments[i + r].row * (tiles + 1) + t;
