@@ -20,7 +20,8 @@ from rarefy.recipes.images import (
     make_dense,
     make_sparse,
 )
-from rarefy.recipes.images.data import Labelled, scaled
+from rarefy.recipes.images.batches import scaled
+from rarefy.recipes.images.data import Labelled
 from rarefy.recipes.images.idx import read_idx
 from rarefy.recipes.images.networks import assess, flops_per_image
 from tiny import one_thread, write_images

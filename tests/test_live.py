@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rarefy.recipes.text.networks import make_twins
 from rarefy.training.live import LiveLine
 from rarefy.training.twin import StepResult, Twin
-from tiny import settings, write_text
+from tiny import make_twins, settings, write_text
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from rarefy.report import numbers as say
 from rarefy.report.compare import Contender, listed, reading
-from rarefy.report.read import Record, bits_per_byte, number, numbers
+from rarefy.report.read import Record, number, numbers
+from rarefy.training.subject import ACCURACY, BITS_PER_BYTE, TEXT
 
 PALETTE = 8
 """Colours --c0 to --c7 in the style sheet; contenders beyond that begin again, with another dash."""
@@ -76,15 +77,59 @@ def plain(text: object, limit: int | None = None) -> str:
 
 def all_figures(field: Sequence[Contender]) -> list[Figure]:
     """Every figure that the data has something for, in reading order."""
-    drawn = (loss(field), density(field), *rewires(field), empties(field), time_split(field), memory(field))
+    drawn = (*courses(field), density(field), *rewires(field), empties(field), time_split(field), memory(field))
     return [figure for figure in drawn if figure is not None]
 
 
-# Loss
+# The course of training
 
 
-def loss(field: Sequence[Contender]) -> Figure | None:
-    """Bits per byte against time, steps and FLOPs."""
+@dataclass(frozen=True)
+class Course:
+    """A figure that is followed over the run."""
+
+    id: str
+    title: str
+    unit: str
+    """After a value, and on the axis."""
+    of: Callable[[Record], float]
+    caption: str
+    form: str = ".3f"
+    """Of a value, as d3 writes it."""
+    ticks: str = ".2~f"
+    higher_is_better: bool = False
+    training: bool = True
+    """Whether training records have it too."""
+
+
+READ_AS = (
+    "what counts is the gap at the dotted line, the last moment that all have reached. Against steps, speed does not "
+    "count; against FLOPs, only arithmetic does. Double-click shows the start as well."
+)
+
+TEXT_LOSS = Course(
+    "loss", "Loss", BITS_PER_BYTE.title, BITS_PER_BYTE.of,
+    "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; " + READ_AS,
+)  # fmt: skip
+IMAGE_ACCURACY = Course(
+    "accuracy", "Accuracy", ACCURACY.title, ACCURACY.of,
+    "The share of held-out images that are told apart, at each evaluation. Higher is better; " + READ_AS,
+    form=".2%", ticks=".0~%", higher_is_better=True, training=False,
+)  # fmt: skip
+IMAGE_LOSS = Course(
+    "loss", "Loss", "nats", lambda record: number(record, "loss"),
+    "Cross-entropy: points are evaluations on held-out images, the faint line is training, smoothed, with whatever "
+    "shifts, flips and label smoothing make harder there. Lower is better.",
+)  # fmt: skip
+
+
+def courses(field: Sequence[Contender]) -> list[Figure]:
+    """What the networks are judged by, and their loss, against time, steps and FLOPs."""
+    wanted = (TEXT_LOSS,) if not field or field[0].run.subject is TEXT else (IMAGE_ACCURACY, IMAGE_LOSS)
+    return [figure for what in wanted if (figure := _course(field, what))]
+
+
+def _course(field: Sequence[Contender], what: Course) -> Figure | None:
     longest = max((number(record, "train_s") for c in field for record in (*c.twin.train, *c.twin.eval)), default=0.0)
     unit, per = ("s", 1) if not longest > 300 else ("min", 60) if longest <= 3 * 3600 else ("h", 3600)
     axes = (
@@ -98,35 +143,30 @@ def loss(field: Sequence[Contender]) -> Figure | None:
         data: list[dict[str, Any]] = []
         heights: list[float] = []
         for contender in field:
-            data += _loss_traces(contender, axis, scale, heights)
+            data += _course_traces(contender, what, axis, scale, heights)
         if not data:
             continue
-        layout = plot_layout(400, x=title, y="bits per byte", legend=len(field) > 1)
+        layout = plot_layout(400, x=title, y=what.unit, legend=len(field) > 1)
         reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
         layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
-        layout["yaxis"]["tickformat"] = ".2~f"
-        layout["yaxis"]["range"] = loss_range(heights)
+        layout["yaxis"]["tickformat"] = what.ticks
+        layout["yaxis"]["range"] = gain_range(heights) if what.higher_is_better else loss_range(heights)
         if axis != "flops" and len(field) > 1:
             _mark_equal(layout, field, axis, scale)
         views.append(View(label, data, layout))
-    if not views:
-        return None
-    caption = (
-        "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; what "
-        "counts is the gap at the dotted line, the last moment that all have reached. Against steps, speed does not "
-        "count; against FLOPs, only arithmetic does. Double-click shows the start as well."
-    )
-    return Figure("loss", "Loss", caption, views)
+    return Figure(what.id, what.title, what.caption, views) if views else None
 
 
-def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[float]) -> list[dict[str, Any]]:
+def _course_traces(
+    contender: Contender, what: Course, axis: str, scale: float, heights: list[float]
+) -> list[dict[str, Any]]:
     """The training line and the evaluations; `heights` collects what the vertical range has to show."""
-    colour, dash, name = _colour(contender), _dash(contender), plain(contender.label)
+    colour, dash, name = colour_of(contender), _dash(contender), plain(contender.label)
     traces: list[dict[str, Any]] = []
-    hover = f"%{{y:.3f}} bits per byte<br>step %{{customdata:,}}<extra>{name}"
-    train = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.train]
+    hover = f"%{{y:{what.form}}} {what.unit}<br>step %{{customdata:,}}<extra>{name}"
+    train, evals = ([(number(r, axis) * scale, what.of(r), r["step"]) for r in part] for part in
+                    (contender.twin.train if what.training else (), contender.twin.eval))  # fmt: skip
     train = [point for point in train if math.isfinite(point[0])]
-    evals = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.eval]
     evals = [point for point in evals if math.isfinite(point[0])]
     if any(math.isfinite(y) for _, y, _ in train):
         smooth = _smooth([y for _, y, _ in train])
@@ -168,6 +208,16 @@ def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[fl
             }
         )
     return traces
+
+
+def gain_range(heights: Sequence[float]) -> list[float] | None:
+    """From where nearly all values lie up to the best: the first evaluations would flatten everything else."""
+    ordered = sorted(y for y in heights if math.isfinite(y))
+    if not ordered:
+        return None
+    low, high = ordered[int(0.1 * (len(ordered) - 1))], ordered[-1]
+    span = max(high - low, 0.005)
+    return [max(0.0, low - 0.15 * span), min(1.0, high + 0.1 * span)]
 
 
 def loss_range(heights: list[float]) -> list[float] | None:
@@ -240,7 +290,7 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
         "customdata": hover,
         "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {
-            "color": ["@ink-3" if is_dense else _colour(contender) for is_dense in dense],
+            "color": ["@ink-3" if is_dense else colour_of(contender) for is_dense in dense],
             "pattern": {
                 "shape": ["/" if is_dense else "" for is_dense in dense],
                 "bgcolor": "@ink-3/0.2",
@@ -315,7 +365,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
         enough = max(len(column) for column in columns) / 2
         kept = [(edge, column) for edge, column in zip(edges, columns, strict=True) if len(column) >= enough]
         steps = [edge for edge, _ in kept]
-        colour, name = _colour(contender), plain(contender.label)
+        colour, name = colour_of(contender), plain(contender.label)
         if any(len(column) > 1 for _, column in kept):
             around = [max(column) for _, column in kept] + [min(column) for _, column in reversed(kept)]
             data.append(
@@ -397,7 +447,7 @@ def _heatmap(
         "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
-        "colorscale": [[0, "@low"], [1, _colour(contender)]],
+        "colorscale": [[0, "@low"], [1, colour_of(contender)]],
         "colorbar": {
             "thickness": 10, "outlinewidth": 0, "nticks": 5, "len": 1, "xpad": 6,
             "tickformat": ticks.replace(".1", ".2~"), "tickfont": {"size": 11, "color": "@ink-2"},
@@ -442,7 +492,7 @@ def empties(field: Sequence[Contender]) -> Figure | None:
                     "meta": contender.label,
                     "x": [step for step, _ in points],
                     "y": [total for _, total in points],
-                    "line": {"color": _colour(contender), "width": 2.25, "shape": "hv", "dash": _dash(contender)},
+                    "line": {"color": colour_of(contender), "width": 2.25, "shape": "hv", "dash": _dash(contender)},
                     "hovertemplate": f"%{{y:,}}<br>step %{{x:,}}<extra>{plain(contender.label)}</extra>",
                 }
             )
@@ -624,7 +674,7 @@ def _wrapped(text: object, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _colour(contender: Contender) -> str:
+def colour_of(contender: Contender) -> str:
     return f"@c{contender.colour % PALETTE}"
 
 

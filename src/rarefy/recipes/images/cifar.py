@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 SIDE = 32
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 RECORD = 1 + 3 * SIDE * SIDE
 SHEET_ROWS, SHEET_COLS = 50, 100
 
