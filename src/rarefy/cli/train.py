@@ -108,7 +108,7 @@ class Images(Asked, ImageSettings):
     """A plan file (YAML): density, method, blocks, which layers. The options below override it."""
 
     eval_images: int | None = 2000
-    """Validation images looked at at each evaluation, the same each time, spread evenly; at the end all are, once."""
+    """Validation images looked at at each evaluation, the same each time, drawn at random; at the end all are, once."""
 
 
 def run(asked: Text | Images) -> None:

@@ -23,14 +23,15 @@ from rarefy.report.compare import (
 from rarefy.report.figures import all_figures
 from rarefy.report.image_figures import filters, image_figures, mistakes
 from rarefy.report.page import flat, render_page
-from rarefy.report.read import Record, Run, number, numbers, read_run
+from rarefy.report.plan_table import plan_table
+from rarefy.report.read import Run, number, numbers, read_run
 from rarefy.training.subject import BITS_PER_BYTE, TEXT, Metric
 
 UNEVEN = 1.15
 """Mean over median step time from which the difference is pointed out: the headline has the median."""
 
-OPEN_ROWS = 40
-"""A plan of more layers than this begins folded."""
+SHOWN_WARNINGS = 12
+"""More are folded."""
 
 
 def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
@@ -93,8 +94,9 @@ def render(runs: Sequence[Run]) -> str:
         table=_table(field),
         no_empties=_no_empties(field),
         warnings=_warnings(field),
+        shown_warnings=SHOWN_WARNINGS,
         frozen=_frozen(field),
-        plans=[_plan(run) for run in runs if run.plan is not None and run.plan["layers"]],
+        plans=[plan_table(run) for run in runs if run.plan is not None and run.plan["layers"]],
         provenance=[_provenance(run) for run in runs],
     )
 
@@ -255,56 +257,6 @@ def _frozen(field: Sequence[Contender]) -> list[str]:
         elif math.isfinite(start):
             found.append(f"{c.label}: the pattern is to be frozen after step {start:,.0f}, which it has not passed.")
     return found
-
-
-def _plan(run: Run) -> dict[str, Any]:
-    assert run.plan is not None
-    layers, totals = run.plan["layers"], run.plan["totals"]
-    sparse = sum(layer.get("kind") != "dense" for layer in layers)
-    asked = number(totals, "asked_density")
-    summary = f"{sparse} of {len(layers)} layers sparse"
-    if math.isfinite(number(totals, "density")):
-        summary += f", together of density {say.percent(number(totals, 'density'))}"
-        summary += f" ({say.percent(asked)} was asked for)" if math.isfinite(asked) else ""
-    rows = [_plan_row(layer) for layer in layers]
-    return {
-        "name": run.name,
-        "summary": summary,
-        "rows": rows,
-        "total": _plan_total(totals) if totals else None,
-        "timed": any(math.isfinite(number(layer, "dense_ms")) for layer in layers),
-        "open": len(rows) <= OPEN_ROWS,
-    }
-
-
-def _plan_total(totals: Record) -> dict[str, Any]:
-    """The sums, as a row: its density is that of the sparse layers, its first time that of the layers as decided."""
-    row = _plan_row({"sparse_ms": totals.get("planned_ms"), **totals, "name": "all layers"})
-    return {**row, "decision": "", "reason": ""}
-
-
-def _plan_row(layer: Record) -> dict[str, Any]:
-    shape, block = layer.get("shape"), layer.get("block")
-    density, speedup = number(layer, "density"), number(layer, "speedup")
-    stored, dense_bytes = number(layer, "bytes"), number(layer, "dense_bytes")
-    blocked = isinstance(block, list) and block not in ([1, 1], []) and layer.get("kind") != "dense"
-    return {
-        "name": str(layer.get("name", "?")),
-        "shape": " × ".join(str(size) for size in shape) if isinstance(shape, list) else "",
-        "block": "×".join(str(size) for size in block) if blocked and isinstance(block, list) else "",
-        "density": say.percent(density),
-        "bar": min(100.0, max(0.0, 100 * density)) if math.isfinite(density) else None,
-        "nnz": say.count(number(layer, "nnz")),
-        "bytes": say.nbytes(stored),
-        "of_dense": say.percent(stored / dense_bytes) if dense_bytes > 0 else say.DASH,
-        "flops": say.count(number(layer, "flops")),
-        "sparse_ms": say.milliseconds(number(layer, "sparse_ms")),
-        "dense_ms": say.milliseconds(number(layer, "dense_ms")),
-        "speedup": say.times(speedup),
-        "slower": speedup < 1,
-        "decision": "dense" if layer.get("kind") == "dense" else "sparse",
-        "reason": str(layer.get("reason") or ""),
-    }
 
 
 def _provenance(run: Run) -> dict[str, Any]:

@@ -162,7 +162,6 @@ def _density_view(contender: Contender, twin: FoundTwin, start: Connections) -> 
     names = [layer.name for layer in twin.layers]
     before = {layer.name: layer.density for layer in start.layers}
     first, last = [before.get(name, math.nan) for name in names], [layer.density for layer in twin.layers]
-    colour = colour_of(contender)
     data = [
         {
             "type": "scatter", "mode": "markers", "name": when, "meta": when,
@@ -172,7 +171,9 @@ def _density_view(contender: Contender, twin: FoundTwin, start: Connections) -> 
             "hovertemplate": "%{customdata}<extra></extra>",
             "marker": {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}},
         }
-        for when, values, symbol in (("at the start", first, "circle-open"), ("at the end", last, "line-ns"))
+        for when, values, symbol, colour in (
+            ("at the start", first, "circle-open", "@ink-3"), ("at the end", last, "line-ns", colour_of(contender)),
+        )
     ]  # fmt: skip
     layout = plot_layout(min(640, 70 + 22 * len(names)), x="", y="", legend=True)
     highest = max([value for value in (*first, *last) if math.isfinite(value)], default=1.0)

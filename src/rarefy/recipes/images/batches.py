@@ -75,7 +75,7 @@ class AllImages:
     data: Labelled
     scale: tuple[float, float]
     wanted: int | None = None
-    """How many, spread evenly; None: all."""
+    """How many, drawn once and for all; None: all."""
 
     @property
     def count(self) -> int:
@@ -84,7 +84,11 @@ class AllImages:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Up to EVAL_BATCH float images, scaled, and their labels."""
-        chosen = torch.arange(self.count) * len(self.data.labels) // self.count
+        there = len(self.data.labels)
+        chosen = torch.arange(there)
+        if self.count < there:  # at random: files are often sorted by class, or by turns
+            drawn = keyed_generator(0, "evaluated").permutation(there)[: self.count]
+            chosen = torch.from_numpy(drawn).sort().values
         for part in torch.split(chosen, EVAL_BATCH):
             yield scaled(self.data.images[part], self.scale), self.data.labels[part]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from rarefy.models import MLPConfig, ResNetConfig, WRNConfig
 from rarefy.plan import Plan
@@ -13,8 +13,9 @@ from rarefy.recipes.settings import RunSettings
 
 DEFAULT_PLAN = Plan(density=0.02, keep_dense=("head",))
 
-CONV_DENSITY = 0.1
-"""Of a convolutional network with the built-in plan: its layers are much smaller than an mlp's."""
+CONVOLUTIONAL: dict[str, Any] = {"density": 0.1, "method": "set"}
+"""What the built-in plan says of a wrn or resnet: its layers are much smaller than an mlp's, and growth by gradient
+needs dense gradients of them, which take longer than all else in a step."""
 
 COLOUR_SHIFT = 8
 """Colour images are moved by up to one part in so many of their height, unless told otherwise."""
@@ -44,6 +45,10 @@ class ImageSettings(RunSettings):
     density: float | None = None
     """Share of the weights that exist, in (0, 1]. Without it: the plan's; without one 0.02, and 0.1 of a wrn or resnet.
     """
+
+    method: str | None = None
+    """How the pattern is found: rigl, set or static, or another method's class name. Without it: the plan's; without
+    one rigl, and set in a wrn or resnet."""
 
     model: Model | None = None
     """Plain layers, a wide residual network (pre-activation), or a ResNet with a 3x3 stem. Without it: wrn for colour
@@ -75,7 +80,7 @@ class ImageSettings(RunSettings):
     """Mirror half of the training images. Without it: colour images."""
 
     eval_images: int | None = None
-    """Validation images looked at at each evaluation, the same each time, spread evenly. Without it: all."""
+    """Validation images looked at at each evaluation, the same each time, drawn at random. Without it: all."""
 
     lr: float = 1e-3
     """Peak learning rate of the sparse network, but for its sparse layers."""
@@ -94,9 +99,11 @@ class ImageSettings(RunSettings):
         self.network(ImageShape(1, 1, 1))
 
     def folded_plan(self) -> Plan:
-        """See `RunSettings`; a convolutional network with the built-in plan has a density of its own."""
-        if self.density is None and self.plan == DEFAULT_PLAN and self.model in ("wrn", "resnet"):
-            return dataclasses.replace(self, density=CONV_DENSITY).folded_plan()
+        """See `RunSettings`; of convolutional networks the built-in plan says something else."""
+        if self.plan == DEFAULT_PLAN and self.model in ("wrn", "resnet"):
+            open_ = {name: value for name, value in CONVOLUTIONAL.items() if getattr(self, name) is None}
+            if open_:
+                return dataclasses.replace(self, **open_).folded_plan()
         return super().folded_plan()
 
     def for_images(self, image: ImageShape) -> Self:
