@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.recipes.images.batches import scaled
+from rarefy.recipes.images.cifar import read_picture
 from rarefy.recipes.images.data import ImageShape
 from rarefy.recipes.images.networks import make
 from rarefy.recipes.images.settings import ImageSettings
@@ -31,6 +32,23 @@ class Classifier:
     image: ImageShape
     scale: tuple[float, float]
     """Mean and deviation of the pixels it was trained on, of which 255 is 1."""
+
+    def read(self, *paths: Path | str) -> Tensor:
+        """uint8 pixels of pictures, as `prepare` takes them, grey where the network is.
+
+        Raises:
+            ValueError: a file cannot be read, or has another size than the images that it was trained on.
+        """
+        pictures = []
+        for path in map(Path, paths):
+            pixels = read_picture(path, "RGB" if self.image.channels == 3 else "L")
+            if tuple(pixels.shape[:2]) != (self.image.height, self.image.width):
+                raise ValueError(
+                    f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, and the network was trained on "
+                    f"{self.image.width} x {self.image.height}: bring it to that size first"
+                )
+            pictures.append(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels)
+        return torch.stack(pictures)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pixels, (N, H, W) of grey images or (N, 3, H, W), as the network takes them: float32 of that shape.
