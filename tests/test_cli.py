@@ -68,8 +68,7 @@ def test_version(capsys):
     "command",
     [
         ["train", "text"], ["train", "images"], ["compare", "text"], ["compare", "images"], ["generate"], ["report"],
-        ["bench"], ["plan"],
-        ["export"],
+        ["bench"], ["plan"], ["export"],
     ],
 )  # fmt: skip
 def test_every_command_has_help_that_names_the_settings_file(capsys, command):
