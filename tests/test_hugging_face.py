@@ -137,7 +137,11 @@ def test_columns_that_are_not_there_or_not_told_apart(hub: dict[str, Any]):
         ),
         ({"image": Image(), "text": Value("string")}, "no column of labels; --label-column names one of: image, text"),
         (
-            {"image": Image(), "fine": Value("int64"), "coarse": Value("int64")},
+            {"image": Image(), "id": Value("int64"), "kind": Value("string")},
+            "no column of labels; --label-column names one of: image, id, kind",
+        ),
+        (
+            {"image": Image(), "id": Value("int64"), "fine": ClassLabel("ab"), "coarse": ClassLabel("ab")},
             r"several columns of labels \(fine, coarse\): say which; --label-column",
         ),
     ):
@@ -151,6 +155,12 @@ def test_plain_integers_are_labels_too(hub: dict[str, Any]):
     rows.features["label"] = Value("int64")
     hub["plain"] = {"train": rows, "test": rows}
     assert load_images("hf:plain").names == ("0", "1", "2")
+    only = split(2)
+    only.features = {"image": Image(), "id": Value("int64"), "kind": ClassLabel(CLASSES)}
+    only._columns = {"image": only["image"], "id": list(range(6)), "kind": only["label"]}
+    hub["only"] = {"train": only, "test": only}
+    assert load_images("hf:only").names == CLASSES  # and not the ids
+    assert load_images("hf:only", label_column="id").classes == 6
 
 
 def test_what_is_wrong_with_a_data_set_is_said(hub: dict[str, Any]):

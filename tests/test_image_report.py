@@ -19,8 +19,9 @@ from pictures import CLASSES, write_pictures
 from rarefy.cli.main import main
 from rarefy.report import build_report
 from rarefy.report.compare import Contender, contenders, reading, steps_sentence, verdict
-from rarefy.report.figures import Figure, all_figures, gain_range
+from rarefy.report.figures import all_figures
 from rarefy.report.image_figures import filters, image_figures, mistakes
+from rarefy.report.plots import Figure, gain_range
 from rarefy.report.png import data_uri
 from rarefy.report.read import Run, Twin, read_run
 from rarefy.training.subject import ACCURACY, BITS_PER_BYTE, IMAGES, TEXT, subject_of

@@ -290,6 +290,11 @@ def test_some_of_the_images_are_drawn_once_and_for_all():
     assert AllImages(data=data, scale=(0.0, 1.0), wanted=5000).count == 1000
 
 
+def test_large_images_are_looked_at_few_at_a_time():
+    data = Labelled(torch.zeros(7, 3, 1024, 1024, dtype=torch.uint8)[:, :, ::2, ::2], torch.arange(7))
+    assert [len(labels) for _, labels in AllImages(data=data, scale=(0.0, 1.0))] == [3, 3, 1]
+
+
 def test_names_of_classes(tmp_path):
     folder = write_images(tmp_path / "a")
     assert load_images(str(folder)).names == tuple("0123456789")

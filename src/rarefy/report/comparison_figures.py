@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rarefy.report.figures import PALETTE, Figure, View, gain_range, loss_range, name_axis, plain, plot_layout, rounded
+from rarefy.report.plots import PALETTE, Figure, View, gain_range, loss_range, name_axis, plain, plot_layout, rounded
 
 Data = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-FORMAT = 1
+from rarefy.recipes.images.findings import FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)

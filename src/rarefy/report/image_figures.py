@@ -9,8 +9,8 @@ from typing import Any
 
 from rarefy.report import numbers as say
 from rarefy.report.compare import Contender
-from rarefy.report.figures import Figure, View, colour_of, name_axis, plain, plot_layout, rounded
 from rarefy.report.found import Connections, Found, FoundTwin, Layer
+from rarefy.report.plots import Figure, View, colour_of, name_axis, plain, plot_layout, rounded
 from rarefy.report.png import data_uri
 
 COUNTED_CLASSES = 12

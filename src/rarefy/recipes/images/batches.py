@@ -15,7 +15,10 @@ from rarefy.recipes.images.data import Labelled
 from rarefy.sampling import keyed_generator
 
 EVAL_BATCH = 1000
-"""Images that an evaluation looks at together."""
+"""Images that an evaluation looks at together, or fewer where they are larger than `EVAL_NUMBERS` allows."""
+
+EVAL_NUMBERS = EVAL_BATCH * 3 * 32 * 32
+"""Pixels, a number a channel, of so many images: what activations take follows from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +86,14 @@ class AllImages:
         return there if self.wanted is None else min(self.wanted, there)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Up to EVAL_BATCH float images, scaled, and their labels."""
+        """Float images, scaled, and their labels, as many together as an evaluation looks at."""
         there = len(self.data.labels)
         chosen = torch.arange(there)
         if self.count < there:  # at random: files are often sorted by class, or by turns
             drawn = keyed_generator(0, "evaluated").permutation(there)[: self.count]
             chosen = torch.from_numpy(drawn).sort().values
-        for part in torch.split(chosen, EVAL_BATCH):
+        together = max(1, min(EVAL_BATCH, EVAL_NUMBERS // self.data.images[0].numel()))
+        for part in torch.split(chosen, together):
             yield scaled(self.data.images[part], self.scale), self.data.labels[part]
 
 

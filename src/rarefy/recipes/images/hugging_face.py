@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -51,8 +51,8 @@ def read(
             f"{', '.join(found)}"
         )
     features = found["train"].features
-    images = _column(name, "image", image_column, [c for c, kind in features.items() if _is_image(kind)], features)
-    labels = _column(name, "label", label_column, [c for c, kind in features.items() if _is_label(kind)], features)
+    images = _column(name, "image", image_column, features, _is_image)
+    labels = _column(name, "label", label_column, features, _is_label)
     parts = {split: _part(found[split], images, labels, f"hf:{name}, {split}") for split in ("train", held_out)}
     names = getattr(features[labels], "names", None)
     if not names:
@@ -85,13 +85,20 @@ def _is_image(kind: Any) -> bool:
     return type(kind).__name__ == "Image"
 
 
+def _is_class(kind: Any) -> bool:
+    return type(kind).__name__ == "ClassLabel"
+
+
 def _is_label(kind: Any) -> bool:
-    return type(kind).__name__ == "ClassLabel" or "int" in str(getattr(kind, "dtype", ""))
+    return _is_class(kind) or "int" in str(getattr(kind, "dtype", ""))
 
 
-def _column(name: str, what: str, asked: str | None, fit: list[str], features: Mapping[str, Any]) -> str:
-    """The column to read; `fit` are those that would do."""
-    known = ", ".join(features)
+def _column(name: str, what: str, asked: str | None, features: Mapping[str, Any], fits: Callable[[Any], bool]) -> str:
+    """The column to read: the one asked for, or the obvious one.
+
+    Plain integers may be anything: without being asked for, they are labels only where they are called so.
+    """
+    fit, known = [column for column, kind in features.items() if fits(kind)], ", ".join(features)
     if asked is not None:
         if asked not in features:
             raise ValueError(f"--data hf:{name} has no column {asked!r} (--{what}-column); it has: {known}")
@@ -101,10 +108,11 @@ def _column(name: str, what: str, asked: str | None, fit: list[str], features: M
             )
         return asked
     usual = [column for column in NAMED[what] if column in fit]
-    if len(fit) != 1 and not usual:
-        which = f"several columns of {what}s ({', '.join(fit)}): say which" if fit else f"no column of {what}s"
-        raise ValueError(f"--data hf:{name} has {which}; --{what}-column names one of: {known}")
-    return usual[0] if usual else fit[0]
+    sure = [column for column in fit if _is_image(features[column]) or _is_class(features[column])]
+    if usual or len(sure) == 1:
+        return (usual or sure)[0]
+    which = f"several columns of {what}s ({', '.join(sure)}): say which" if sure else f"no column of {what}s"
+    raise ValueError(f"--data hf:{name} has {which}; --{what}-column names one of: {known}")
 
 
 def _part(rows: Any, image_column: str, label_column: str, where: str) -> tuple[Tensor, Tensor]:
