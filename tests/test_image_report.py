@@ -19,6 +19,7 @@ from pictures import CLASSES, write_pictures
 from rarefy.cli.main import main
 from rarefy.report import build_report
 from rarefy.report.compare import Contender, contenders, reading, steps_sentence, verdict
+from rarefy.report.courses import courses
 from rarefy.report.figures import all_figures
 from rarefy.report.image_figures import filters, image_figures, mistakes
 from rarefy.report.plots import Figure, gain_range
@@ -150,6 +151,15 @@ def test_accuracy_is_drawn_against_time_steps_and_flops(runs: dict[str, Path]):
     drawn = accuracy.views[1].data[0]
     assert drawn["x"] == [record["step"] for record in evals]
     assert drawn["y"] == pytest.approx([record["accuracy"] for record in evals], rel=1e-5)
+
+
+def test_evaluations_that_part_from_training_stay_in_view():
+    evals = [{"step": s, "train_s": s / 10, "loss": 0.2 + s / 100, "accuracy": 0.5} for s in range(10, 101, 10)]
+    train = [{"step": s, "train_s": s / 10, "loss": 0.5 - s / 250} for s in range(1, 101)]
+    (one,) = duel(Twin(name="sparse", train=tuple(train), eval=tuple(evals)))
+    _, loss = courses([one])
+    low, high = loss.views[0].layout["yaxis"]["range"]
+    assert low < 0.2 and high > 1.2
 
 
 def test_a_confusion_matrix_is_drawn_by_shares_of_its_rows(runs: dict[str, Path]):

@@ -60,7 +60,7 @@ class Outcome:
 
 
 def train(
-    kind: Callable[[Any], Task[Any]],
+    kind: type[Task[Any]],
     settings: RunSettings,
     folder: Path,
     listener: Listener,
@@ -70,7 +70,7 @@ def train(
     """A new run.
 
     Args:
-        kind: makes the task, which reads the data.
+        kind: of the task, which reads the data when it is made.
         folder: of the run; created once training can begin.
         command: the command line that asked for it, for the summary.
     Raises:
@@ -126,7 +126,7 @@ def resume(kind: type[Task[Any]], folder: Path, listener: Listener, *, asked: Ru
     assert settings.threads is not None
     check_device(settings.device)
     torch.set_num_threads(settings.threads)
-    task = kind(settings)  # pyright: ignore[reportCallIssue]  (every task is made from its settings)
+    task = kind(settings)
     before = run_record(folder)["data"]
     if task.data.digest != before["digest"]:
         raise ValueError(

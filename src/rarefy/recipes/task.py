@@ -57,6 +57,10 @@ class Task(ABC, Generic[S]):
     data: DataName
     source: str
 
+    @abstractmethod
+    def __init__(self, base: S) -> None:
+        """Reads the data. Raises ValueError where they or the settings cannot be used."""
+
     @property
     def name(self) -> str:
         """As `rarefy train` calls it."""

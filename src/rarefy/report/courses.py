@@ -42,6 +42,8 @@ class Course:
     higher_is_better: bool = False
     training: bool = True
     """Whether training records have it too."""
+    parts: bool = False
+    """Whether evaluations may part from training, as where images are learned by heart: the later ones are in view."""
 
 
 READ_AS = (
@@ -56,12 +58,13 @@ TEXT_LOSS = Course(
 IMAGE_ACCURACY = Course(
     "accuracy", "Accuracy", ACCURACY.title, ACCURACY.of,
     "The share of held-out images that are told apart, at each evaluation. Higher is better; " + READ_AS,
-    form=".2%", ticks=".0~%", higher_is_better=True, training=False,
+    form=".2%", ticks=".1~%", higher_is_better=True, training=False,
 )  # fmt: skip
 IMAGE_LOSS = Course(
     "loss", "Loss", "nats", lambda record: number(record, "loss"),
     "Cross-entropy: points are evaluations on held-out images, the faint line is training, smoothed, with whatever "
     "shifts, flips and label smoothing make harder there. Lower is better.",
+    parts=True,
 )  # fmt: skip
 
 
@@ -92,11 +95,20 @@ def _course(field: Sequence[Contender], what: Course) -> Figure | None:
         reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
         layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
         layout["yaxis"]["tickformat"] = what.ticks
-        layout["yaxis"]["range"] = gain_range(heights) if what.higher_is_better else loss_range(heights)
+        layout["yaxis"]["range"] = _range(field, what, heights)
         if axis != "flops" and len(field) > 1:
             _mark_equal(layout, field, axis, scale)
         views.append(View(label, data, layout))
     return Figure(what.id, what.title, what.caption, views) if views else None
+
+
+def _range(field: Sequence[Contender], what: Course, heights: list[float]) -> list[float] | None:
+    if what.higher_is_better:
+        return gain_range(heights)
+    found = loss_range(heights)
+    later = [what.of(record) for c in field for record in c.twin.eval[len(c.twin.eval) // 2 :]] if what.parts else []
+    highest = max(filter(math.isfinite, later), default=-math.inf)
+    return found if found is None or highest <= found[1] else [found[0], rounded(1.03 * highest) or found[1]]
 
 
 def _course_traces(
