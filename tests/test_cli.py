@@ -17,7 +17,7 @@ import yaml
 import rarefy
 from rarefy.cli.main import main
 from rarefy.cli.options import parse
-from rarefy.cli.train import Text
+from rarefy.cli.train import Images, Text
 from tiny import flags, one_thread, records, write_text
 
 __all__ = ["one_thread"]
@@ -67,8 +67,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        ["train", "text"], ["compare", "text"], ["compare", "images"], ["generate"], ["report"], ["bench"], ["plan"],
-        ["export"],
+        ["train", "text"], ["train", "images"], ["compare", "text"], ["compare", "images"], ["generate"], ["report"],
+        ["bench"], ["plan"], ["export"],
     ],
 )  # fmt: skip
 def test_every_command_has_help_that_names_the_settings_file(capsys, command):
@@ -171,6 +171,22 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, tmp_path, te
     for row in ("equal time", "equal steps", "nonzeros", "training memory", "time per step", "tokens per second"):
         assert row in said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    "given, flip",
+    [([], None), (["--flip"], True), (["--no-flip"], False), (["--flip", "false"], False), (["--flip", "True"], True)],
+)
+def test_a_switch_that_may_be_left_open(given, flip):
+    found = parse(Images, [*given, "--lr", "0.5"], prog="")
+    assert (found.flip, found.lr, found.compile) == (flip, 0.5, None)
+
+
+def test_a_switch_is_on_or_off(capsys):
+    assert main(["train", "images", "--flip", "maybe"]) == 2
+    assert "true or false, or nothing for true; got maybe" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
 
 
 def test_a_settings_file_says_the_same_as_flags_which_override_it(tmp_path, text):

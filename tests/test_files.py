@@ -800,3 +800,29 @@ def test_trees_as_the_page_describes_them() -> None:
         '{"a": {"$dict": [[1, {"$tensor": "extra.a.1"}]]}, "b": {"$tuple": [1]}, "c": {"$float": "inf"}}'
     )
     assert list(tensors) == ["extra.a.1"] and tree.tensor_names(node) == {"extra.a.1"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_state_lies_in_memory_as_its_parameter_does(tmp_path: Path, fused: bool) -> None:
+    """Fused optimizers pair entries by their place in memory: of a channels_last weight not the order of a file."""
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Conv2d(3, 4, 3)
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    x = torch.randn(2, 3, 8, 8)
+    model, optimizer = fresh()
+    step(model, optimizer)
+    rarefy.save(model, tmp_path / "x.safetensors", optimizer=optimizer)
+    again, resumed = fresh()
+    rarefy.load_into(tmp_path / "x.safetensors", again, optimizer=resumed)
+    for _ in range(2):
+        step(model, optimizer)
+        step(again, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -92,6 +92,25 @@ def test_wrong_folders_of_pictures(tmp_path):
         load_images(str(folder))
 
 
+def test_what_is_no_picture_is_refused_unless_systems_leave_it(tmp_path):
+    folder = write_pictures(tmp_path / "a")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / "train" / "cat" / name).write_bytes(b"x")
+    assert len(load_images(str(folder)).train.labels) == 15
+    notes = folder / "train" / "cat" / "notes.txt"
+    notes.write_text("a tabby")
+    with pytest.raises(ValueError, match=r"notes\.txt is no picture by its name, and .*cat should hold pictures alone"):
+        load_images(str(folder))
+    notes.unlink()
+    (folder / "valid" / "owl" / "barn").mkdir()
+    with pytest.raises(ValueError, match=r"owl/barn is a folder, and .*owl should hold pictures alone"):
+        load_images(str(folder))
+    (folder / "valid" / "owl" / "barn").rmdir()
+    (folder / "valid" / "owl" / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture"):
+        load_images(str(folder))
+
+
 def test_a_folder_without_held_out_pictures_or_classes(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="none of test, valid, val"):

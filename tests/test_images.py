@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from rarefy.compare.contenders import parse_contender
+from rarefy.compare.jobs import make_job
 from rarefy.models import MLP, MLPConfig
+from rarefy.plan import Plan
 from rarefy.recipes.images import (
     AllImages,
     ImageBatches,
     ImageSettings,
     ImageShape,
+    ImagesTask,
     load_images,
     make_dense,
     make_sparse,
 )
-from rarefy.recipes.images.data import Labelled, scaled
+from rarefy.recipes.images.batches import scaled
+from rarefy.recipes.images.data import Labelled
 from rarefy.recipes.images.idx import read_idx
 from rarefy.recipes.images.networks import assess, flops_per_image
 from tiny import one_thread, write_images
@@ -226,3 +232,109 @@ def test_fashion_mnist_itself():
     for _ in range(200):
         twin.train_step(data)
     assert twin.assess(AllImages(data=found.valid, scale=found.scale()))["accuracy"] > 0.75
+
+
+# -- what follows from the images --------------------------------------------------------------------------------------
+
+
+def test_colour_images_get_a_convolutional_network_and_explicit_options_win():
+    colour, grey = ImageShape(3, 32, 32), ImageShape(1, 28, 28)
+    found = ImageSettings().for_images(colour)
+    plan = found.folded_plan()
+    assert (found.model, found.shift, found.flip, plan.density) == ("wrn", 4, True, 0.1)
+    assert type(plan.method).__name__ == "SET" and plan.keep_dense == ("head",)
+    plain = ImageSettings().for_images(grey)
+    assert (plain.model, plain.shift, plain.flip, plain.folded_plan().density) == ("mlp", 0, False, 0.02)
+    assert type(plain.folded_plan().method).__name__ == "RigL"
+    told = ImageSettings(model="mlp", shift=0, flip=False, density=0.3, method="rigl").for_images(colour)
+    assert (told.model, told.shift, told.flip, told.folded_plan().density) == ("mlp", 0, False, 0.3)
+    assert type(told.folded_plan().method).__name__ == "RigL"
+    planned = ImageSettings(model="wrn", plan=Plan(density=0.5)).for_images(colour)
+    assert planned.folded_plan().density == 0.5
+    settled = found.settled(100)
+    assert settled.for_images(colour) == settled and settled.settled(100) == settled
+
+
+@pytest.mark.parametrize(
+    "changes, image, said",
+    [
+        ({"shift": 6}, ImageShape(1, 6, 6), r"shift must be less than the images' 6 x 6 pixels.*got 6"),
+        ({"model": "wrn", "batch": 1}, ImageShape(3, 4, 4), "a single number per channel in batches of 1"),
+        ({"model": "resnet", "batch": 1}, ImageShape(3, 8, 8), "larger --batch, larger images, or --model mlp"),
+    ],
+)
+def test_images_too_small_are_refused(changes, image, said):
+    with pytest.raises(ValueError, match=said):
+        ImageSettings(**changes).for_images(image)
+
+
+@pytest.mark.parametrize("model, batch", [("wrn", 2), ("resnet", 2), ("wrn", 1)])
+def test_images_that_are_just_large_enough_train(model, batch):
+    side = {("wrn", 2): 1, ("resnet", 2): 1, ("wrn", 1): 5}[model, batch]
+    image = ImageShape(3, side, side)
+    settings = ImageSettings(model=model, depth=10, width=0.25, blocks=(1, 1), batch=batch, shift=0).for_images(image)
+    data = Labelled(torch.randint(256, (4, 3, side, side), dtype=torch.uint8), torch.arange(4))
+    twin = make_dense(settings.settled(4), image)
+    result = twin.train_step(ImageBatches(data=data, scale=(0.5, 0.25), batch=batch, seed=0))
+    assert math.isfinite(result.loss)
+
+
+def test_some_of_the_images_are_drawn_once_and_for_all():
+    data = Labelled(torch.zeros(1000, 2, 2, dtype=torch.uint8), torch.arange(1000) % 10)
+    whole = AllImages(data=data, scale=(0.0, 1.0))
+    assert torch.equal(torch.cat([labels for _, labels in whole]), data.labels)
+    some = AllImages(data=data, scale=(0.0, 1.0), wanted=200)
+    (_, labels), (_, again) = next(iter(some)), next(iter(some))
+    assert some.count == len(labels) == 200 and torch.equal(labels, again)
+    assert labels.bincount(minlength=10).min() > 5  # evenly spaced ones would be of two classes
+    assert AllImages(data=data, scale=(0.0, 1.0), wanted=5000).count == 1000
+
+
+def test_large_images_are_looked_at_few_at_a_time():
+    data = Labelled(torch.zeros(7, 3, 1024, 1024, dtype=torch.uint8)[:, :, ::2, ::2], torch.arange(7))
+    assert [len(labels) for _, labels in AllImages(data=data, scale=(0.0, 1.0))] == [3, 3, 1]
+
+
+def test_names_of_classes(tmp_path):
+    folder = write_images(tmp_path / "a")
+    assert load_images(str(folder)).names == tuple("0123456789")
+    names = [f"class {n}" for n in range(10)]
+    (folder / "classes.txt").write_text("\n".join(names) + "\n")
+    assert load_images(str(folder)).names == tuple(names)
+    (folder / "classes.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"classes\.txt should name 10 classes, a line each, and names 2"):
+        load_images(str(folder))
+
+
+def test_a_folder_of_no_layout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the folder holds no images of a layout that is known: the files of MNIST"):
+        load_images(str(tmp_path))
+    (tmp_path / "cat.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="pictures as train/CLASS"):
+        load_images(str(tmp_path))
+
+
+def test_parts_of_different_shapes_are_refused(tmp_path):
+    folder = write_images(tmp_path / "a")
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(bytes(20 * 5 * 6), 20, 5, 6))
+    with pytest.raises(ValueError, match=r"training images have \(6, 6\) pixels and those of t10k \(5, 6\)"):
+        load_images(str(folder))
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(b"", 0, 6, 6))
+    with pytest.raises(ValueError, match="should hold images x rows x columns"):
+        load_images(str(folder))
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
+    folder = write_images(tmp_path / "a")
+    with pytest.raises(ValueError, match="batch must be at most the 64 training images, got 65"):
+        ImagesTask(ImageSettings(data=str(folder), batch=65))
+
+
+def test_both_ways_to_train_fill_in_the_same(tmp_path):
+    """A comparison's runs are named by what defines them, said or not."""
+    folder = str(write_images(tmp_path / "a"))
+    said = ImagesTask(ImageSettings(data=folder, batch=16, model="mlp", shift=0, flip=False))
+    unsaid = ImagesTask(ImageSettings(data=folder, batch=16))
+    assert said.base == unsaid.base
+    contender = [make_job(task, parse_contender("set", task), 0, 20).digest for task in (said, unsaid)]
+    assert contender[0] == contender[1]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rarefy.recipes.text.networks import make_twins
 from rarefy.training.live import LiveLine
+from rarefy.training.subject import IMAGES
 from rarefy.training.twin import StepResult, Twin
-from tiny import settings, write_text
+from tiny import make_twins, settings, write_text
 
 
 @pytest.fixture
@@ -44,6 +44,20 @@ def test_the_live_line_shows_what_fits(text, width):
     assert ("density 0.1" in shown) == (width > 80)
     assert ("(dense 2.000)" in shown) == (width > 110)
     assert shown.rpartition("churn")[0] in out.getvalue()  # the last state stays on the screen
+
+
+def test_a_run_of_images_shows_accuracy(text):
+    line = LiveLine(Console(file=io.StringIO(), force_terminal=True, width=200), IMAGES)
+    given = settings(text).settled(1200)
+    twin = make_twins(given, given.plan)[0]
+    line.begin([twin], 1200, 128)
+    twin.step, twin.clock.forward_s = 100, 10.0
+    line.stepped(twin, StepResult(loss=1.0, grad_norm=1.0, churn=0.25, rewires=[]))
+    assert "– accuracy" in line.line() and "13 images/s" in line.line()
+    twin.assessed = {"loss": 1.0, "accuracy": 0.6125}
+    line.evaluated(twin, 1.0)
+    line.end()
+    assert "61.25% accuracy" in line.line() and "bits" not in line.line()
 
 
 def test_elsewhere_there_is_a_plain_line_now_and_then(text):

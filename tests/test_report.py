@@ -21,7 +21,8 @@ from rarefy.report import build_report
 from rarefy.report import numbers as say
 from rarefy.report.build import render
 from rarefy.report.compare import Contender, contenders, interpolate, reading, steps_sentence, verdict
-from rarefy.report.figures import MAX_POINTS, all_figures
+from rarefy.report.figures import all_figures
+from rarefy.report.plots import MAX_POINTS
 from rarefy.report.read import Run, Twin, read_run
 from run_folder import write_run
 

@@ -18,9 +18,11 @@ from torch import nn
 import rarefy
 from rarefy.files import DiskFull
 from rarefy.nn import SparseLinear
-from rarefy.recipes.text import settle
-from rarefy.recipes.text.networks import make_dense, make_sparse, make_twins, settled_plan, text_loss
-from rarefy.recipes.text.settle import batches
+from rarefy.recipes import settle
+from rarefy.recipes.settle import settled_plan
+from rarefy.recipes.text import TextTask
+from rarefy.recipes.text.networks import make_dense, make_sparse, text_loss
+from rarefy.recipes.text.task import batches
 from rarefy.training.batches import Batches, Windows
 from rarefy.training.calibrate import Trial, steps_within, try_out
 from rarefy.training.checkpoint import latest, load_checkpoint, save_checkpoint
@@ -30,7 +32,7 @@ from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.log import MetricsLog, cut_log
 from rarefy.training.loop import Loop, LoopSettings
 from rarefy.training.twin import Diverged, StepResult, Twin
-from tiny import one_thread, records, settings, write_text
+from tiny import make_twins, one_thread, records, settings, write_text
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,8 +134,8 @@ def test_a_density_that_moves_is_averaged_over_its_schedule(text):
     )
     assert settle._share_of_end(rarefy.Plan(density=0.1), 1000) == 0
     given = settings(text, method="granet")
-    assert set(settle._trial_makers(given, [])) == {"sparse", "dense"}
-    makers = settle._trial_makers(dataclasses.replace(given, steps=None), [])
+    assert set(settle._trial_makers(TextTask(given), [])) == {"sparse", "dense"}
+    makers = settle._trial_makers(TextTask(dataclasses.replace(given, steps=None)), [])
     assert set(makers) == {"sparse", settle.AT_END, "dense"}
     assert makers["sparse"]().density == pytest.approx(0.5, abs=1e-3)
     at_end = makers[settle.AT_END]()

@@ -26,7 +26,7 @@ from rarefy import Constant, Pattern, Plan, RigL, SparseLinear, sparsify
 from rarefy.ops import Index, backend, reference, tiled, triton, using
 from rarefy.ops.mlp import ACTIVATIONS
 from rarefy.recipes.text.networks import make_sparse
-from rarefy.recipes.text.settle import batches
+from rarefy.recipes.text.task import batches
 from rarefy.training.data import load_corpus
 from tiny import settings as text_settings
 from tiny import write_text

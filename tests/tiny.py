@@ -17,7 +17,10 @@ import pytest
 import torch
 
 import rarefy
+from rarefy.plan import Plan
 from rarefy.recipes.text import TextSettings
+from rarefy.recipes.text.networks import make_dense, make_sparse
+from rarefy.training.twin import Twin
 
 WORDS = [
     "sparse",
@@ -62,6 +65,11 @@ def write_text(path: Path, num_bytes: int = 4000, seed: int = 0) -> Path:
 def settings(data: Path, **changes: Any) -> TextSettings:
     """Settings of a tiny run."""
     return TextSettings(**{**SHAPE, "data": str(data), "steps": 12, **changes})
+
+
+def make_twins(given: TextSettings, plan: Plan) -> list[Twin]:
+    """Both networks of settled settings."""
+    return [make_sparse(given, plan), make_dense(given)]
 
 
 def flags(data: Path, *more: str, steps: int | None = 12) -> list[str]:

@@ -22,7 +22,7 @@ from rarefy.methods import registered
 from rarefy.plan import Plan
 from rarefy.recipes.text import TextSettings
 from rarefy.recipes.text.networks import make_dense, make_sparse
-from rarefy.recipes.text.settle import batches
+from rarefy.recipes.text.task import batches
 from rarefy.training.data import load_corpus
 from rarefy.training.loop import LoopSettings
 from rarefy.training.twin import Diverged

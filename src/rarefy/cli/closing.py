@@ -1,4 +1,4 @@
-"""What a finished run shows: both networks in one table, a verdict that follows from it, a sample, the report."""
+"""What a finished run shows: both networks in one table, a verdict that follows from it, how it ended, the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rarefy.files import atomic_write
-from rarefy.recipes.text import Outcome
+from rarefy.recipes.run import Outcome
 from rarefy.report import build_report
 from rarefy.report import numbers as say
 from rarefy.report.compare import Contender, contenders, reading, verdict
@@ -22,7 +22,7 @@ from rarefy.training.folder import SUMMARY
 
 
 def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]:
-    """Print the closing table and the sample, write the report, and complete summary.json.
+    """Print the closing table and what else there is to see, write the report, and complete summary.json.
 
     Returns:
         The summary: that of the run, with figures of each network and the comparison, plain data.
@@ -32,7 +32,7 @@ def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]
     summary = {**outcome.summary, "folder": str(outcome.folder), "verdict": verdict(field).text}
     for c in field:
         summary["twins"][c.twin.name] |= {
-            "bits_per_byte": _plain(c.curve("step")[-1][1]),
+            c.metric.key: _plain(c.curve("step")[-1][1]),
             "parameters": _plain(c.parameters),
             "nonzeros": _plain(c.nonzeros),
             "training_bytes": c.training_bytes,
@@ -44,7 +44,7 @@ def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]
         if found.at is not None and len(field) > 1:
             summary[name] = {
                 "at": found.at,
-                "bits_per_byte": {c.twin.name: _plain(bits) for c, bits in found.bits.items()},
+                field[0].metric.key: {c.twin.name: _plain(value) for c, value in found.values.items()},
             }
     atomic_write(outcome.folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
@@ -57,32 +57,32 @@ def close(outcome: Outcome, console: Console, *, report: bool) -> dict[str, Any]
         for line in guard_lines(c.twin):
             console.print(Text(f"warning: {line}"), soft_wrap=True)
     console.print()
-    text = (outcome.prompt + outcome.sample).decode("utf-8", errors="replace")
-    console.print(Text(f"sample, after the first {len(outcome.prompt)} bytes of the validation text:"), style="dim")
-    console.print(Text(_printable(text)), soft_wrap=True)
+    console.print(Text(outcome.ending.heading), style="dim")
+    console.print(Text(_printable(outcome.ending.body)), soft_wrap=True)
     console.print()
     if report:
         summary["report"] = str(build_report(outcome.folder))
         console.print(Text(f"report: {summary['report']}"), soft_wrap=True)
-    console.print(Text(f"more text: rarefy generate --run {outcome.folder} --prompt ..."), soft_wrap=True)
+    console.print(Text(outcome.ending.hint), soft_wrap=True)
     return summary
 
 
 def _table(field: Sequence[Contender]) -> Table:
     """A row a figure, a column a network, and their ratio or difference."""
     at_time, at_steps = reading(field, "train_s"), reading(field, "step")
+    metric, item = field[0].metric, field[0].run.subject.item
     pace = say.step_times([c.mean_step_s for c in field])
     rows: list[tuple[str, Callable[[Contender], float], Callable[[float], str], bool]] = []
     if at_time.at is not None and len(field) > 1:
-        label = f"bits per byte at equal time ({say.seconds(at_time.at)})"
-        rows.append((label, lambda c: at_time.bits.get(c, math.nan), say.bits, True))
+        label = f"{metric.title} at equal time ({say.seconds(at_time.at)})"
+        rows.append((label, lambda c: at_time.values.get(c, math.nan), metric.show, True))
     if at_steps.at is not None:
-        label = f"bits per byte {'at equal steps' if len(field) > 1 else 'at the end'} ({at_steps.at:,.0f})"
-        rows.append((label, lambda c: at_steps.bits.get(c, math.nan), say.bits, True))
+        label = f"{metric.title} {'at equal steps' if len(field) > 1 else 'at the end'} ({at_steps.at:,.0f})"
+        rows.append((label, lambda c: at_steps.values.get(c, math.nan), metric.show, True))
     rows += [
         ("training time", lambda c: number(c.twin.train[-1], "train_s"), say.seconds, False),
         ("time per step", lambda c: c.mean_step_s, pace, False),
-        ("tokens per second", lambda c: c.tokens_per_s, say.count, False),
+        (f"{item}s per second", lambda c: c.tokens_per_s, say.count, False),
         ("parameters as if dense", lambda c: c.parameters, say.count, False),
         ("nonzeros", lambda c: c.nonzeros, say.count, False),
         ("training memory", lambda c: c.total_bytes, say.nbytes, False),
@@ -101,9 +101,8 @@ def _table(field: Sequence[Contender]) -> Table:
         cells = [form(v) if math.isfinite(v) else say.DASH for v in values]
         if len(values) == 2:
             known = all(map(math.isfinite, values))
-            both = (
-                f"{values[0] - values[1]:+.3f}" if difference else say.times(values[0] / values[1]) if values[1] else ""
-            )
+            both = metric.gap(values[0] - values[1]) if difference else ""
+            both = say.times(values[0] / values[1]) if values[1] and not difference else both
             cells.append(both if known else say.DASH)
         table.add_row(label, *cells)
     return table

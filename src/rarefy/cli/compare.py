@@ -112,10 +112,10 @@ class Asked:
         )
 
 
-def recipe(asked: Any, kind: type[Any], **fixed: Any) -> Any:
+def recipe(asked: Any, kind: type[Any]) -> Any:
     """The recipe's settings, without what belongs to the comparison."""
     own = {field.name: getattr(asked, field.name) for field in dataclasses.fields(kind)}
-    return kind(**{**own, "steps": None, **fixed})
+    return kind(**{**own, "steps": None, "minutes": None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +126,16 @@ class Text(Asked, TextSettings):
     """Bytes of validation text predicted at each evaluation."""
 
     def __post_init__(self) -> None:
-        recipe(self, TextSettings, minutes=None)
+        recipe(self, TextSettings)
 
     def task(self) -> Task:
         """Reads the text."""
-        return TextTask(recipe(self, TextSettings, minutes=None))
+        return TextTask(recipe(self, TextSettings))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Asked, ImageSettings):
-    """Compare ways of finding the pattern of an MLP on images, such as Fashion-MNIST."""
+    """Compare ways of finding the pattern of a network on images, such as Fashion-MNIST or CIFAR-10."""
 
     plan: Hidden[Plan] = ImageSettings.plan
 

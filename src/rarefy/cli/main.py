@@ -18,8 +18,8 @@ from typing import Any
 from rarefy.settings import unknown
 
 COMMANDS = {
-    "train": "train a network sparse from its first step: rarefy train text",
-    "compare": "ways of finding the pattern, seed by seed, at equal steps, time or FLOPs: rarefy compare text",
+    "train": "train a network sparse from its first step: rarefy train text|images",
+    "compare": "ways of finding the pattern, seed by seed, at equal steps, time or FLOPs: rarefy compare text|images",
     "race": "dense and sparse networks under one clock on your text: who wins here, and by how much",
     "generate": "have a trained network write text",
     "report": "one HTML file about a run, or several beside each other",

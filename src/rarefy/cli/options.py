@@ -28,6 +28,8 @@ def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     if get_origin(info.type) not in (Union, types.UnionType):
         return None
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if kinds == [bool]:
+        return _SWITCH
     if len(kinds) != 1 or kinds[0] not in METAVARS or len(get_args(info.type)) != 2:
         return None
     (kind,) = kinds
@@ -40,6 +42,22 @@ def _optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     )
 
 
+def _on_or_off(words: list[str]) -> bool:
+    if words and words[0].lower() not in ("true", "false"):
+        raise ValueError(f"true or false, or nothing for true; got {words[0]}")
+    return not words or words[0].lower() == "true"
+
+
+_SWITCH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[true|false]",
+    instance_from_str=_on_or_off,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: ["none" if value is None else str(value).lower()],
+)
+"""`bool | None`: --flip and --no-flip, as for a plain bool, but it may be left open."""
+
+
 def parse(cls: type[T], arguments: Sequence[str], *, prog: str) -> T:
     """Read a command's options.
 
@@ -50,7 +68,7 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str) -> T:
         ValueError: the YAML file cannot be read or says something wrong, or the settings refuse a value.
         SystemExit: after --help (0), or after tyro explained a flag that it does not understand (2).
     """
-    arguments = list(arguments)
+    arguments = _spelt_out(cls, arguments)
     data: dict[str, Any] = {}
     file = None
     if "-h" not in arguments and "--help" not in arguments:
@@ -80,6 +98,13 @@ def _starting_point(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     missing = dict.fromkeys(required - set(data), tyro.MISSING)
     return cls(**{name: getattr(read, name) for name in data}, **missing)
+
+
+def _spelt_out(cls: type[Any], arguments: Sequence[str]) -> list[str]:
+    """The same with `--flip false` for the `--no-flip` of a field that may be left open."""
+    hints = get_type_hints(cls)
+    open_ = {f"--no-{name.replace('_', '-')}": f"--{name}" for name, kind in hints.items() if kind == bool | None}
+    return [word for given in arguments for word in ([open_[given], "false"] if given in open_ else [given])]
 
 
 def option(arguments: Sequence[str], flag: str) -> str | None:

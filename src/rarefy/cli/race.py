@@ -93,7 +93,7 @@ class Race(TextSettings):
     sample_bytes: Hidden[int] = 0
 
     def __post_init__(self) -> None:
-        recipe(self, TextSettings, minutes=None)
+        recipe(self, TextSettings)
 
     def asked(self) -> Asked:
         """Raises ValueError for a time that cannot be read, or a number that makes no sense."""
@@ -123,7 +123,7 @@ def run(asked: Race) -> None:
     console = Console(stderr=asked.json, highlight=False)
     progress = Progress(console)
     wanted = asked.asked()
-    task = TextTask(recipe(asked, TextSettings, minutes=None))
+    task = TextTask(recipe(asked, TextSettings))
     try:
         outcome = race(task, wanted, progress, say=progress.say)
     except Interrupted:

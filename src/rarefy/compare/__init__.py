@@ -11,10 +11,10 @@ table       means and spread
 
 from rarefy.compare.comparison import Comparison, Outcome, compare
 from rarefy.compare.contenders import Contender, parse_contenders
-from rarefy.compare.images import ImagesTask
 from rarefy.compare.pace import Equal
-from rarefy.compare.task import Task
-from rarefy.compare.text import TextTask
+from rarefy.recipes.images import ImagesTask
+from rarefy.recipes.task import Task
+from rarefy.recipes.text import TextTask
 
 __all__ = [
     "Comparison",

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from rarefy.compare.contenders import parse_contenders
-from rarefy.compare.jobs import Job, jobs, without_none
+from rarefy.compare.jobs import NOT_DEFINING, Job, jobs, without_none
 from rarefy.compare.pace import Equal, paces, steps_of
 from rarefy.compare.records import RECORDS
 from rarefy.compare.schedule import Listener, alone_in, make_all
 from rarefy.compare.table import choose_baseline, make_table
-from rarefy.compare.task import NOT_DEFINING, Task
 from rarefy.files import atomic_write, remove_leftovers
+from rarefy.recipes.task import Task
 from rarefy.settings import to_plain
 from rarefy.training.machine import check_device
 
@@ -29,7 +29,10 @@ FILE = "comparison.json"
 SETTINGS = "compare.yaml"
 """What was asked for, as --config reads it, but for where the data lies."""
 
-NOT_ASKED = ("data", "steps", "minutes", "seed", "plan", "method", "twin", "measure", "slice_steps", "sample_bytes")
+NOT_ASKED = (
+    "data", "image_column", "label_column", "steps", "minutes", "seed", "plan", "method", "twin", "measure",
+    "slice_steps", "sample_bytes",
+)  # fmt: skip
 """Settings of a recipe that a comparison says in another way, or has no use for."""
 
 

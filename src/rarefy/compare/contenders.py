@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from rarefy.compare.task import Task
 from rarefy.methods import Method, registered
 from rarefy.plan import Plan
 from rarefy.recipes.plans import short_interval
+from rarefy.recipes.task import Task
 from rarefy.settings import from_plain, to_plain, unknown
 
 DENSE, SMALL_DENSE = "dense", "small-dense"

@@ -11,11 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarefy.compare.contenders import Contender
-from rarefy.compare.task import NOT_DEFINING, ONLY_DENSE, ONLY_SPARSE, Task
+from rarefy.recipes.task import Task
 from rarefy.settings import to_plain
 
 FORMAT = 1
 """Of records; raised when the same settings come to mean another run."""
+
+NOT_DEFINING = frozenset(
+    {
+        "data", "image_column", "label_column", "minutes", "twin", "measure", "evaluations", "slice_steps",
+        "checkpoint_s", "recompute", "sample_bytes", "threads",
+    }
+)  # fmt: skip
+"""Settings that say where and how a run goes, not what comes out of it."""
+
+ONLY_SPARSE = frozenset({"plan", "lr", "sparse_lr", "optimizer", "ramp"})
+"""Settings that a dense network does not look at, but for SGD."""
+
+ONLY_DENSE = frozenset({"dense_lr"})
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from rarefy.compare.contenders import Contender
 from rarefy.compare.jobs import make_job
-from rarefy.compare.task import Task
 from rarefy.files import atomic_write
+from rarefy.recipes.task import Task
 from rarefy.training.calibrate import lower_quartile
 from rarefy.training.machine import machine
 from rarefy.training.twin import Diverged, Twin

@@ -15,9 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from rarefy.compare.jobs import FORMAT, Job
-from rarefy.compare.task import Task
 from rarefy.cost import training_bytes
 from rarefy.files import atomic_write
+from rarefy.recipes.task import Task
 from rarefy.training.machine import machine
 from rarefy.training.twin import Clock, Twin
 

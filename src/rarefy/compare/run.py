@@ -15,8 +15,8 @@ import torch
 
 from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, failed_record, make_record, start_of, write_record
-from rarefy.compare.task import Task
 from rarefy.files import save
+from rarefy.recipes.task import Task
 from rarefy.training.checkpoint import load_checkpoint
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.log import METRICS, MetricsLog, cut_log
@@ -77,6 +77,7 @@ class Run:
                 folder=self._here,
                 log=MetricsLog(self._here),
                 watcher=watcher,
+                metric=task.metric,
             )
 
     @property

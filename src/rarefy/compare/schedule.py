@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, failed_record, find_record, write_record
 from rarefy.compare.run import PARTIAL, run_job
-from rarefy.compare.task import Task
 from rarefy.compare.worker import INTERRUPTED, start
+from rarefy.recipes.task import Task
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.twin import StepResult, Twin
 

@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rarefy.compare.images import ImagesTask
 from rarefy.compare.jobs import Job
 from rarefy.compare.run import run_job
-from rarefy.compare.task import Task
-from rarefy.compare.text import TextTask
-from rarefy.recipes.images import ImageSettings
-from rarefy.recipes.text import TextSettings
+from rarefy.recipes.images import ImagesTask
+from rarefy.recipes.task import Task
+from rarefy.recipes.text import TextTask
 from rarefy.settings import from_plain, to_plain
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.twin import StepResult, Twin
@@ -27,10 +25,7 @@ from rarefy.training.twin import StepResult, Twin
 INTERRUPTED = 130
 """Exit status of a worker that was asked to stop and has saved."""
 
-RECIPES: dict[str, tuple[type[Any], type[Any]]] = {
-    "text": (TextTask, TextSettings),
-    "images": (ImagesTask, ImageSettings),
-}
+TASKS: dict[str, type[Any]] = {"text": TextTask, "images": ImagesTask}
 
 
 def start(task: Task, job: Job, folder: Path) -> subprocess.Popen[str]:
@@ -74,7 +69,8 @@ def main() -> int:
     """Make the run that the input describes. Exit status: 0 with a record written, `INTERRUPTED`, or 1."""
     with StopRequest() as stop:
         wish = json.load(sys.stdin)
-        kind, settings = RECIPES[wish["task"]]
+        kind = TASKS[wish["task"]]
+        settings = kind.settings_class
         task = kind(from_plain(settings, wish["base"], where="base"))
         about = wish["job"]
         job = Job(**{**about, "settings": from_plain(settings, about["settings"], where="settings")})

@@ -332,8 +332,9 @@ def _check_optimizer(found: Checkpoint, model: nn.Module, optimizer: Optimizer) 
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`Optimizer.load_state_dict`, but that state keeps its dtypes, which torch would make the parameter's own: an
-    integer age must stay one.
+    """`Optimizer.load_state_dict`, but that state keeps its dtypes, which torch would make the parameter's own (an
+    integer age must stay one), and lies in memory as the parameter does: torch's fused optimizers take for granted that
+    both have the same order, as of channels_last weights, and files have their own.
     """
     optimizer.load_state_dict(state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -341,6 +342,7 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     for i, parameter in zip(order, parameters, strict=True):
         if i in state["state"]:
             _keep_dtypes(optimizer.state[parameter], state["state"][i])
+            _keep_order(optimizer.state[parameter], parameter)
 
 
 def _keep_dtypes(current: Any, saved: Any) -> None:
@@ -349,6 +351,14 @@ def _keep_dtypes(current: Any, saved: Any) -> None:
             current[name] = item.to(current[name].device, copy=True)
         elif isinstance(item, dict | list):
             _keep_dtypes(current[name], item)
+
+
+def _keep_order(current: Any, parameter: Tensor) -> None:
+    for name, item in current.items() if isinstance(current, dict) else enumerate(current):
+        if isinstance(item, Tensor) and item.shape == parameter.shape and item.stride() != parameter.stride():
+            current[name] = torch.empty_like(parameter, dtype=item.dtype, device=item.device).copy_(item)
+        elif isinstance(item, dict | list):
+            _keep_order(item, parameter)
 
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from rarefy.compare.jobs import Job
 from rarefy.compare.records import DIVERGED, FINISHED, find_record
 from rarefy.compare.run import Run
 from rarefy.compare.schedule import Listener
-from rarefy.compare.task import Task
+from rarefy.recipes.task import Task
 from rarefy.training.interrupt import Interrupted, StopRequest
 
 SLICES = 200

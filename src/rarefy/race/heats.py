@@ -8,7 +8,7 @@ from typing import Any
 
 from rarefy.compare.contenders import SMALL_DENSE, Contender, nonzeros
 from rarefy.compare.records import FINISHED
-from rarefy.compare.task import Task
+from rarefy.recipes.task import Task
 
 
 def finalists(

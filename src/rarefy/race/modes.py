@@ -16,8 +16,8 @@ from typing import Any
 
 from rarefy.compare.contenders import Contender
 from rarefy.compare.jobs import make_job
-from rarefy.compare.task import Task
 from rarefy.files import atomic_write
+from rarefy.recipes.task import Task
 from rarefy.training.machine import machine
 
 FILE = "modes.json"

@@ -17,13 +17,13 @@ from rarefy.compare.jobs import Job, jobs
 from rarefy.compare.pace import Equal, paces, steps_of
 from rarefy.compare.records import RECORDS
 from rarefy.compare.schedule import Listener, alone_in
-from rarefy.compare.task import Task
 from rarefy.files import atomic_write, remove_leftovers
 from rarefy.race.course import run_together
 from rarefy.race.field import default_field
 from rarefy.race.heats import control, finalists
 from rarefy.race.modes import in_fastest_mode
 from rarefy.race.verdict import Verdict, verdict
+from rarefy.recipes.task import Task
 from rarefy.training.machine import check_device
 
 FILE = "race.json"

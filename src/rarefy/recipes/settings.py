@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -15,6 +16,8 @@ from rarefy.training.loop import LoopSettings
 
 SAID_BY_PLAN = ("density", "method", "interval", "distribution", "block")
 """Options that say what a plan can say too."""
+
+DEFAULT_MINUTES = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class RunSettings:
     """What to train on."""
 
     steps: int | None = None
-    """Optimizer steps of each network."""
+    """Optimizer steps of each network. Without it: as many as fit into --minutes."""
 
     plan: Plan
     """A plan file (YAML): density, method, blocks, which layers. The options below override it."""
@@ -107,9 +110,25 @@ class RunSettings:
     threads: int | None = None
     """CPU threads. Without it: what torch takes."""
 
+    minutes: float | None = None
+    """Length of the whole run, all included; becomes a number of steps before training begins. Without it: 3."""
+
+    measure: bool = True
+    """Time each layer shape first, and leave dense what sparse would slow down on this machine."""
+
+    twin: bool = True
+    """Train the dense twin too."""
+
+    slice_steps: int = 5
+    """Steps that one network takes before it is the other's turn."""
+
     def __post_init__(self) -> None:
-        self._at_least_one("steps", "interval", "warmup", "eval_interval", "evaluations", "threads")
-        self._positive("lr", "sparse_lr", "dense_lr")
+        self._at_least_one("steps", "interval", "warmup", "eval_interval", "evaluations", "threads", "slice_steps")
+        self._positive("lr", "sparse_lr", "dense_lr", "minutes")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
+            )
         self._not_negative("weight_decay", "clip", "checkpoint_s", "momentum", "ramp")
         if not self.momentum < 1:
             raise ValueError(f"momentum must be below 1, got {self.momentum:g}")
@@ -171,19 +190,28 @@ class RunSettings:
         """The rate of a dense network that was given none."""
         return self.lr
 
+    def folded(self) -> Self:
+        """The same settings, said with the plan alone, and with the data's whole path."""
+        data = self.data
+        if data is not None and not data.startswith("hf:"):
+            data = str(Path(data).absolute())
+        return dataclasses.replace(self.with_plan(self.folded_plan()), data=data)
+
     def settled(self, steps: int) -> Self:
-        """Nothing left open: the plan says all about the pattern, for a run of `steps`."""
+        """Nothing left open: folded, for a run of `steps`."""
         plan = dataclasses.replace(self, interval=self.auto_interval(steps)).folded_plan()
         every = max(self.min_eval_interval, round(steps / self.evaluations))
-        return dataclasses.replace(
+        filled = dataclasses.replace(
             self.with_plan(plan),
             steps=steps,
+            minutes=None,
             sparse_lr=self.auto_sparse_lr(plan.density_at(0.0)) if self.sparse_lr is None else self.sparse_lr,
             dense_lr=self.auto_dense_lr() if self.dense_lr is None else self.dense_lr,
             warmup=max(1, min(100, steps // 10)) if self.warmup is None else self.warmup,
             eval_interval=every if self.eval_interval is None else self.eval_interval,
             threads=torch.get_num_threads() if self.threads is None else self.threads,
         )
+        return filled.folded()
 
     def loop(self) -> LoopSettings:
         """The loop's part of settled settings."""
@@ -194,5 +222,43 @@ class RunSettings:
             eval_interval=self.eval_interval,
             tokens_per_step=self.tokens_per_step,
             clip=self.clip,
+            slice_steps=self.slice_steps,
             checkpoint_s=self.checkpoint_s,
         )
+
+
+def check_same(saved: RunSettings, asked: RunSettings, where: str) -> None:
+    """Whether a run may go on with these settings.
+
+    Raises:
+        ValueError: one differs from what the run has, by name. Everything that a resumed run does follows from them.
+    """
+    if asked.minutes is not None or asked.steps != saved.steps:
+        raise ValueError(fixed_steps(where, saved.steps))
+    for name, here, there in _differences(asked.folded(), saved.folded(), ""):
+        raise ValueError(
+            f"{where} was started with {name} {there!r}, and {here!r} was asked for: --resume goes on "
+            "with a run as it is; leave that out, or start a new run"
+        )
+
+
+def fixed_steps(where: str, steps: int | None) -> str:
+    """Why a run that goes on cannot become longer or shorter."""
+    return (
+        f"{where} has {steps} steps, and its schedules depend on that: leave --steps and --minutes out with --resume, "
+        "or start a new run"
+    )
+
+
+def _differences(here: Any, there: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    """(name, here, there) of each field that differs, down to nested settings."""
+    found = []
+    for field in dataclasses.fields(here):
+        ours, theirs = getattr(here, field.name), getattr(there, field.name)
+        if ours == theirs:
+            continue
+        if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+            found += _differences(ours, theirs, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, ours, theirs))
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from rarefy.bench.contender import FUSED_NORMS
 from rarefy.report import numbers as say
-from rarefy.report.figures import PALETTE, Figure, View, name_axis, plain, plot_layout, rounded
+from rarefy.report.plots import PALETTE, Figure, View, name_axis, plain, plot_layout, rounded
 
 Row = Mapping[str, Any]
 

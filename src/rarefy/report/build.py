@@ -12,7 +12,6 @@ from typing import Any
 from rarefy.files import atomic_write
 from rarefy.report import numbers as say
 from rarefy.report.compare import (
-    LEVEL_BITS,
     SAME_PACE,
     Contender,
     contenders,
@@ -22,14 +21,17 @@ from rarefy.report.compare import (
     verdict,
 )
 from rarefy.report.figures import all_figures
+from rarefy.report.image_figures import filters, image_figures, mistakes
 from rarefy.report.page import flat, render_page
-from rarefy.report.read import Record, Run, number, numbers, read_run
+from rarefy.report.plan_table import plan_table
+from rarefy.report.read import Run, number, numbers, read_run
+from rarefy.training.subject import BITS_PER_BYTE, TEXT, Metric
 
 UNEVEN = 1.15
 """Mean over median step time from which the difference is pointed out: the headline has the median."""
 
-OPEN_ROWS = 40
-"""A plan of more layers than this begins folded."""
+SHOWN_WARNINGS = 12
+"""More are folded."""
 
 
 def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
@@ -43,7 +45,8 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
     Returns:
         the path written.
     Raises:
-        ValueError: a folder is no run folder, no folder is given, several without `out`, or `out` is in no folder.
+        ValueError: a folder is no run folder, no folder is given, several without `out`, runs of text and of images
+            together, or `out` is in no folder.
         OSError: the file cannot be written, on a full disk for example; what was there before is untouched.
     """
     folders = [Path(run_dir)] if isinstance(run_dir, Path | str) else [Path(folder) for folder in run_dir]
@@ -56,6 +59,13 @@ def build_report(run_dir: Path | str | Sequence[Path | str], out: Path | str | N
             f"a report of {len(folders)} runs belongs to none of their folders; name its file: out='compare.html'."
         )
     runs = [read_run(folder) for folder in folders]
+    other = next((run for run in runs if run.subject is not runs[0].subject), None)
+    if other is not None:
+        one, two = runs[0].subject, other.subject
+        raise ValueError(
+            f"{runs[0].path} is a run of {one.name} and {other.path} one of {two.name}: {one.metric.title} and "
+            f"{two.metric.title} do not compare; give runs of one kind"
+        )
     path = folders[0] / "report.html" if out is None else Path(out)
     if not path.parent.is_dir():
         raise ValueError(
@@ -70,7 +80,10 @@ def render(runs: Sequence[Run]) -> str:
     field = contenders(runs)
     return render_page(
         "template.html.j2",
-        all_figures(field),
+        [*all_figures(field), *image_figures(field)],
+        subject=runs[0].subject,
+        mistakes=mistakes(field),
+        filters=filters(field),
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         field=field,
@@ -81,8 +94,9 @@ def render(runs: Sequence[Run]) -> str:
         table=_table(field),
         no_empties=_no_empties(field),
         warnings=_warnings(field),
+        shown_warnings=SHOWN_WARNINGS,
         frozen=_frozen(field),
-        plans=[_plan(run) for run in runs if run.plan is not None and run.plan["layers"]],
+        plans=[plan_table(run) for run in runs if run.plan is not None and run.plan["layers"]],
         provenance=[_provenance(run) for run in runs],
     )
 
@@ -118,19 +132,29 @@ def _cards(field: Sequence[Contender]) -> list[dict[str, Any]]:
     cards: list[dict[str, Any]] = []
 
     def card(
-        big: str, unit: str, what: str, form: Callable[[float], str], ours: float, theirs: float, level: bool
+        big: str,
+        unit: str,
+        what: str,
+        form: Callable[[float], str],
+        ours: float,
+        theirs: float,
+        level: bool,
+        sign: int = 1,
     ) -> None:
-        better = None if level else sparse if ours < theirs else dense
+        better = None if level else sparse if sign * ours < sign * theirs else dense
         cards.append(
             {"big": big, "unit": unit, "what": what, "ours": form(ours), "theirs": form(theirs), "better": better}
         )
 
     at_time = reading(field, "train_s")
-    ours, theirs = at_time.bits.get(sparse, math.nan), at_time.bits.get(dense, math.nan)
+    metric = sparse.metric
+    ours, theirs = at_time.values.get(sparse, math.nan), at_time.values.get(dense, math.nan)
     if math.isfinite(ours - theirs):
-        level = abs(ours - theirs) < LEVEL_BITS
-        big = "level" if level else f"{ours - theirs:+.3f}".replace("-", "−")
-        card(big, "" if level else "bits per byte", "loss at equal time", say.bits, ours, theirs, level)
+        level = abs(ours - theirs) < metric.level
+        big = "level" if level else _signed(metric, ours - theirs)
+        unit = "points" if metric.percent else metric.title
+        what = f"{'loss' if metric is BITS_PER_BYTE else metric.title} at equal time"
+        card(big, "" if level else unit, what, metric.show, ours, theirs, level, metric.sign)
     for what, form, less, more, ours, theirs in (
         (
             "time per step",
@@ -159,15 +183,18 @@ def _table(field: Sequence[Contender]) -> dict[str, Any]:
     when = f"at {equal}time, {say.seconds(at_time.at)}" if at_time.at is not None else f"no {equal}time"
     steps = f"at {equal}steps, {at_steps.at:,.0f}" if at_steps.at is not None else f"no {equal}steps"
     pace = say.step_times(contender.step_s for contender in field)
+    subject = field[0].run.subject if field else TEXT
+    metric = subject.metric
+    title = metric.title.capitalize()
     columns: list[tuple[str, str, Callable[[float], str], Callable[[Contender], float], int]] = [
-        ("Bits per byte", when, say.bits, lambda c: at_time.bits.get(c, math.nan), -1),
-        ("Bits per byte", steps, say.bits, lambda c: at_steps.bits.get(c, math.nan), -1),
+        (title, when, metric.show, lambda c: at_time.values.get(c, math.nan), -metric.sign),
+        (title, steps, metric.show, lambda c: at_steps.values.get(c, math.nan), -metric.sign),
         ("Parameters", "as if dense", say.count, lambda c: c.parameters, 0),
         ("Nonzeros", "", say.count, lambda c: c.nonzeros, 0),
         ("Training memory", "with indices", say.nbytes, lambda c: c.total_bytes, -1),
         ("Step", "median", pace, lambda c: c.step_s, -1),
         ("Step", "mean", pace, lambda c: c.mean_step_s, -1),
-        ("Tokens", "per second", say.count, lambda c: c.tokens_per_s, 1),
+        (f"{subject.item.capitalize()}s", "per second", say.count, lambda c: c.tokens_per_s, 1),
     ]  # fmt: skip
     rows: list[dict[str, Any]] = [{"contender": c, "trained": _trained(c), "cells": []} for c in field]
     for _, _, form, value, sense in columns:
@@ -185,8 +212,12 @@ def _table(field: Sequence[Contender]) -> dict[str, Any]:
             if not (math.isfinite(ours) and math.isfinite(theirs) and theirs > 0):
                 ratio.append(say.DASH)
             else:
-                ratio.append(f"{ours - theirs:+.3f}".replace("-", "−") if place < 2 else say.times(ours / theirs))
+                ratio.append(_signed(metric, ours - theirs) if place < 2 else say.times(ours / theirs))
     return {"columns": [column[:2] for column in columns], "rows": rows, "ratio": ratio, "pair": pair}
+
+
+def _signed(metric: Metric, difference: float) -> str:
+    return metric.gap(difference).replace("-", "−")
 
 
 def _trained(contender: Contender) -> str:
@@ -226,56 +257,6 @@ def _frozen(field: Sequence[Contender]) -> list[str]:
         elif math.isfinite(start):
             found.append(f"{c.label}: the pattern is to be frozen after step {start:,.0f}, which it has not passed.")
     return found
-
-
-def _plan(run: Run) -> dict[str, Any]:
-    assert run.plan is not None
-    layers, totals = run.plan["layers"], run.plan["totals"]
-    sparse = sum(layer.get("kind") != "dense" for layer in layers)
-    asked = number(totals, "asked_density")
-    summary = f"{sparse} of {len(layers)} layers sparse"
-    if math.isfinite(number(totals, "density")):
-        summary += f", together of density {say.percent(number(totals, 'density'))}"
-        summary += f" ({say.percent(asked)} was asked for)" if math.isfinite(asked) else ""
-    rows = [_plan_row(layer) for layer in layers]
-    return {
-        "name": run.name,
-        "summary": summary,
-        "rows": rows,
-        "total": _plan_total(totals) if totals else None,
-        "timed": any(math.isfinite(number(layer, "dense_ms")) for layer in layers),
-        "open": len(rows) <= OPEN_ROWS,
-    }
-
-
-def _plan_total(totals: Record) -> dict[str, Any]:
-    """The sums, as a row: its density is that of the sparse layers, its first time that of the layers as decided."""
-    row = _plan_row({"sparse_ms": totals.get("planned_ms"), **totals, "name": "all layers"})
-    return {**row, "decision": "", "reason": ""}
-
-
-def _plan_row(layer: Record) -> dict[str, Any]:
-    shape, block = layer.get("shape"), layer.get("block")
-    density, speedup = number(layer, "density"), number(layer, "speedup")
-    stored, dense_bytes = number(layer, "bytes"), number(layer, "dense_bytes")
-    blocked = isinstance(block, list) and block not in ([1, 1], []) and layer.get("kind") != "dense"
-    return {
-        "name": str(layer.get("name", "?")),
-        "shape": " × ".join(str(size) for size in shape) if isinstance(shape, list) else "",
-        "block": "×".join(str(size) for size in block) if blocked and isinstance(block, list) else "",
-        "density": say.percent(density),
-        "bar": min(100.0, max(0.0, 100 * density)) if math.isfinite(density) else None,
-        "nnz": say.count(number(layer, "nnz")),
-        "bytes": say.nbytes(stored),
-        "of_dense": say.percent(stored / dense_bytes) if dense_bytes > 0 else say.DASH,
-        "flops": say.count(number(layer, "flops")),
-        "sparse_ms": say.milliseconds(number(layer, "sparse_ms")),
-        "dense_ms": say.milliseconds(number(layer, "dense_ms")),
-        "speedup": say.times(speedup),
-        "slower": speedup < 1,
-        "decision": "dense" if layer.get("kind") == "dense" else "sparse",
-        "reason": str(layer.get("reason") or ""),
-    }
 
 
 def _provenance(run: Run) -> dict[str, Any]:

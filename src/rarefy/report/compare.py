@@ -16,12 +16,10 @@ from functools import cached_property
 from typing import Literal
 
 from rarefy.report import numbers as say
-from rarefy.report.read import Run, Twin, bits_per_byte, number
+from rarefy.report.read import Run, Twin, number
+from rarefy.training.subject import BITS_PER_BYTE, Metric
 
 Axis = Literal["train_s", "step"]
-
-LEVEL_BITS = 0.005
-"""Closer than this many bits per byte is called level: less than half of the second decimal."""
 
 SAME_PACE = 1.05
 """Step times within this factor are called about the same."""
@@ -40,6 +38,11 @@ class Contender:
     @property
     def dense(self) -> bool:
         return self.twin.dense
+
+    @property
+    def metric(self) -> Metric:
+        """What it is judged by."""
+        return self.run.subject.metric
 
     @cached_property
     def step_s(self) -> float:
@@ -82,11 +85,11 @@ class Contender:
     def diverged_at(self) -> int | None:
         """Step of the first record whose loss is not a number."""
         records = sorted((*self.twin.train, *self.twin.eval), key=lambda record: record["step"])
-        return next((record["step"] for record in records if not math.isfinite(bits_per_byte(record))), None)
+        return next((record["step"] for record in records if not math.isfinite(BITS_PER_BYTE.of(record))), None)
 
     def curve(self, axis: str) -> list[tuple[float, float]]:
-        """Evaluations as (seconds, steps or FLOPs; bits per byte), the latter NaN where the loss was."""
-        points = [(number(record, axis), bits_per_byte(record)) for record in self.twin.eval]
+        """Evaluations as (seconds, steps or FLOPs; the metric), the latter NaN where the loss was."""
+        points = [(number(record, axis), self.metric.of(record)) for record in self.twin.eval]
         return [point for point in points if math.isfinite(point[0])]
 
     @cached_property
@@ -104,11 +107,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Reading:
-    """Bits per byte of every contender at one moment that all of them have reached."""
+    """The metric of every contender at one moment that all of them have reached."""
 
     at: float | None
     """The moment, in seconds or steps; None when there is none."""
-    bits: dict[Contender, float]
+    values: dict[Contender, float]
     """Only contenders with evaluations; NaN for one that had diverged by then."""
     why_not: str = ""
     """A sentence, when `at` is None."""
@@ -199,11 +202,13 @@ def steps_sentence(field: Sequence[Contender]) -> str:
     at_steps = reading(field, "step")
     if at_steps.at is None:
         return f"They cannot be compared at equal steps: {at_steps.why_not}"
-    known = {c: bits for c, bits in at_steps.bits.items() if math.isfinite(bits)}
-    figures = ", ".join(f"{c.label} {say.bits(bits)}" for c, bits in sorted(known.items(), key=lambda item: item[1]))
-    gone = [c.label for c in at_steps.bits if c not in known]
+    known = {c: value for c, value in at_steps.values.items() if math.isfinite(value)}
+    metric = field[0].metric
+    ranked = sorted(known.items(), key=lambda item: metric.sign * item[1])
+    figures = ", ".join(f"{c.label} {metric.show(value)}" for c, value in ranked)
+    gone = [c.label for c in at_steps.values if c not in known]
     tail = f"; {listed(gone)} had diverged" if gone else ""
-    return f"At equal steps ({at_steps.at:,.0f}): {figures or 'none'} bits per byte{tail}."
+    return f"At equal steps ({at_steps.at:,.0f}): {figures or 'none'} {metric.title}{tail}."
 
 
 def _alone(one: Contender) -> Verdict:
@@ -217,7 +222,8 @@ def _alone(one: Contender) -> Verdict:
     last = one.twin.eval[-1]
     spent = number(last, "train_s")
     when = f"{last['step']:,} steps" + (f" in {say.seconds(spent)}" if math.isfinite(spent) else "")
-    return Verdict((*begin, f"; it reached {say.bits(bits_per_byte(last))} bits per byte after {when}{pace}."))
+    reached = f"{one.metric.show(one.metric.of(last))} {one.metric.title}"
+    return Verdict((*begin, f"; it reached {reached} after {when}{pace}."))
 
 
 def _duel(sparse: Contender, dense: Contender) -> Verdict:
@@ -227,23 +233,25 @@ def _duel(sparse: Contender, dense: Contender) -> Verdict:
         why = at_time.why_not.rstrip(".")
         return Verdict((sparse, " and ", dense, f" cannot be compared at equal time: {why}", *pace, "."))
     begin = f"At equal time ({say.seconds(at_time.at)}) "
-    ours, theirs = at_time.bits[sparse], at_time.bits[dense]
+    ours, theirs = at_time.values[sparse], at_time.values[dense]
     if not (math.isfinite(ours) and math.isfinite(theirs)):
         return _diverged(begin, sparse, dense, at_time, pace)
-    if abs(ours - theirs) < LEVEL_BITS:
-        both = f" are level at {say.bits(ours)} and {say.bits(theirs)} bits per byte"
+    metric = sparse.metric
+    show, unit = metric.show, metric.title
+    if abs(ours - theirs) < metric.level:
+        both = f" are level at {show(ours)} and {show(theirs)} {unit}"
         return Verdict((begin, sparse, " and ", dense, both, *pace, "."))
-    if ours < theirs:
-        parts = (begin, sparse, f" reached {say.bits(ours)} bits per byte, ", dense, f" {say.bits(theirs)}")
+    if metric.sign * ours < metric.sign * theirs:
+        parts = (begin, sparse, f" reached {show(ours)} {unit}, ", dense, f" {show(theirs)}")
         return Verdict((*parts, *pace, "."), better=sparse)
-    parts = (begin, dense, f" is ahead with {say.bits(theirs)} bits per byte, ", sparse, f" reached {say.bits(ours)}")
+    parts = (begin, dense, f" is ahead with {show(theirs)} {unit}, ", sparse, f" reached {show(ours)}")
     return Verdict((*parts, *pace, "."), better=dense)
 
 
 def _diverged(
     begin: str, sparse: Contender, dense: Contender, at: Reading, pace: tuple[str | Contender, ...]
 ) -> Verdict:
-    gone = [contender for contender in (sparse, dense) if not math.isfinite(at.bits[contender])]
+    gone = [contender for contender in (sparse, dense) if not math.isfinite(at.values[contender])]
     if len(gone) == 2:
         return Verdict(
             (begin, "neither can be read: the losses of ", sparse, " and ", dense, " were not numbers", *pace, ".")
@@ -251,7 +259,13 @@ def _diverged(
     (lost,) = gone
     held = dense if lost is sparse else sparse
     since = f" (step {lost.diverged_at:,})" if lost.diverged_at is not None else ""
-    parts = (begin, held, f" reached {say.bits(at.bits[held])} bits per byte; ", lost, f" had diverged{since}")
+    parts = (
+        begin,
+        held,
+        f" reached {held.metric.show(at.values[held])} {held.metric.title}; ",
+        lost,
+        f" had diverged{since}",
+    )
     return Verdict((*parts, *pace, "."), better=held)
 
 
@@ -271,18 +285,19 @@ def _ranking(field: Sequence[Contender]) -> Verdict:
     at_time = reading(field, "train_s")
     if at_time.at is None:
         return Verdict((f"These {len(field)} cannot be compared at equal time: {at_time.why_not}",))
-    ranked = sorted((c for c, bits in at_time.bits.items() if math.isfinite(bits)), key=lambda c: at_time.bits[c])
+    metric, values = field[0].metric, at_time.values
+    ranked = sorted((c for c in values if math.isfinite(values[c])), key=lambda c: metric.sign * values[c])
     begin = f"At equal time ({say.seconds(at_time.at)}) "
     gone = [contender for contender in field if contender not in ranked]
     if not ranked:
         return Verdict((begin, "none can be read: their losses were not numbers."))
-    best = at_time.bits[ranked[0]]
-    ahead = len(ranked) == 1 or at_time.bits[ranked[1]] - best >= LEVEL_BITS
+    best = values[ranked[0]]
+    ahead = len(ranked) == 1 or abs(values[ranked[1]] - best) >= metric.level
     parts: list[str | Contender] = [begin, ranked[0]]
-    parts.append(f" {'is ahead with' if ahead else 'reached'} {say.bits(best)} bits per byte")
+    parts.append(f" {'is ahead with' if ahead else 'reached'} {metric.show(best)} {metric.title}")
     for place, contender in enumerate(ranked[1:], start=1):
         between = "; " if place == 1 else " and " if place == len(ranked) - 1 else ", "
-        parts += [between, contender, f" {say.bits(at_time.bits[contender])}"]
+        parts += [between, contender, f" {metric.show(values[contender])}"]
     if gone:
         parts.append("; without " + listed([contender.label for contender in gone]) + ", diverged or not evaluated")
     return Verdict((*parts, "."), better=ranked[0] if ahead else None)

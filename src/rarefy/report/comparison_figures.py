@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rarefy.report.figures import PALETTE, Figure, View, loss_range, name_axis, plain, plot_layout, rounded
+from rarefy.report.plots import PALETTE, Figure, View, gain_range, loss_range, name_axis, plain, plot_layout, rounded
 
 Data = Mapping[str, Any]
 
@@ -71,19 +71,9 @@ def _curve_view(
     rising = key == "accuracy"
     layout = plot_layout(430, x=described, y=title, legend=True)
     layout["xaxis"].update(tickformat=ticks, rangemode="tozero")
-    layout["yaxis"]["range"] = _upper_range(heights) if rising else loss_range(heights)
+    layout["yaxis"]["range"] = gain_range(heights) if rising else loss_range(heights)
     layout["yaxis"]["tickformat"] = ".1%" if rising else ".2~f"
     return View(name, traces, layout)
-
-
-def _upper_range(heights: Sequence[float]) -> list[float] | None:
-    """From where nearly all values lie up to the best: the first evaluations would flatten everything else."""
-    ordered = sorted(heights)
-    if not ordered:
-        return None
-    low, high = ordered[int(0.1 * (len(ordered) - 1))], ordered[-1]
-    span = max(high - low, 0.005)
-    return [max(0.0, low - 0.15 * span), min(1.0, high + 0.1 * span)]
 
 
 def mean_curve(records: Sequence[Data], key: str, axis: str) -> list[tuple[float, float, float]]:

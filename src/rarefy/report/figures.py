@@ -1,31 +1,18 @@
-"""The plots, as plain plotly figures.
-
-Colours are names ("@c0", "@line", "@c1/0.2" with an opacity) that the page looks up in its style sheet, so that one
-figure serves light, dark and paper. Text that a run brought along (layer names, reasons, labels) goes through `plain`:
-plotly reads tags in text.
-"""
+"""What every run has to show: its course, its pattern, its cost."""
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from rarefy.report import numbers as say
-from rarefy.report.compare import Contender, listed, reading
-from rarefy.report.read import Record, bits_per_byte, number, numbers
-
-PALETTE = 8
-"""Colours --c0 to --c7 in the style sheet; contenders beyond that begin again, with another dash."""
-
-Point = TypeVar("Point")
-
-MAX_POINTS = 1500
-"""Points of one drawn curve: more than a screen has columns."""
+from rarefy.report.compare import Contender, listed
+from rarefy.report.courses import courses
+from rarefy.report.plots import PALETTE, Figure, View, colour_of, dash_of, name_axis, plain, plot_layout, rounded, thin
+from rarefy.report.read import Record, number, numbers
 
 MAX_LINES = 6
 """Layers that are drawn as lines; more become a heatmap, which needs no legend."""
@@ -45,160 +32,10 @@ PART_COLOUR = {
 """The same colour for what belongs together; amber is what only a sparse network pays for."""
 
 
-@dataclass(frozen=True)
-class View:
-    """One state of a figure: what its tab says and what plotly draws."""
-
-    label: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot with its title, what to look for in it, and one or more views to switch between."""
-
-    id: str
-    title: str
-    caption: str
-    views: list[View]
-    wide: bool = True
-    """Whether it needs the full width of the page."""
-
-
-def plain(text: object, limit: int | None = None) -> str:
-    """Text for plotly: tags made harmless, the front of a long name cut (its end tells layers apart)."""
-    text = " ".join(str(text).split())
-    if limit is not None and len(text) > limit:
-        text = "…" + text[1 - limit :]
-    return html.escape(text, quote=False)
-
-
 def all_figures(field: Sequence[Contender]) -> list[Figure]:
     """Every figure that the data has something for, in reading order."""
-    drawn = (loss(field), density(field), *rewires(field), empties(field), time_split(field), memory(field))
+    drawn = (*courses(field), density(field), *rewires(field), empties(field), time_split(field), memory(field))
     return [figure for figure in drawn if figure is not None]
-
-
-# Loss
-
-
-def loss(field: Sequence[Contender]) -> Figure | None:
-    """Bits per byte against time, steps and FLOPs."""
-    longest = max((number(record, "train_s") for c in field for record in (*c.twin.train, *c.twin.eval)), default=0.0)
-    unit, per = ("s", 1) if not longest > 300 else ("min", 60) if longest <= 3 * 3600 else ("h", 3600)
-    axes = (
-        ("Time", "train_s", "training time", {"ticksuffix": f" {unit}"}),
-        ("Steps", "step", "step", {"tickformat": "~s"}),
-        ("FLOPs", "flops", "floating-point operations", {"tickformat": "~s"}),
-    )
-    views = []
-    for label, axis, title, ticks in axes:
-        scale = 1 / per if axis == "train_s" else 1.0
-        data: list[dict[str, Any]] = []
-        heights: list[float] = []
-        for contender in field:
-            data += _loss_traces(contender, axis, scale, heights)
-        if not data:
-            continue
-        layout = plot_layout(400, x=title, y="bits per byte", legend=len(field) > 1)
-        reached = [x for trace in data for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None]
-        layout["xaxis"].update(ticks, range=[0, 1.03 * (max(reached, default=0) or 1)])
-        layout["yaxis"]["tickformat"] = ".2~f"
-        layout["yaxis"]["range"] = loss_range(heights)
-        if axis != "flops" and len(field) > 1:
-            _mark_equal(layout, field, axis, scale)
-        views.append(View(label, data, layout))
-    if not views:
-        return None
-    caption = (
-        "Points are evaluations on held-out text, the faint line is training loss, smoothed. Lower is better; what "
-        "counts is the gap at the dotted line, the last moment that all have reached. Against steps, speed does not "
-        "count; against FLOPs, only arithmetic does. Double-click shows the start as well."
-    )
-    return Figure("loss", "Loss", caption, views)
-
-
-def _loss_traces(contender: Contender, axis: str, scale: float, heights: list[float]) -> list[dict[str, Any]]:
-    """The training line and the evaluations; `heights` collects what the vertical range has to show."""
-    colour, dash, name = _colour(contender), _dash(contender), plain(contender.label)
-    traces: list[dict[str, Any]] = []
-    hover = f"%{{y:.3f}} bits per byte<br>step %{{customdata:,}}<extra>{name}"
-    train = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.train]
-    train = [point for point in train if math.isfinite(point[0])]
-    evals = [(number(r, axis) * scale, bits_per_byte(r), r["step"]) for r in contender.twin.eval]
-    evals = [point for point in evals if math.isfinite(point[0])]
-    if any(math.isfinite(y) for _, y, _ in train):
-        smooth = _smooth([y for _, y, _ in train])
-        points = _thin([(x, y, step) for (x, _, step), y in zip(train, smooth, strict=True)])
-        heights += [y for _, y, _ in points[len(points) // 20 :]]
-        faint = bool(evals)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines" if len(points) > 1 else "markers",
-                "name": name,
-                "meta": contender.label,
-                "legendgroup": str(contender.colour),
-                "showlegend": not evals,
-                "x": [rounded(x) for x, _, _ in points],
-                "y": [rounded(y) for _, y, _ in points],
-                "customdata": [step for _, _, step in points],
-                "line": {"color": f"{colour}/0.4" if faint else colour, "width": 1.25 if faint else 2, "dash": dash},
-                "hovertemplate": hover + ", training</extra>",
-            }
-        )
-    if evals:
-        points = _thin(evals)
-        heights += [y for _, y, _ in points[1:] or points]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers" if len(points) <= 60 else "lines",
-                "name": name,
-                "meta": contender.label,
-                "legendgroup": str(contender.colour),
-                "showlegend": True,
-                "x": [rounded(x) for x, _, _ in points],
-                "y": [rounded(y) for _, y, _ in points],
-                "customdata": [step for _, _, step in points],
-                "line": {"color": colour, "width": 2.25, "dash": dash},
-                "marker": {"color": colour, "size": 6, "symbol": "diamond" if contender.dense else "circle"},
-                "hovertemplate": hover + "</extra>",
-            }
-        )
-    return traces
-
-
-def loss_range(heights: list[float]) -> list[float] | None:
-    """From the best value up to where nearly all values lie: the first steps would flatten everything else."""
-    finite = sorted(y for y in heights if math.isfinite(y))
-    if not finite:
-        return None
-    low, high = finite[0], finite[int(0.95 * (len(finite) - 1))]
-    span = max(high - low, 0.05)
-    return [rounded(low - 0.08 * span) or 0.0, rounded(high + 0.15 * span) or 1.0]
-
-
-def _mark_equal(layout: dict[str, Any], field: Sequence[Contender], axis: str, scale: float) -> None:
-    """A dotted line where the contenders are compared."""
-    at = reading(field, "train_s" if axis == "train_s" else "step").at
-    if at is None:
-        return
-    what = f"equal time, {say.seconds(at)}" if axis == "train_s" else f"equal steps, {at:,.0f}"
-    at *= scale
-    early = at < 0.7 * layout["xaxis"]["range"][1]  # the label goes where there is room, and no curve
-    line = {"color": "@ink-3", "width": 1.25, "dash": "dot"}
-    layout["shapes"] = [
-        {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
-    ]
-    layout["annotations"] = [
-        {
-            "x": at, "y": 1, "yref": "paper", "yanchor": "top", "showarrow": False, "text": what,
-            "xanchor": "left" if early else "right", "xshift": 5 if early else -5,
-            "font": {"size": 12, "color": "@ink-3"},
-        }
-    ]  # fmt: skip
 
 
 # Pattern
@@ -240,7 +77,7 @@ def _density_view(contender: Contender, layers: Sequence[Record]) -> View:
         "customdata": hover,
         "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {
-            "color": ["@ink-3" if is_dense else _colour(contender) for is_dense in dense],
+            "color": ["@ink-3" if is_dense else colour_of(contender) for is_dense in dense],
             "pattern": {
                 "shape": ["/" if is_dense else "" for is_dense in dense],
                 "bgcolor": "@ink-3/0.2",
@@ -315,7 +152,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
         enough = max(len(column) for column in columns) / 2
         kept = [(edge, column) for edge, column in zip(edges, columns, strict=True) if len(column) >= enough]
         steps = [edge for edge, _ in kept]
-        colour, name = _colour(contender), plain(contender.label)
+        colour, name = colour_of(contender), plain(contender.label)
         if any(len(column) > 1 for _, column in kept):
             around = [max(column) for _, column in kept] + [min(column) for _, column in reversed(kept)]
             data.append(
@@ -334,7 +171,7 @@ def _mean_view(field: Sequence[Contender], key: str, ticks: str) -> View | None:
                 "legendgroup": str(contender.colour),
                 "x": steps,
                 "y": [rounded(statistics.fmean(column)) for _, column in kept],
-                "line": {"color": colour, "width": 2.25, "dash": _dash(contender)},
+                "line": {"color": colour, "width": 2.25, "dash": dash_of(contender)},
                 "marker": {"color": colour, "size": 5},
                 "hovertemplate": f"%{{y:{ticks}}}<br>about step %{{x:,}}<extra>{name}, mean</extra>",
             }
@@ -361,7 +198,7 @@ def _layers_view(contender: Contender, key: str, ticks: str, label: str) -> View
                 {
                     "type": "scatter", "mode": "lines+markers" if len(own) < 30 else "lines", "name": plain(name),
                     "meta": name,
-                    "x": [step for step, _ in _thin(own)], "y": [rounded(y) for _, y in _thin(own)],
+                    "x": [step for step, _ in thin(own)], "y": [rounded(y) for _, y in thin(own)],
                     "line": {"color": f"@c{place % PALETTE}", "width": 2},
                     "marker": {"color": f"@c{place % PALETTE}", "size": 5},
                     "hovertemplate": f"%{{y:{ticks}}}<br>step %{{x:,}}<extra>{plain(name)}</extra>",
@@ -397,7 +234,7 @@ def _heatmap(
         "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
-        "colorscale": [[0, "@low"], [1, _colour(contender)]],
+        "colorscale": [[0, "@low"], [1, colour_of(contender)]],
         "colorbar": {
             "thickness": 10, "outlinewidth": 0, "nticks": 5, "len": 1, "xpad": 6,
             "tickformat": ticks.replace(".1", ".2~"), "tickfont": {"size": 11, "color": "@ink-2"},
@@ -433,7 +270,7 @@ def empties(field: Sequence[Contender]) -> Figure | None:
             latest[str(record.get("layer"))] = sum(both)
             totals[record["step"]] = sum(latest.values())
         if any(totals.values()):
-            points = _thin(list(totals.items()))
+            points = thin(list(totals.items()))
             data.append(
                 {
                     "type": "scatter",
@@ -442,7 +279,7 @@ def empties(field: Sequence[Contender]) -> Figure | None:
                     "meta": contender.label,
                     "x": [step for step, _ in points],
                     "y": [total for _, total in points],
-                    "line": {"color": _colour(contender), "width": 2.25, "shape": "hv", "dash": _dash(contender)},
+                    "line": {"color": colour_of(contender), "width": 2.25, "shape": "hv", "dash": dash_of(contender)},
                     "hovertemplate": f"%{{y:,}}<br>step %{{x:,}}<extra>{plain(contender.label)}</extra>",
                 }
             )
@@ -557,44 +394,7 @@ def _stack(
     return View("", data, layout)
 
 
-# Parts that figures share
-
-
-def plot_layout(height: int, *, x: str, y: str, legend: bool = False) -> dict[str, Any]:
-    axis = {
-        "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "ticks": "", "automargin": True,
-        "tickfont": {"size": 12, "color": "@ink-2"},
-    }  # fmt: skip
-
-    def titled(text: str) -> dict[str, Any]:
-        return (
-            {**axis, "title": {"text": text, "standoff": 10, "font": {"size": 12, "color": "@ink-2"}}}
-            if text
-            else {**axis}
-        )
-
-    return {
-        "height": height,
-        "margin": {"l": 10, "r": 14, "t": 10, "b": 10},
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "@ink"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hovermode": "closest",
-        "hoverlabel": {
-            "bgcolor": "@raised", "bordercolor": "@line", "align": "left", "font": {"size": 12, "color": "@ink"},
-        },
-        "showlegend": legend,
-        "xaxis": titled(x),
-        "yaxis": titled(y),
-    }  # fmt: skip
-
-
-def name_axis(axis: dict[str, Any], names: Sequence[str], *, reverse: bool, every: int = 1) -> None:
-    """Names on an axis of places 0, 1, 2, ...: names as data would be taken for numbers or merged when equal."""
-    axis["tickvals"] = list(range(0, len(names), max(1, every)))
-    axis["ticktext"] = [plain(name, 26) + "\u2002" for name in names[:: max(1, every)]]
-    axis["showgrid"] = False
-    axis["range"] = [len(names) - 0.5, -0.5] if reverse else [-0.5, len(names) - 0.5]
+# What figures look up
 
 
 def _plans(field: Sequence[Contender]) -> Iterable[tuple[Contender, Record]]:
@@ -622,33 +422,3 @@ def _shape(layer: Record) -> str:
 def _wrapped(text: object, limit: int = 160) -> str:
     text = str(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _colour(contender: Contender) -> str:
-    return f"@c{contender.colour % PALETTE}"
-
-
-def _dash(contender: Contender) -> str:
-    return ("solid", "dash", "dot")[contender.colour // PALETTE % 3]
-
-
-def rounded(value: float) -> float | None:
-    """Six significant digits are more than a screen shows; JSON has no NaN, a gap is null."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _thin(points: list[Point]) -> list[Point]:
-    """At most MAX_POINTS of them, evenly, the last one kept."""
-    every = math.ceil(len(points) / MAX_POINTS)
-    return points if every <= 1 else points[:-1:every] + points[-1:]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving average over a fortieth of the curve, narrower towards the ends; a NaN stays one."""
-    half = max(1, len(values) // 80)
-    smoothed = []
-    for place, value in enumerate(values):
-        reach = min(half, place, len(values) - 1 - place)
-        window = [v for v in values[place - reach : place + reach + 1] if math.isfinite(v)]
-        smoothed.append(statistics.fmean(window) if math.isfinite(value) else math.nan)
-    return smoothed

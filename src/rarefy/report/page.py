@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.report import numbers as say
-from rarefy.report.figures import PALETTE, Figure
+from rarefy.report.plots import PALETTE, Figure
 
 
 def render_page(template: str, figures: Sequence[Figure], **shown: Any) -> str:

@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
+from rarefy.report.found import Found, read_found
 from rarefy.rewiring.guards import guard_line
+from rarefy.training.folder import IMAGES as IMAGES_FILE
+from rarefy.training.subject import IMAGES, TEXT, Subject, subject_of
 
 Record = Mapping[str, Any]
 
@@ -68,6 +71,7 @@ class Run:
 
     path: Path
     name: str
+    subject: Subject = TEXT
     created: str = ""
     command: str = ""
     machine: Record = field(default_factory=dict)
@@ -77,6 +81,8 @@ class Run:
     twins: tuple[Twin, ...] = ()
     plan: Record | None = None
     sample: str = ""
+    found: Found | None = None
+    """What images.json says."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,9 +110,11 @@ def read_run(folder: Path | str) -> Run:
     notes: list[str] = []
     records = _records(metrics, notes)
     about: dict[str, Any] = {}
+    subject = IMAGES if any("accuracy" in record for record in records) else TEXT  # where no record says
     for record in records:  # a resumed run may say again what it is: the last word counts
         if record["kind"] == "run":
             about.update(record)
+            subject = subject_of(about)
     twins = _twins(about, records)
     plan = _plan(folder / "plan.json", notes)
     settings = about.get("settings")
@@ -131,6 +139,7 @@ def read_run(folder: Path | str) -> Run:
     return Run(
         path=folder,
         name=str(about.get("id") or folder.resolve().name),
+        subject=subject,
         created=str(about.get("created") or ""),
         command=_command(about, summary or {}),
         machine=about["machine"] if isinstance(about.get("machine"), Mapping) else {},
@@ -138,7 +147,8 @@ def read_run(folder: Path | str) -> Run:
         data=_data(about, settings),
         twins=twins,
         plan=plan,
-        sample=_sample(folder / "sample.txt", notes),
+        sample=_sample(folder / "sample.txt", notes) if subject is TEXT else "",
+        found=read_found(folder / IMAGES_FILE, notes) if subject is IMAGES else None,
         notes=tuple(notes),
     )
 
@@ -153,12 +163,6 @@ def number(record: Record, key: str) -> float:
 
 def numbers(records: Iterable[Record], key: str) -> list[float]:
     return [number(record, key) for record in records]
-
-
-def bits_per_byte(record: Record) -> float:
-    """As recorded, or from the loss in nats per byte."""
-    bits = number(record, "bits_per_byte")
-    return bits if math.isfinite(bits) else number(record, "loss") / math.log(2)
 
 
 def guard_lines(twin: Twin) -> list[str]:

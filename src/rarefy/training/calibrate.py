@@ -39,7 +39,7 @@ class Trial:
 
 
 def try_out(
-    make: Callable[[], Twin], data: StepData, *, seconds: float | None, accumulate: int, eval_batches: int
+    make: Callable[[], Twin], data: StepData, *, seconds: float | None, accumulate: int, eval_batches: float
 ) -> Trial:
     """Make a network, take a few steps, and throw it away.
 

@@ -1,8 +1,8 @@
 """A run's folder: its name, what says that it is one, and the files that are written once.
 
 run.yaml (the settings), plan.json (what was decided per layer), metrics.jsonl, latest.json and checkpoints, and at the
-end summary.json, sample.txt, model.safetensors and report.html. run.yaml comes last of those that a resume needs: a
-folder with it is a run.
+end summary.json, sample.txt or images.json, model.safetensors and report.html. run.yaml comes last of those that a
+resume needs: a folder with it is a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from rarefy.files import atomic_write
 
-SETTINGS, PLAN, SUMMARY, SAMPLE = "run.yaml", "plan.json", "summary.json", "sample.txt"
+SETTINGS, PLAN, SUMMARY, SAMPLE, IMAGES = "run.yaml", "plan.json", "summary.json", "sample.txt", "images.json"
 
 
 def choose_folder(run: Path | None, seed: int) -> Path:
@@ -47,9 +47,11 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     atomic_write(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False).encode())
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path, task: str = "text") -> dict[str, Any]:
     """What `write_settings` wrote.
 
+    Args:
+        task: what the run is to be of, for the message that says how to start one.
     Raises:
         ValueError: the folder is no run, or run.yaml is damaged.
     """
@@ -57,7 +59,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = f"it has no {SETTINGS}" if folder.is_dir() else "there is no such folder"
         raise ValueError(
-            f"{folder} is no run that could go on: {what}; start one with rarefy train text --run {folder}"
+            f"{folder} is no run that could go on: {what}; start one with rarefy train {task} --run {folder}"
         )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

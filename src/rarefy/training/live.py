@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rarefy.rewiring.guards import guard_line
+from rarefy.training.subject import TEXT, Subject
 from rarefy.training.twin import StepResult, Twin
 
 PLAIN_EVERY_S = 5.0
@@ -24,11 +24,13 @@ class LiveLine:
 
     Args:
         console: where to; on a terminal the line is redrawn in place.
+        subject: what the run is about.
         plain_every_s: seconds between two lines elsewhere.
     """
 
-    def __init__(self, console: Console, *, plain_every_s: float = PLAIN_EVERY_S) -> None:
+    def __init__(self, console: Console, subject: Subject = TEXT, *, plain_every_s: float = PLAIN_EVERY_S) -> None:
         self.console = console
+        self._subject = subject
         self._plain_every_s = plain_every_s
         self._live: Live | None = None
         self._twins: list[Twin] = []
@@ -78,7 +80,7 @@ class LiveLine:
 
     def evaluated(self, twin: Twin, loss: float) -> None:
         """After every evaluation of every twin."""
-        self._valid[twin.name] = loss / math.log(2)
+        self._valid[twin.name] = self._subject.metric.of({"loss": loss, **twin.assessed})
 
     def end(self) -> None:
         """The last state stays on the screen."""
@@ -93,7 +95,7 @@ class LiveLine:
         self.console.print(Text(self.line()), soft_wrap=True)
 
     def line(self) -> str:
-        """Step, loss, bits per byte (of the last evaluation), tokens/s, density, churn, time left; as much as fits."""
+        """Step, loss, the metric (of the last evaluation), pace, density, churn, time left; as much as fits."""
         width = self.console.width if self.console.is_terminal else None
         full, alone, short = (self._line(beside=True), self._line(), self._line(short=True))
         return next((line for line in (full, alone) if width is None or len(line) < width), short)
@@ -105,14 +107,16 @@ class LiveLine:
             theirs = "".join(f" ({other.name} {value(other.name)})" for other in others) if beside else ""
             return value(twin.name) + theirs
 
-        def bits(name: str) -> str:
-            return f"{self._valid.get(name, self._loss[name] / math.log(2)):.3f}"
+        metric = self._subject.metric
+
+        def judged(name: str) -> str:
+            return metric.show(self._valid[name] if name in self._valid else metric.of({"loss": self._loss[name]}))
 
         parts = [
             f"{'' if short else 'step '}{twin.step:,}/{self._steps:,}",
             f"loss {each(lambda name: f'{self._loss[name]:.3f}')}",
-            f"{each(bits)} bits/byte",
-            f"{each(lambda name: f'{self._tokens_per_step / self._step_s[name]:,.0f}')} tokens/s",
+            f"{each(judged)} {self._subject.short}",
+            f"{each(lambda name: f'{self._tokens_per_step / self._step_s[name]:,.0f}')} {self._subject.item}s/s",
             *([] if short else [f"density {twin.density:.3g}"]),
             f"churn {self._churn:.2f}",
             *([f"{self._warnings} warning{'s' if self._warnings > 1 else ''}"] if self._warnings else []),

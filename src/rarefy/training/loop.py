@@ -5,7 +5,6 @@ Schedules and intervals see steps, never clocks; only the time of a checkpoint f
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rarefy.schedules import Cosine
 from rarefy.training.checkpoint import save_checkpoint
 from rarefy.training.interrupt import Interrupted, StopRequest
 from rarefy.training.log import MetricsLog
+from rarefy.training.subject import BITS_PER_BYTE, Metric
 from rarefy.training.twin import Diverged, StepData, StepResult, Twin
 
 LAST_RATE = 0.1
@@ -39,7 +39,7 @@ class LoopSettings:
     eval_interval: int
     """Steps between two evaluations; there is one after the last step too."""
     tokens_per_step: int
-    """Bytes predicted in an optimizer step."""
+    """Bytes or images that an optimizer step learns from."""
     accumulate: int = 1
     """Micro-batches of an optimizer step."""
     clip: float = 1.0
@@ -64,7 +64,7 @@ class Watcher(Protocol):
         ...
 
     def evaluated(self, twin: Twin, loss: float) -> None:
-        """After every evaluation; nats per byte."""
+        """After every evaluation; mean nats. `twin.assessed` has all that it found."""
         ...
 
 
@@ -82,6 +82,8 @@ class Loop:
     """Where checkpoints go."""
     log: MetricsLog
     watcher: Watcher
+    metric: Metric = BITS_PER_BYTE
+    """What the log says beside a loss."""
 
     def run(self, stop: StopRequest) -> None:
         """Train until the last step.
@@ -164,7 +166,7 @@ class Loop:
                 "train",
                 **about,
                 loss=result.loss,
-                bits_per_byte=result.loss / math.log(2),
+                **self.metric.logged(result.loss),
                 lr=max(twin.rates) * rate,
                 grad_norm=result.grad_norm,
                 tokens=tokens,
@@ -182,7 +184,7 @@ class Loop:
         if twin.step % settings.eval_interval == 0 or twin.step == settings.steps:
             found = twin.assess(self.valid_data)
             loss = found["loss"]
-            self.log.write("eval", **about, **progress, **found, bits_per_byte=loss / math.log(2))
+            self.log.write("eval", **about, **progress, **found, **self.metric.logged(loss))
             self.watcher.evaluated(twin, loss)
 
     def _end(self, reason: str) -> None:

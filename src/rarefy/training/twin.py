@@ -93,8 +93,7 @@ class Twin:
         loss: how far the model is off.
         assess: what an evaluation reports; None: the loss alone.
         seed: of whatever the model draws while it trains (dropout): each step draws from its own seed, so that a
-        resumed run and
-            a network trained alone see the same.
+            resumed run and a network trained alone see the same.
     """
 
     def __init__(
@@ -120,6 +119,8 @@ class Twin:
         self.flops = 0
         """Of training so far, as the loop counts them; they follow the weights that exist at each step."""
         self.clock = Clock()
+        self.assessed: dict[str, float] = {}
+        """What the last evaluation found; empty before the first."""
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.device = next(model.parameters()).device
 
@@ -196,7 +197,8 @@ class Twin:
             for name, mean in self._assess(self.model, inputs.to(self.device), targets.to(self.device)).items():
                 totals[name] = totals.get(name, 0.0) + mean.item() * targets.numel()
             count += targets.numel()
-        return {name: total / count for name, total in totals.items()}
+        self.assessed = {name: total / count for name, total in totals.items()}
+        return self.assessed
 
     def is_finite(self) -> bool:
         """Whether every parameter is a number."""

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 SIDE = 32
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 RECORD = 1 + 3 * SIDE * SIDE
 SHEET_ROWS, SHEET_COLS = 50, 100
 
@@ -87,9 +90,11 @@ def _tiles(path: Path) -> Tensor:
     return tiles.reshape(-1, 3, SIDE, SIDE)
 
 
-def read_picture(path: Path) -> Tensor:
+def read_picture(path: Path, mode: str = "RGB") -> Tensor:
     """(H, W, 3) uint8, of any format that Pillow reads.
 
+    Args:
+        mode: "L" for grey, (H, W).
     Raises:
         ValueError: Pillow is not installed, or the file cannot be read whole.
     """
@@ -99,6 +104,6 @@ def read_picture(path: Path) -> Tensor:
         raise ValueError(f"{path} needs Pillow to be read: pip install 'rarefy[images]'") from error
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB")))
+            return torch.from_numpy(np.array(picture.convert(mode)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error

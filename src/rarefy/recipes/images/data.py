@@ -1,28 +1,28 @@
-"""Labelled images: folders of several layouts, and which images a step or an evaluation sees.
+"""Labelled images, from folders of several layouts and from the Hugging Face hub.
 
 The layout of MNIST:
 
     train-images-idx3-ubyte, train-labels-idx1-ubyte      what is learned from
     t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte        what is judged by
 
-each plain, .gz or .xz. CIFAR-10 in its binary version or in sheets (`cifar`), and folders of pictures (`pictures`).
-Shape letters: N images, B of a batch, C channels, H and W rows and columns of pixels.
+each plain, .gz or .xz, with classes.txt, a name a line, where the classes have names. CIFAR-10 in its binary version or
+in sheets (`cifar`), folders of pictures (`pictures`), and data sets of the Hugging Face hub (`hugging_face`).
+Shape letters: N images, C channels, H and W rows and columns of pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rarefy.recipes.images import cifar, pictures
+from rarefy.recipes.images import cifar, hugging_face, pictures
 from rarefy.recipes.images.idx import read_idx
-from rarefy.sampling import keyed_generator
 
 CLASSES = 10
 
@@ -30,8 +30,14 @@ LAYOUTS = (
     "the files of MNIST or Fashion-MNIST, CIFAR-10's binary version, or pictures as train/CLASS/* and test/CLASS/*"
 )
 
-EVAL_BATCH = 1000
-"""Images that an evaluation looks at together."""
+KNOWN = {
+    "1fe12880064e21a1": (  # Fashion-MNIST, whose files do not say what its classes are
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+}  # fmt: skip
+"""Digest -> names of the classes."""
+
+CLASS_NAMES = "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,14 @@ class ImageSet:
     source: str
     """What was read, in a sentence for people."""
     classes: int = CLASSES
+    given_names: tuple[str, ...] = ()
+    """Of the classes, where the data says; see `names`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, in order of their labels."""
+        known = self.given_names or KNOWN.get(self.digest(), ())
+        return known or tuple(str(label) for label in range(self.classes))
 
     @property
     def shape(self) -> ImageShape:
@@ -90,47 +104,76 @@ class ImageSet:
         return hashed.hexdigest()[:16]
 
 
-def load_images(data: str | None) -> ImageSet:
-    """Read a folder, of whichever layout it has.
+def load_images(data: str | None, *, image_column: str | None = None, label_column: str | None = None) -> ImageSet:
+    """Read a folder, of whichever layout it has, or a data set of the Hugging Face hub.
 
+    Args:
+        data: a folder, hf:NAME or hf:NAME:CONFIGURATION.
+        image_column, label_column: with hf:NAME, which columns to read; None: the obvious ones.
     Raises:
         ValueError: no folder, a file is missing, truncated, of another format or another size than its partner, or a
             label is out of range; with the file.
     """
     if data is None:
-        raise ValueError(f"which images? give a folder with --data FOLDER: {LAYOUTS}")
-    folder, classes = Path(data), CLASSES
+        raise ValueError(f"which images? give a folder with --data FOLDER: {LAYOUTS}; or hf:NAME")
+    if data.startswith("hf:"):
+        parts, names = hugging_face.read(data.removeprefix("hf:"), image_column, label_column)
+        return _image_set(data, parts, len(names), names)
+    if image_column is not None or label_column is not None:
+        raise ValueError("--image-column and --label-column are for --data hf:NAME: a folder has no columns")
+    folder = Path(data)
     if not folder.is_dir():
-        raise ValueError(f"--data {data}: there is no such folder; give one of these: {LAYOUTS}")
+        raise ValueError(f"--data {data}: there is no such folder; give one of these: {LAYOUTS}; or hf:NAME")
     if cifar.is_binary(folder) or cifar.is_sheets(folder):
         read = cifar.read_binary if cifar.is_binary(folder) else cifar.read_sheets
-        held_out = "test"
-        train, valid = (_checked(*read(folder, part), folder / part, classes) for part in ("train", held_out))
-    elif pictures.is_pictures(folder):
+        return _image_set(data, {part: read(folder, part) for part in ("train", "test")}, CLASSES, cifar.NAMES)
+    if pictures.is_pictures(folder):
         test, names = pictures.held_out(folder), pictures.class_names(folder)
-        held_out, classes = test.name, len(names)
-        train, valid = (_checked(*pictures.read_pictures(f, names), f, classes) for f in (folder / "train", test))
-    else:
-        held_out = "t10k"
-        train, valid = (_labelled(folder, part) for part in ("train", held_out))
+        parts = {part.name: pictures.read_pictures(part, names) for part in (folder / "train", test)}
+        return _image_set(data, parts, len(names), tuple(names))
+    if not any(folder.glob("*-ubyte*")):
+        raise ValueError(f"--data {data}: the folder holds no images of a layout that is known: {LAYOUTS}")
+    return _image_set(data, {part: _idx_pair(folder, part) for part in ("train", "t10k")}, CLASSES, _names_in(folder))
+
+
+def _image_set(data: str, parts: Mapping[str, tuple[Tensor, Tensor]], classes: int, names: tuple[str, ...]) -> ImageSet:
+    """Of a part called train and one that is judged by, whose names are said."""
+    (_, train), (held_out, valid) = (
+        (name, _checked(*part, f"{data}, {name}", classes)) for name, part in parts.items()
+    )
     if train.images.shape[1:] != valid.images.shape[1:]:
         raise ValueError(
-            f"{folder}: training images have {tuple(train.images.shape[1:])} pixels and those of {held_out} "
-            f"{tuple(valid.images.shape[1:])}"
+            f"{data}: training images have {tuple(train.images.shape[1:])} pixels and those of {held_out} "
+            f"{tuple(valid.images.shape[1:])}: bring all to one size and number of channels first"
         )
     counts = f"{len(train.labels):,} and {len(valid.labels):,} images"
-    return ImageSet(train, valid, f"{folder}, judged by its {held_out} files ({counts})", classes)
+    what = f"its split {held_out}" if data.startswith("hf:") else f"its {held_out} files"
+    return ImageSet(train, valid, f"{data}, judged by {what} ({counts})", classes, names)
 
 
-def _checked(images: Tensor, labels: Tensor, where: Path, classes: int) -> Labelled:
-    wrong = (labels >= classes).nonzero().flatten()
+def _checked(images: Tensor, labels: Tensor, where: str, classes: int) -> Labelled:
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):
         at = int(wrong[0])
         raise ValueError(f"{where}: label {int(labels[at])} of image {at:,}, and labels are 0 to {classes - 1}")
     return Labelled(images, labels.long())
 
 
-def _labelled(folder: Path, part: str) -> Labelled:
+def _names_in(folder: Path) -> tuple[str, ...]:
+    """Of classes.txt, if there is one."""
+    path = folder / CLASS_NAMES
+    if not path.is_file():
+        return ()
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if len(names) != CLASSES:
+        raise ValueError(f"{path} should name {CLASSES} classes, a line each, and names {len(names)}")
+    return names
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images_path, labels_path = (_find(folder, f"{part}-{what}-ubyte") for what in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.dim() != 3 or not images.numel():
@@ -146,7 +189,7 @@ def _labelled(folder: Path, part: str) -> Labelled:
             f"{labels_path}: label {int(labels[at])} of image {at:,}, at offset {8 + at:,}, and labels are 0 to "
             f"{CLASSES - 1}"
         )
-    return Labelled(images, labels.long())
+    return images, labels
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -155,74 +198,3 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"{folder} has no {name}, plain, .gz or .xz")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageBatches:
-    """Every image once an epoch, in an order of its own. A step's images follow from seed and step alone."""
-
-    data: Labelled
-    scale: tuple[float, float]
-    """Mean and deviation of pixels."""
-    batch: int
-    """Images of a step, B; what does not fill one at the end of an epoch is left out of it."""
-    seed: int
-    """Of orders, shifts and flips."""
-    shift: int = 0
-    """Pixels that an image is moved at most, up or down and left or right; 0: not at all."""
-    flip: bool = False
-    """Whether half of the images, at random, are mirrored left to right."""
-    _order: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    """Of the present epoch, as drawing it takes longer than a step of a small network."""
-
-    def at(self, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
-        """Float images of the set's shape, scaled, and (B,) int64 labels, of step 1, 2, ... ."""
-        per_epoch = len(self.data.labels) // self.batch
-        epoch, place = divmod(step - 1, per_epoch)
-        if epoch not in self._order:
-            self._order.clear()
-            drawn = keyed_generator(self.seed, "epoch", epoch).permutation(len(self.data.labels))
-            self._order[epoch] = torch.from_numpy(drawn)
-        chosen = self._order[epoch][place * self.batch : (place + 1) * self.batch]
-        images = self.data.images[chosen]
-        if self.shift or self.flip:
-            images = self._moved(images, step)
-        return scaled(images, self.scale), self.data.labels[chosen]
-
-    def _moved(self, images: Tensor, step: int) -> Tensor:
-        """Each image moved and mirrored by a draw of its own; what comes in from the edge is 0."""
-        draws = keyed_generator(self.seed, "move", step)
-        B, (H, W), shape = images.shape[0], images.shape[-2:], images.shape
-        x_BCHW = images.reshape(B, -1, H, W)
-        if self.flip:
-            mirrored = torch.from_numpy(draws.integers(2, size=B)).bool()
-            x_BCHW = torch.where(mirrored[:, None, None, None], x_BCHW.flip(3), x_BCHW)
-        if self.shift:
-            s = self.shift
-            down, right = torch.from_numpy(draws.integers(2 * s + 1, size=(2, B, 1)))
-            padded = torch.nn.functional.pad(x_BCHW, (s, s, s, s))
-            rows, cols = (down + torch.arange(H))[:, :, None], (right + torch.arange(W))[:, None, :]
-            moved = padded.permute(0, 2, 3, 1)[torch.arange(B)[:, None, None], rows, cols]
-            x_BCHW = moved.permute(0, 3, 1, 2)
-        return x_BCHW.reshape(shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AllImages:
-    """All images of a part, the same at every evaluation."""
-
-    data: Labelled
-    scale: tuple[float, float]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Up to EVAL_BATCH float images, scaled, and their labels."""
-        for images, labels in zip(
-            torch.split(self.data.images, EVAL_BATCH), torch.split(self.data.labels, EVAL_BATCH), strict=True
-        ):
-            yield scaled(images, self.scale), labels
-
-
-def scaled(images: Tensor, scale: tuple[float, float]) -> Tensor:
-    """uint8 pixels to float32 of mean 0 and deviation 1 over the training images."""
-    mean, deviation = scale
-    return images.float().div_(255).sub_(mean).div_(deviation)

@@ -18,6 +18,7 @@ from rarefy.recipes.execution import make_twin
 from rarefy.recipes.images.data import ImageShape
 from rarefy.recipes.images.settings import ImageSettings
 from rarefy.recipes.optimizers import make_optimizer
+from rarefy.recipes.task import DENSE, SPARSE
 from rarefy.training.twin import Twin
 
 
@@ -62,14 +63,19 @@ def make_sparse(settings: ImageSettings, plan: Plan, image: ImageShape) -> Twin:
     rewirer = sparsify(model, plan)
     optimizer = make_optimizer(model, settings, sparse=True)
     rewirer.attach(optimizer, total_steps=settings.steps)
-    return make_twin("sparse", model, optimizer, rewirer, ImageLoss(settings.label_smoothing), settings, assess)
+    return make_twin(SPARSE, model, optimizer, rewirer, ImageLoss(settings.label_smoothing), settings, assess)
 
 
 def make_dense(settings: ImageSettings, image: ImageShape) -> Twin:
     """The dense network of settled settings."""
     model = make_model(settings, image)
     optimizer = make_optimizer(model, settings, sparse=False)
-    return make_twin("dense", model, optimizer, None, ImageLoss(settings.label_smoothing), settings, assess)
+    return make_twin(DENSE, model, optimizer, None, ImageLoss(settings.label_smoothing), settings, assess)
+
+
+def make(settings: ImageSettings, image: ImageShape, dense: bool) -> Twin:
+    """Either network of settled settings, whose plan says which layers are sparse."""
+    return make_dense(settings, image) if dense else make_sparse(settings, settings.plan, image)
 
 
 _uses: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()

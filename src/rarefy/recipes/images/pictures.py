@@ -11,6 +11,9 @@ from rarefy.recipes.images.cifar import read_picture
 
 HELD_OUT = ("test", "valid", "val")
 
+PASSED_OVER = {"thumbs.db", "desktop.ini"}
+"""What systems leave in folders of pictures, besides hidden files."""
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
@@ -43,8 +46,8 @@ def read_pictures(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
     """(N, 3, H, W) uint8 and (N,) uint8 labels, the place of the class in `names`.
 
     Raises:
-        ValueError: a class has no folder or no picture, there is a class that is not in `names`, a file cannot be read,
-            or has another size than the first.
+        ValueError: a class has no folder or no picture, there is a class that is not in `names`, or a file is no
+            picture, cannot be read, or has another size than the first.
     """
     unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in names)
     if unknown:
@@ -54,9 +57,7 @@ def read_pictures(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
     images: list[Tensor] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        files = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in SUFFIXES)
-        if not files:
-            raise ValueError(f"{folder / name} has no picture ({', '.join(sorted(SUFFIXES))})")
+        files = _files(folder / name)
         for path in files:
             pixels = read_picture(path).permute(2, 0, 1)
             if images and pixels.shape != images[0].shape:
@@ -67,3 +68,16 @@ def read_pictures(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
             images.append(pixels)
             labels.append(label)
     return torch.stack(images), torch.tensor(labels, dtype=torch.uint8)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The pictures of a class, in order. A file that is none is an error: it may be one that was meant to count."""
+    there = [path for path in sorted(folder.glob("*")) if path.name[0] != "." and path.name.lower() not in PASSED_OVER]
+    known = ", ".join(sorted(SUFFIXES))
+    for path in there:
+        if path.is_dir() or path.suffix.lower() not in SUFFIXES:
+            what = "a folder" if path.is_dir() else "no picture by its name"
+            raise ValueError(f"{path} is {what}, and {folder} should hold pictures alone ({known}): move it elsewhere")
+    if not there:
+        raise ValueError(f"{folder} has no picture ({known})")
+    return there

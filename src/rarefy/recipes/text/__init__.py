@@ -4,7 +4,7 @@ The two networks start from the same draw, see the same bytes at every step and 
 turn, so that whatever disturbs the machine disturbs both.
 """
 
-from rarefy.recipes.text.run import Outcome, load_network, resume_text, train_text
 from rarefy.recipes.text.settings import TextSettings
+from rarefy.recipes.text.task import TextTask, load_network
 
-__all__ = ["Outcome", "TextSettings", "load_network", "resume_text", "train_text"]
+__all__ = ["TextSettings", "TextTask", "load_network"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from rarefy.models import GPTConfig
 from rarefy.plan import Plan
@@ -13,7 +12,6 @@ from rarefy.recipes.settings import RunSettings
 from rarefy.training.loop import LoopSettings
 
 DEFAULT_PLAN = Plan(density=0.1, keep_dense=("head",))
-DEFAULT_MINUTES = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +24,6 @@ class TextSettings(RunSettings):
     data: str | None = None
     """Text: a file (plain, .gz, .xz), a folder, or hf:NAME. Without it: the source of Python's standard library."""
 
-    steps: int | None = None
-    """Optimizer steps of each network. Without it: as many as fit into --minutes."""
-
-    minutes: float | None = None
-    """Length of the whole run, all included; becomes a number of steps before training begins. Without it: 3."""
-
     plan: Plan = DEFAULT_PLAN
     """A plan file (YAML): density, method, blocks, which layers. The options below override it."""
 
@@ -40,12 +32,6 @@ class TextSettings(RunSettings):
 
     method: str | None = None
     """How the pattern is found: rigl, set or static, or another method's class name. Without it: the plan's, rigl."""
-
-    measure: bool = True
-    """Time each layer shape first, and leave dense what sparse would slow down on this machine."""
-
-    twin: bool = True
-    """Train the dense twin too."""
 
     width: int = 256
     """Features of a position."""
@@ -101,20 +87,12 @@ class TextSettings(RunSettings):
     eval_bytes: int = 16384
     """Bytes of validation text predicted at each evaluation."""
 
-    slice_steps: int = 5
-    """Steps that one network takes before it is the other's turn."""
-
     sample_bytes: int = 300
     """Bytes of text to write at the end."""
 
     def __post_init__(self) -> None:
-        self._at_least_one("batch", "accumulate", "eval_bytes", "slice_steps")
-        self._positive("minutes")
+        self._at_least_one("batch", "accumulate", "eval_bytes")
         self._not_negative("sample_bytes")
-        if self.steps is not None and self.minutes is not None:
-            raise ValueError(
-                f"steps ({self.steps}) and minutes ({self.minutes:g}) both say how long the run is: give one of them"
-            )
         if self.parametrization == "mup" and self.sparse_lr is not None:
             raise ValueError(
                 f"sparse_lr ({self.sparse_lr:g}) and parametrization mup both say the sparse layers' rate: with mup it "
@@ -143,56 +121,6 @@ class TextSettings(RunSettings):
         """See `RunSettings`."""
         return self.lr if self.parametrization == "mup" else self.lr / 2
 
-    def folded(self) -> Self:
-        """The same settings, said with the plan alone, and with the data's whole path."""
-        data = self.data
-        if data is not None and not data.startswith("hf:"):
-            data = str(Path(data).absolute())
-        return dataclasses.replace(self.with_plan(self.folded_plan()), data=data)
-
-    def settled(self, steps: int) -> Self:
-        """Nothing left open: folded, for a run of `steps`."""
-        if self.minutes is not None:
-            return dataclasses.replace(self, minutes=None).settled(steps)
-        return super().settled(steps).folded()
-
     def loop(self) -> LoopSettings:
         """See `RunSettings`."""
-        return dataclasses.replace(super().loop(), accumulate=self.accumulate, slice_steps=self.slice_steps)
-
-
-def check_same(saved: TextSettings, asked: TextSettings, where: str) -> None:
-    """Whether a run may go on with these settings.
-
-    Raises:
-        ValueError: one differs from what the run has, by name. Everything that a resumed run does follows from them.
-    """
-    if asked.minutes is not None or asked.steps != saved.steps:
-        raise ValueError(fixed_steps(where, saved.steps))
-    for name, here, there in _differences(asked.folded(), saved.folded(), ""):
-        raise ValueError(
-            f"{where} was started with {name} {there!r}, and {here!r} was asked for: --resume goes on "
-            "with a run as it is; leave that out, or start a new run"
-        )
-
-
-def fixed_steps(where: str, steps: int | None) -> str:
-    """Why a run that goes on cannot become longer or shorter."""
-    return (
-        f"{where} has {steps} steps, and its schedules depend on that: leave --steps and --minutes out with --resume, "
-        "or start a new run"
-    )
-
-
-def _differences(here: Any, there: Any, prefix: str) -> list[tuple[str, Any, Any]]:
-    """(name, here, there) of each field that differs, down to nested settings."""
-    found = []
-    for field in dataclasses.fields(here):
-        ours, theirs = getattr(here, field.name), getattr(there, field.name)
-        if ours == theirs:
-            continue
-        if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
-            found += _differences(ours, theirs, f"{prefix}{field.name}.")
-        else:
-            found.append((prefix + field.name, ours, theirs))
-    return found
+        return dataclasses.replace(super().loop(), accumulate=self.accumulate)

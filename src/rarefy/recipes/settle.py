@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from rarefy.models import GPT
 from rarefy.plan import Plan
-from rarefy.recipes.text.networks import DENSE, SPARSE, make_dense, make_sparse, settled_plan
-from rarefy.recipes.text.settings import DEFAULT_MINUTES, TextSettings
-from rarefy.training.batches import Batches, Windows
+from rarefy.recipes.settings import DEFAULT_MINUTES, RunSettings
+from rarefy.recipes.task import DENSE, SPARSE, Task
 from rarefy.training.calibrate import Trial, steps_within, try_out
-from rarefy.training.data import Corpus
 from rarefy.training.twin import Twin
 
 REPORT_S = 4.0
@@ -23,9 +18,6 @@ REPORT_S = 4.0
 
 TRIAL_SHARE = 0.05
 """Of --minutes, to find out what a step takes."""
-
-TOKENS_TO_MEASURE = 2048
-"""Layers are timed on so many rows of input, rounded up to whole windows, or on a micro-batch where that is smaller."""
 
 AT_END = "sparse at its last density"
 """A second trial, where the density moves."""
@@ -37,42 +29,51 @@ Say = Callable[[str], None]
 """Takes a line for people."""
 
 
-def explain(settings: TextSettings, say: Say) -> dict[str, Any]:
+def explain(task: Task, say: Say) -> dict[str, Any]:
     """What the plan means for this network on this machine, as plan.json has it."""
-    model, plan = GPT(settings.gpt()), settings.folded_plan()
-    sample = None
-    if settings.measure and settings.device == "cpu":
+    settings = task.base
+    model, sample = task.sample(settings)
+    timed = settings.measure and settings.device == "cpu"
+    if timed:
         say("timing each layer shape, sparse and dense ...")
-        rows = min(settings.batch, -(-TOKENS_TO_MEASURE // settings.context))
-        sample = torch.zeros(rows, settings.context, dtype=torch.int64)
-    explanation = plan.explain(model, sample, precisions=False)
+    explanation = settings.folded_plan().explain(model, sample if timed else None, precisions=False)
     totals = explanation.totals
-    say(f"{totals['sparse_layers']} of {totals['layers']} linear layers are sparse, density {totals['density']:.3g}")
+    say(
+        f"{totals['sparse_layers']} of {totals['layers']} {task.subject.layers} are sparse, "
+        f"density {totals['density']:.3g}"
+    )
     if slower := [row["name"] for row in explanation.rows if "slower" in row["reason"]]:
         say(f"left dense, as sparse would be slower here: {', '.join(slower)}")
     return explanation.to_json()
 
 
-def settle(
-    settings: TextSettings, layers: list[dict[str, Any]], corpus: Corpus, started: float, say: Say
-) -> tuple[TextSettings, dict[str, Trial]]:
+def settled_plan(plan: Plan, layers: Sequence[Mapping[str, Any]]) -> Plan:
+    """The plan with what was decided, so that nothing is timed again: see `Plan.settled`.
+
+    Args:
+        layers: rows of an `Explanation`, as plan.json has them.
+    """
+    return plan.settled(layers)
+
+
+def settle(task: Task, layers: list[dict[str, Any]], started: float, say: Say) -> tuple[RunSettings, dict[str, Trial]]:
     """Settings with nothing left open, and what a few steps of each network cost."""
-    data, windows = batches(settings, corpus)
+    settings = task.base
+    data, _ = task.feed(settings)
     minutes = settings.minutes if settings.minutes is not None else DEFAULT_MINUTES
-    makers = _trial_makers(settings, layers)
+    makers = _trial_makers(task, layers)
     seconds = TRIAL_SHARE * minutes * 60 / len(makers) if settings.steps is None else None
     if seconds is not None:
         say("timing a few steps ...")
-    eval_batches = -(-windows.num_windows // settings.batch)
+    accumulate, eval_batches = settings.settled(1).loop().accumulate, task.eval_batches(settings)
     trials = {
-        name: try_out(make, data, seconds=seconds, accumulate=settings.accumulate, eval_batches=eval_batches)
+        name: try_out(make, data, seconds=seconds, accumulate=accumulate, eval_batches=eval_batches)
         for name, make in makers.items()
     }
     at_end = trials.pop(AT_END, trials[SPARSE])
     if settings.steps is not None:
         return settings.settled(settings.steps), trials
-    writing_s = trials[SPARSE].eval_s * settings.sample_bytes * settings.context / settings.eval_bytes
-    spare_s = minutes * 60 - (time.monotonic() - started) - REPORT_S - writing_s
+    spare_s = minutes * 60 - (time.monotonic() - started) - REPORT_S - task.ending_s(settings, trials)
 
     def evaluations(steps: int) -> int:
         return -(-steps // (settings.settled(steps).eval_interval or steps))
@@ -92,18 +93,18 @@ def settle(
     return settings.settled(steps), trials
 
 
-def _trial_makers(settings: TextSettings, layers: list[dict[str, Any]]) -> dict[str, Callable[[], Twin]]:
+def _trial_makers(task: Task, layers: list[dict[str, Any]]) -> dict[str, Callable[[], Twin]]:
     """Networks to try a few steps on; the sparse one rewires a layer after every other step."""
+    settings = task.base
     rehearsal = settings.settled(1_000_000)
     plan = settled_plan(rehearsal.plan, layers)
     often = dataclasses.replace(plan.method, interval=2 * max(1, _num_sparse(layers)), begin=0, end=None, stagger=True)
-    makers: dict[str, Callable[[], Twin]] = {
-        SPARSE: lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 0.0)
-    }
+    restless = dataclasses.replace(rehearsal, plan=dataclasses.replace(plan, method=often))
+    makers: dict[str, Callable[[], Twin]] = {SPARSE: lambda: _held(task.make(restless, dense=False), 0.0)}
     if settings.steps is None and plan.density_at(0.0) != plan.density_at(1.0):
-        makers[AT_END] = lambda: _held(make_sparse(rehearsal, dataclasses.replace(plan, method=often)), 1.0)
+        makers[AT_END] = lambda: _held(task.make(restless, dense=False), 1.0)
     if settings.twin:
-        makers[DENSE] = lambda: make_dense(rehearsal)
+        makers[DENSE] = lambda: task.make(rehearsal, dense=True)
     return makers
 
 
@@ -130,12 +131,3 @@ def _share_of_end(plan: Plan, steps: int) -> float:
 
 def _num_sparse(layers: list[dict[str, Any]]) -> int:
     return sum(row["kind"] == "sparse" for row in layers)
-
-
-def batches(settings: TextSettings, corpus: Corpus) -> tuple[Batches, Windows]:
-    """What both networks train on, and what both are judged by."""
-    shape = {"context": settings.context, "batch": settings.batch}
-    return (
-        Batches(text=corpus.train, seed=settings.seed, **shape),
-        Windows(text=corpus.valid, wanted_bytes=settings.eval_bytes, **shape),
-    )

@@ -1,44 +1,36 @@
-"""A text run from settings to what it leaves behind, fresh or resumed."""
+"""A run from settings to what it leaves behind, fresh or resumed, whatever it is about."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rarefy.files import atomic_write, load_into, save
-from rarefy.models import GPT, generate
-from rarefy.recipes.text.networks import (
-    DENSE,
-    SPARSE,
-    describe,
-    flops_per_token,
-    make_dense,
-    make_sparse,
-    make_twins,
-    settled_plan,
-)
-from rarefy.recipes.text.settings import TextSettings, check_same
-from rarefy.recipes.text.settle import batches, explain, settle
+from rarefy.nn import SparseLayer, SparseLowRank
+from rarefy.recipes.settings import RunSettings, check_same
+from rarefy.recipes.settle import explain, settle, settled_plan
+from rarefy.recipes.task import DENSE, Ending, Task
 from rarefy.rewiring import GuardWarning
 from rarefy.settings import from_plain, to_plain
 from rarefy.training.checkpoint import latest, load_checkpoint
-from rarefy.training.data import Corpus, load_corpus
-from rarefy.training.folder import SAMPLE, SETTINGS, SUMMARY, read_plan, read_settings, write_plan, write_settings
+from rarefy.training.folder import SETTINGS, SUMMARY, read_plan, read_settings, write_plan, write_settings
 from rarefy.training.interrupt import StopRequest
 from rarefy.training.log import METRICS, MetricsLog, cut_log
 from rarefy.training.loop import Loop, Watcher
 from rarefy.training.machine import check_device, machine, peak_memory_bytes
+from rarefy.training.subject import Subject, subject_of
 from rarefy.training.twin import Diverged, Twin
 
-PROMPT_BYTES = 48
-"""Of the validation text, to begin the sample with."""
+S = TypeVar("S", bound=RunSettings)
 
 
 class Listener(Watcher, Protocol):
@@ -62,19 +54,23 @@ class Outcome:
     """A finished run."""
 
     folder: Path
-    prompt: bytes
-    sample: bytes
-    """What the sparse network wrote after the prompt."""
+    ending: Ending
     summary: dict[str, Any]
     """What summary.json says."""
 
 
-def train_text(
-    settings: TextSettings, folder: Path, listener: Listener, *, command: list[str] | None = None
+def train(
+    kind: type[Task[Any]],
+    settings: RunSettings,
+    folder: Path,
+    listener: Listener,
+    *,
+    command: list[str] | None = None,
 ) -> Outcome:
     """A new run.
 
     Args:
+        kind: of the task, which reads the data when it is made.
         folder: of the run; created once training can begin.
         command: the command line that asked for it, for the summary.
     Raises:
@@ -86,41 +82,42 @@ def train_text(
     check_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    corpus = load_corpus(settings.data, context=settings.context)
-    listener.say(f"text: {corpus.source}")
-    explanation = explain(settings, listener.say)
-    settings, trials = settle(settings, explanation["layers"], corpus, started, listener.say)
-    twins = make_twins(settings, settled_plan(settings.plan, explanation["layers"]))
+    task = kind(settings)
+    listener.say(f"{task.name}: {task.source}")
+    explanation = explain(task, listener.say)
+    settled, trials = settle(task, explanation["layers"], started, listener.say)
+    twins = make_twins(task, settled, explanation["layers"])
 
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(folder, explanation)
     with MetricsLog(folder) as log:
-        about = [describe(twin, _gpt(twin), trials[twin.name].training_bytes) for twin in twins]
         log.write(
             "run",
             id=folder.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine(),
-            twins=about,
-            data={"source": corpus.source, "digest": corpus.digest()},
+            twins=[describe(task, twin, trials[twin.name].training_bytes) for twin in twins],
+            data={"source": task.source, "digest": task.data.digest},
             command=command or [],
-            settings=to_plain(settings),
+            settings=to_plain(settled),
+            **task.about(),
         )
-    write_settings(folder, to_plain(settings))
-    return _go(settings, folder, corpus, twins, listener, started)
+    write_settings(folder, to_plain(settled))
+    return _go(task, settled, folder, twins, listener, started)
 
 
-def resume_text(folder: Path, listener: Listener, *, asked: TextSettings | None = None) -> Outcome:
+def resume(kind: type[Task[Any]], folder: Path, listener: Listener, *, asked: RunSettings | None = None) -> Outcome:
     """Go on with a run from its last checkpoint, or its start; on the CPU bit for bit as if it had never stopped.
 
     Args:
         asked: settings that the user insists on; they must be the run's.
     Raises:
-        ValueError: no run, other settings, other text, a damaged checkpoint, or the run is finished.
-        OSError, Interrupted: as `train_text`.
+        ValueError: no run, one about something else, other settings, other data, a damaged checkpoint, or the run is
+            finished.
+        OSError, Interrupted: as `train`.
     """
     started = time.monotonic()
-    settings = read_run_settings(folder)
+    settings = read_run_settings(kind, folder)
     if asked is not None:
         check_same(settings, asked, str(folder))
     done = latest(folder)
@@ -129,24 +126,33 @@ def resume_text(folder: Path, listener: Listener, *, asked: TextSettings | None 
     assert settings.threads is not None
     check_device(settings.device)
     torch.set_num_threads(settings.threads)
-    corpus = load_corpus(settings.data, context=settings.context)
+    task = kind(settings)
     before = run_record(folder)["data"]
-    if corpus.digest() != before["digest"]:
+    if task.data.digest != before["digest"]:
         raise ValueError(
-            f"the text is not what {folder} was started with: then {before['source']}; now {corpus.source}. "
-            "Put it back, or start a new run"
+            f"the {task.name} {'are' if task.name.endswith('s') else 'is'} not what {folder} was started with: then "
+            f"{before['source']}; now {task.source}. Put it back, or start a new run"
         )
-    twins = make_twins(settings, settled_plan(settings.plan, read_plan(folder)))
+    twins = make_twins(task, settings, read_plan(folder))
     load_checkpoint(folder, twins)
     cut_log(folder, {twin.name: twin.step for twin in twins})
-    listener.say(f"text: {corpus.source}")
+    listener.say(f"{task.name}: {task.source}")
     listener.say(f"going on with {folder} after step {min(twin.step for twin in twins):,} of {settings.steps:,}")
-    return _go(settings, folder, corpus, twins, listener, started)
+    return _go(task, settings, folder, twins, listener, started)
 
 
-def read_run_settings(folder: Path) -> TextSettings:
-    """The settings of a run. Raises ValueError when the folder is none or they are damaged."""
-    return from_plain(TextSettings, read_settings(folder), where=str(folder / SETTINGS))
+def read_run_settings(kind: type[Task[Any]], folder: Path) -> Any:
+    """The settings of a run. Raises ValueError when the folder is none, or one about something else, or damaged."""
+    data = read_settings(folder, kind.subject.name)
+    check_subject(folder, kind.subject)
+    return from_plain(kind.settings_class, data, where=str(folder / SETTINGS))
+
+
+def check_subject(folder: Path, subject: Subject) -> None:
+    """Raises ValueError when the run in the folder is about something else, or its log is damaged."""
+    found = subject_of(run_record(folder))
+    if found is not subject:
+        raise ValueError(f"{folder} is a run of rarefy train {found.name}, and one of {subject.name} is needed here")
 
 
 def run_record(folder: Path) -> dict[str, Any]:
@@ -165,42 +171,74 @@ def run_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_network(folder: Path, name: str = SPARSE) -> GPT:
-    """A run's network as its last checkpoint has it.
+def load_twin(folder: Path, settings: S, name: str, make: Callable[[S, bool], Twin]) -> Twin:
+    """A run's network, with its engine, as its last checkpoint has it.
 
+    Args:
+        settings: the run's.
+        make: settings, whether dense -> the network before its first step.
     Raises:
-        ValueError: the folder is no run, it has no checkpoint of that network, or the file is damaged.
+        ValueError: the run has no checkpoint of that network, or the file is damaged.
     """
-    settings = read_run_settings(folder)
     entries = latest(folder)
     if not entries:
         raise ValueError(f"{folder} has no checkpoint yet")
     if name not in entries:
         raise ValueError(f"{folder} has no {name} network; it has: {', '.join(entries)}")
+    if name != DENSE:
+        settings = _decided(settings, read_plan(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuardWarning)  # of training, which is over
-        twin = (
-            make_dense(settings)
-            if name == DENSE
-            else make_sparse(settings, settled_plan(settings.plan, read_plan(folder)))
-        )
+        twin = make(settings, name == DENSE)
     load_into(folder / entries[name]["file"], twin.model, rewirer=twin.rewirer)
-    return _gpt(twin)
+    return twin
 
 
 # -- steps of a run -------------------------------------------------------------------------------------------------
 
 
-def _gpt(twin: Twin) -> GPT:
-    assert isinstance(twin.model, GPT)
-    return twin.model
+def make_twins(task: Task[S], settings: S, layers: Sequence[Mapping[str, Any]]) -> list[Twin]:
+    """Both networks of a settled run, or the sparse one alone, ready for their first step.
+
+    Args:
+        layers: of plan.json: what was decided.
+    """
+    twins = [task.make(_decided(settings, layers), dense=False)]
+    return [*twins, task.make(settings, dense=True)] if settings.twin else twins
+
+
+def _decided(settings: S, layers: Sequence[Mapping[str, Any]]) -> S:
+    return dataclasses.replace(settings, plan=settled_plan(settings.plan, layers))
+
+
+def describe(task: Task, twin: Twin, training_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """A twin's entry in the run record.
+
+    parameters: entries of all weights as if dense; nonzeros: those that exist and train; density: of the sparse layers;
+    flops_per_token: forward and backward, of a byte or an image. All before the first step: where the density
+    moves, the log has how it goes on. frozen_from: the last step after which the pattern may change, 0 if never, None
+    without a pattern.
+    """
+    modules = list(twin.model.modules())
+    nonzeros = sum(p.numel() for p in twin.model.parameters())
+    absent = sum(m.out_features * m.in_features - m.values.numel() for m in modules if isinstance(m, SparseLayer))
+    absent -= sum(m.a.numel() + m.b.numel() for m in modules if isinstance(m, SparseLowRank))
+    return {
+        "name": twin.name,
+        "parameters": nonzeros + absent,
+        "nonzeros": nonzeros,
+        "density": twin.density,
+        "flops_per_token": task.flops_per_token(twin.model),
+        "training_bytes": dict(training_bytes),
+        "frozen_from": None if twin.rewirer is None else twin.rewirer.end if twin.rewirer.method.rewires else 0,
+    }
 
 
 def _go(
-    settings: TextSettings, folder: Path, corpus: Corpus, twins: list[Twin], listener: Listener, started: float
+    task: Task[Any], settings: RunSettings, folder: Path, twins: list[Twin], listener: Listener, started: float
 ) -> Outcome:
     """Train to the end, then write what a finished run leaves."""
-    data, windows = batches(settings, corpus)
+    data, valid = task.feed(settings)
     assert settings.steps is not None
     listener.begin(twins, settings.steps, settings.tokens_per_step)
     try:
@@ -208,22 +246,23 @@ def _go(
             Loop(
                 twins=twins,
                 train_data=data,
-                valid_data=windows,
+                valid_data=valid,
                 settings=settings.loop(),
-                flops_per_token=lambda twin: flops_per_token(_gpt(twin)),
+                flops_per_token=lambda twin: task.flops_per_token(twin.model),
                 folder=folder,
                 log=log,
                 watcher=listener,
+                metric=task.metric,
             ).run(stop)
     except Diverged as error:
         raise Diverged(f"{error}, and training stopped. {_last_good(folder)}. {_advice(settings)}") from error
     except OSError as error:
         raise OSError(
-            f"{error}. {_last_good(folder)}: rarefy train text --resume {folder} goes on from there"
+            f"{error}. {_last_good(folder)}: rarefy train {task.name} --resume {folder} goes on from there"
         ) from error
     finally:
         listener.end()
-    return _finish(settings, folder, corpus, twins, started)
+    return _finish(task, settings, folder, twins, started)
 
 
 def _last_good(folder: Path) -> str:
@@ -233,7 +272,7 @@ def _last_good(folder: Path) -> str:
     return f"The last checkpoint, of step {min(entry['step'] for entry in entries.values()):,}, is whole"
 
 
-def _advice(settings: TextSettings) -> str:
+def _advice(settings: RunSettings) -> str:
     values = "" if settings.sparse_lr is None else f"{settings.sparse_lr:g} for sparse values, "
     return (
         f"Start again with a lower --lr (it was {settings.lr:g}, {values}"
@@ -243,12 +282,9 @@ def _advice(settings: TextSettings) -> str:
     )
 
 
-def _finish(settings: TextSettings, folder: Path, corpus: Corpus, twins: list[Twin], started: float) -> Outcome:
-    model = _gpt(twins[0])
-    prompt = bytes(corpus.valid[: min(PROMPT_BYTES, settings.context)].tolist())
-    sample = generate(model, prompt, settings.sample_bytes, seed=settings.seed)
-    atomic_write(folder / SAMPLE, prompt + sample)
-    save(model, folder / "model.safetensors")
+def _finish(task: Task[Any], settings: RunSettings, folder: Path, twins: list[Twin], started: float) -> Outcome:
+    ending = task.end(_decided(settings, read_plan(folder)), folder, twins)
+    save(twins[0].model, folder / "model.safetensors")
     summary = {
         "command": run_record(folder).get("command", []),
         "id": folder.name,
@@ -261,4 +297,4 @@ def _finish(settings: TextSettings, folder: Path, corpus: Corpus, twins: list[Tw
         "wall_s": time.monotonic() - started,
     }
     atomic_write(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    return Outcome(folder=folder, prompt=prompt, sample=sample, summary=summary)
+    return Outcome(folder=folder, ending=ending, summary=summary)
