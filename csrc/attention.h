@@ -1,5 +1,5 @@
 // Causal attention, forward and backward, straight from and into the layout of a fused projection: q, k and v are
-// qkv[token][0..2][head][dim]. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of
+// qkv[token][0..2][head][dim], float32 or bfloat16, which is widened while it is packed: arithmetic is float32. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of
 // rows. Scores of a block of queries are kept for a strip of keys, so that their softmax sees them once; past a strip it
 // goes on online. Memory is O(tokens * dim) a thread.
 //
@@ -70,14 +70,15 @@ struct Team {
   }
 };
 
-// `count` rows of `dim` floats, each padded with zeros to whole vectors, and `spare` rows of zeros.
-inline void pack_rows(const float *source, int64_t stride, int64_t count, int64_t spare, int64_t dim, const Rows target) {
+// `count` rows of `dim` numbers, each padded with zeros to whole vectors, and `spare` rows of zeros.
+template <class T>
+void pack_rows(const T *source, int64_t stride, int64_t count, int64_t spare, int64_t dim, const Rows target) {
   for (int64_t r = 0; r < count; ++r) {
-    const float *from = source + r * stride;
+    const T *from = source + r * stride;
     float *to = target.row(r);
     int64_t f = 0;
     for (; f + VL <= dim; f += VL) store(to + f, load_any(from + f));
-    for (; f < target.stride; ++f) to[f] = f < dim ? from[f] : 0.0f;
+    for (; f < target.stride; ++f) to[f] = f < dim ? widen(from[f]) : 0.0f;
   }
   for (int64_t r = count; r < count + spare; ++r) {
     for (int64_t f = 0; f < target.stride; f += VL) store(target.row(r) + f, vec{});
@@ -95,16 +96,19 @@ inline void stream(float *p, vec v) {
 }
 
 // The reverse, times `scale`.
-inline void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, float *target, int64_t stride) {
+template <class T>
+void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, T *target, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     const float *from = source.row(r);
-    float *to = target + r * stride;
+    T *to = target + r * stride;
     int64_t f = 0;
-    if (reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0) {
-      for (; f + VL <= dim; f += VL) stream(to + f, load(from + f) * broadcast(scale));
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0) {
+        for (; f + VL <= dim; f += VL) stream(to + f, load(from + f) * broadcast(scale));
+      }
     }
     for (; f + VL <= dim; f += VL) store_any(to + f, load(from + f) * broadcast(scale));
-    for (; f < dim; ++f) to[f] = from[f] * scale;
+    for (; f < dim; ++f) narrow_to(to + f, from[f] * scale);
   }
 }
 
@@ -157,8 +161,8 @@ inline ForwardBuffers carve_forward(Carver &carver, const Heads &h) {
 }
 
 // out and lse of the queries [q0, q1) of a pair.
-inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *queries, int64_t q0, int64_t q1,
-                          float *out, float *lse) {
+template <class T>
+void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, int64_t q0, int64_t q1, T *out, float *lse) {
   constexpr int64_t kStride = kForwardStrip + 16;  // an odd number of cache lines
   const int64_t count = q1 - q0, width = h.width(), vectors = width / VL;
   const Rows q = {b.queries, width}, o = {b.out, width}, v = {b.values, width};
@@ -250,8 +254,9 @@ inline void forward_block(const Heads &h, const ForwardBuffers &b, const float *
   }
 }
 
-int attention_forward(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
-                      int64_t dim, int threads) {
+template <class T>
+int attention_forward(const T *qkv, T *out, float *lse, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                      int threads) {
   const Heads h = {batch, tokens, heads, dim};
   const int64_t blocks = ceil_div(tokens, kQueries), stride = 3 * heads * dim;
   threads = int(max64(1, min64(threads, h.pairs() * blocks)));
@@ -273,7 +278,7 @@ int attention_forward(const float *qkv, float *out, float *lse, int64_t batch, i
     together.values = common.values;
     share_pairs(h.pairs(), heads, team_size, &next, [&](int64_t pair, const Team team) {
       const ForwardBuffers &b = team.size > 1 ? together : alone;
-      const float *q = qkv + h.qkv_at(pair), *k = q + heads * dim, *v = k + heads * dim;
+      const T *q = qkv + h.qkv_at(pair), *k = q + heads * dim, *v = k + heads * dim;
       for (int64_t p = 0; p < h.panels(); ++p) {
         if (!team.owns(p)) continue;
         const int64_t t = p * kKeyPanel, count = min64(kKeyPanel, tokens - t);
@@ -387,13 +392,14 @@ inline void backward_keys(const Heads &h, const BackwardBuffers &b, int64_t j0, 
   }
 }
 
-inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float *dout, const float *qkv,
-                          const float *out, const float *lse, float *dqkv, int64_t chunk, const Team team) {
+template <class T>
+void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, const T *qkv, const T *out, const float *lse,
+                   T *dqkv, int64_t chunk, const Team team) {
   const int64_t tokens = h.tokens, dim = h.dim, width = h.width(), apart = h.heads * dim, stride = 3 * apart;
   for (int64_t panel = 0; panel < h.panels(); ++panel) {
     if (!team.owns(panel)) continue;
     const int64_t t = panel * kKeyPanel, count = min64(kKeyPanel, tokens - t), spare = t + kKeyPanel >= tokens ? kSpareRows : 0;
-    const float *q = qkv + t * stride;
+    const T *q = qkv + t * stride;
     pack_rows(q, stride, count, spare, dim, {b.q + t * width, width});
     pack_rows(q + apart, stride, count, spare, dim, {b.k + t * width, width});
     pack<kTileVectors>(q + apart, stride, count, 0, dim, b.k_panels + t * dim);
@@ -404,11 +410,12 @@ inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float 
       for (int i = 0; i < VL; ++i) {
         sums[i] = vec{};
         if (r0 + i >= count) continue;
-        const float *gradient = b.dout + (t + r0 + i) * width, *result = out + (t + r0 + i) * apart;
+        const float *gradient = b.dout + (t + r0 + i) * width;
+        const T *result = out + (t + r0 + i) * apart;
         int64_t f = 0;
         for (; f + VL <= dim; f += VL) sums[i] += load(gradient + f) * load_any(result + f);
         float rest = 0.0f;
-        for (; f < dim; ++f) rest += gradient[f] * result[f];
+        for (; f < dim; ++f) rest += gradient[f] * widen(result[f]);
         sums[i][0] += rest;
       }
       store(b.shift + t + r0, reduce(sums));
@@ -437,15 +444,16 @@ inline void backward_pair(const Heads &h, const BackwardBuffers &b, const float 
   for (int64_t panel = 0; panel < h.panels(); ++panel) {
     if (!team.owns(panel)) continue;
     const int64_t t = panel * kKeyPanel, count = min64(kKeyPanel, tokens - t);
-    float *to = dqkv + t * stride;
+    T *to = dqkv + t * stride;
     unpack_rows({b.dq + t * width, width}, h.scale(), count, dim, to, stride);
     unpack_rows({b.dk + t * width, width}, h.scale(), count, dim, to + apart, stride);
     unpack_rows({b.dv + t * width, width}, 1.0f, count, dim, to + 2 * apart, stride);
   }
 }
 
-int attention_backward(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
-                       int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
+template <class T>
+int attention_backward(const T *dout, const T *qkv, const T *out, const float *lse, T *dqkv, int64_t batch, int64_t tokens,
+                       int64_t heads, int64_t dim, int threads) {
   const Heads h = {batch, tokens, heads, dim};
   threads = int(max64(1, min64(threads, h.pairs() * ceil_div(tokens, kQueries))));
   const int64_t chunk = alone_pairs(h.pairs(), threads) < h.pairs() ? 4 * threads * kQueries : kQueries;

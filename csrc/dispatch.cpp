@@ -265,28 +265,29 @@ int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x,
   return kernels->norm_backward(norm, dy, x, y, dx, dresidual, dweight, dbias, thread_count(threads));
 }
 
-int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
-                         int64_t head_dim, int threads) {
+int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens, int64_t heads,
+                     int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
   const int64_t rows = batch * tokens * heads, size = rows * head_dim;
   if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
   if (missing(qkv, size) || missing(out, size) || missing(lse, rows)) return RAREFY_BAD_ARGUMENT;
-  return kernels->attention(qkv, out, lse, batch, tokens, heads, head_dim, thread_count(threads));
+  return kernels->attention(qkv, out, lse, half != 0, batch, tokens, heads, head_dim, thread_count(threads));
 }
 
-int rarefy_attention_backward_f32(const float *dout, const float *qkv, const float *out, const float *lse, float *dqkv,
-                                  int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
+int rarefy_attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv, int32_t half,
+                              int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
   const int64_t rows = batch * tokens * heads, size = rows * head_dim;
   if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
-  if (missing(dout, size) || missing(qkv, size) || missing(out, size) || missing(lse, rows) || missing(dqkv, size)) {
+  if (missing(qkv, size) || missing(out, size) || missing(lse, rows) || missing(dout, size) || missing(dqkv, size)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, thread_count(threads));
+  return kernels->attention_backward(dout, qkv, out, lse, dqkv, half != 0, batch, tokens, heads, head_dim,
+                                     thread_count(threads));
 }
 
 int64_t rarefy_probe(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads) {

@@ -165,6 +165,25 @@ int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const fl
                                    threads);
 }
 
+int attention(const void *qkv, void *out, float *lse, bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+              int threads) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    return attention_forward(static_cast<const T *>(qkv), static_cast<T *>(out), lse, batch, tokens, heads, dim, threads);
+  };
+  return half ? run(bf16()) : run(float());
+}
+
+int attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv, bool half,
+                       int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    return attention_backward<T>(static_cast<const T *>(dout), static_cast<const T *>(qkv), static_cast<const T *>(out), lse,
+                                 static_cast<T *>(dqkv), batch, tokens, heads, dim, threads);
+  };
+  return half ? run(bf16()) : run(float());
+}
+
 Norm norm_of(const rarefy_norm &n) {
   return {n.rows, n.channels, n.half != 0, n.relu != 0, n.training != 0, n.eps, n.weight, n.bias, n.mean, n.var};
 }
@@ -196,7 +215,7 @@ int norm_backward(const rarefy_norm *n, const void *dy, const void *x, const voi
 #define RAREFY_JOIN_(a, b) a##b
 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
-                            attention_forward,          attention_backward, convolve, convolve_backward,
+                            attention,                  attention_backward, convolve, convolve_backward,
                             norm_forward,               norm_backward,      probe};
 
 }  // namespace

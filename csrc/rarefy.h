@@ -144,16 +144,17 @@ RAREFY_API int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const
 RAREFY_API int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x, const void *y, void *dx,
                                     void *dresidual, float *dweight, float *dbias, int threads);
 
-/* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim).
+/* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim). qkv, out and
+ * their gradients hold bfloat16 if `half`, else float32; arithmetic is float32.
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);
  * lse (batch, heads, tokens): the natural logarithm of each softmax's denominator, which the backward pass needs.
  * head_dim >= 1, unless there are no rows at all. Scratch is O(tokens * head_dim) a thread. */
-RAREFY_API int rarefy_attention_f32(const float *qkv, float *out, float *lse, int64_t batch, int64_t tokens,
-                                    int64_t heads, int64_t head_dim, int threads);
+RAREFY_API int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens,
+                                int64_t heads, int64_t head_dim, int threads);
 /* dqkv, all of it, from dout, which has out's shape. */
-RAREFY_API int rarefy_attention_backward_f32(const float *dout, const float *qkv, const float *out, const float *lse,
-                                             float *dqkv, int64_t batch, int64_t tokens, int64_t heads,
-                                             int64_t head_dim, int threads);
+RAREFY_API int rarefy_attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv,
+                                         int32_t half, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                                         int threads);
 
 /* The transposed index by counting sort, in O(num_units + rows + cols). cols and t_rows have index_bytes each.
  * t_crow: num_unit_cols + 1, t_rows and t_perm: crow[num_unit_rows]. RAREFY_BAD_ARGUMENT if a column is out of range. */

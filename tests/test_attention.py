@@ -320,24 +320,27 @@ def test_a_gpt_computes_what_it_computes_with_torchs_attention():
 
 @pytest.mark.skipif(not KERNELS, reason="no compiled kernels here")
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 50, 2, 7), (1, 97, 3, 32)], ids=str)
-def test_only_the_outputs_are_written_and_wholly(name, shape):
-    """At addresses that are no more than 4-byte aligned, between guards."""
-    qkv, dout = (torch.cat([torch.zeros(1), t.flatten()])[1:].view_as(t) for t in inputs(shape))
+def test_only_the_outputs_are_written_and_wholly(name, shape, dtype):
+    """At addresses that are no more aligned than an element, between guards."""
+    qkv, dout = (torch.cat([torch.zeros(1, dtype=dtype), t.flatten()])[1:].view_as(t) for t in inputs(shape, dtype))
     B, T, H, c = shape
-    rooms = [torch.full((count + 66,), math.nan) for count in (B * T * H * c, B * H * T, 3 * B * T * H * c)]
+    counts = ((B * T * H * c, dtype), (B * H * T, torch.float32), (3 * B * T * H * c, dtype))
+    rooms = [torch.full((count + 66,), math.nan, dtype=kind) for count, kind in counts]
     out, lse, dqkv = (room[33:-33] for room in rooms)
+    half = dtype == torch.bfloat16
     with using(name):
         pointers = [t.data_ptr() for t in (qkv, out, lse)]
-        library.call("rarefy_attention_f32", *pointers, B, T, H, c, 2)
+        library.call("rarefy_attention", *pointers, half, B, T, H, c, 2)
         pointers = [t.data_ptr() for t in (dout, qkv, out, lse, dqkv)]
-        library.call("rarefy_attention_backward_f32", *pointers, B, T, H, c, 2)
+        library.call("rarefy_attention_backward", *pointers, half, B, T, H, c, 2)
     for room in rooms:
         assert room[:33].isnan().all() and room[-33:].isnan().all()
-    wanted = exact(qkv, dout)
-    close(out.view(B, T, H, c), wanted.out, wanted.out_bound)
+    wanted, rounding = exact(qkv, dout), torch.finfo(dtype).eps / EPS
+    close(out.view(B, T, H, c), wanted.out, wanted.out_bound * rounding)
     close(lse.view(B, H, T), wanted.lse, wanted.lse_bound)
-    close(dqkv.view_as(qkv), wanted.dqkv, wanted.dqkv_bound)
+    close(dqkv.view_as(qkv), wanted.dqkv, wanted.dqkv_bound * rounding)
 
 
 @pytest.mark.skipif(not KERNELS, reason="no compiled kernels here")
@@ -346,10 +349,10 @@ def test_bad_arguments_are_refused():
     assert isinstance(loaded, ctypes.CDLL)
     qkv, out, lse = torch.zeros(1, 2, 3, 1, 4), torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2)
     good = (qkv.data_ptr(), out.data_ptr(), lse.data_ptr())
-    assert loaded.rarefy_attention_f32(*good, 1, 2, 1, 4, 1) == 0
+    assert loaded.rarefy_attention(*good, 0, 1, 2, 1, 4, 1) == 0
     for sizes in ((-1, 2, 1, 4), (1, -2, 1, 4), (1, 2, 1, -4), (1, 2, 1, 0)):
-        assert loaded.rarefy_attention_f32(*good, *sizes, 1) == -1
+        assert loaded.rarefy_attention(*good, 0, *sizes, 1) == -1
     for missing in range(3):
         pointers = [None if at == missing else p for at, p in enumerate(good)]
-        assert loaded.rarefy_attention_f32(*pointers, 1, 2, 1, 4, 1) == -1
-    assert loaded.rarefy_attention_backward_f32(None, *good, None, 1, 2, 1, 4, 1) == -1
+        assert loaded.rarefy_attention(*pointers, 0, 1, 2, 1, 4, 1) == -1
+    assert loaded.rarefy_attention_backward(None, *good, None, 0, 1, 2, 1, 4, 1) == -1

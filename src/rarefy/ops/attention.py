@@ -95,31 +95,29 @@ for _name, _function in (("causal_attention", _forward), ("causal_attention_back
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 
-# Half precision is converted at the border: less work than the products that it saves (docs/log.md).
-
-
-def _f32(tensor: Tensor) -> Tensor:
-    """Contiguous fp32, in memory that is reused. No copy for what already is."""
-    if tensor.dtype == torch.float32:
+def _readable(tensor: Tensor) -> Tensor:
+    """Contiguous, in a dtype that the kernel reads: float16 is converted, in memory that is reused."""
+    if tensor.dtype in (torch.float32, torch.bfloat16):
         return tensor.contiguous()
     return empty(1, tensor.numel()).view(tensor.shape).copy_(tensor)
 
 
 def _kernel(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, c = qkv.shape
-    wide = _f32(qkv)
-    out, lse = empty(B * T, H * c).view(B, T, H, c), wide.new_empty(B, H, T)
-    pointers = (wide.data_ptr(), out.data_ptr(), lse.data_ptr())
-    call("rarefy_attention_f32", *pointers, B, T, H, c, torch.get_num_threads())
+    read = _readable(qkv)
+    out, lse = empty(B * T, H * c, read.dtype).view(B, T, H, c), qkv.new_empty(B, H, T, dtype=torch.float32)
+    pointers = (read.data_ptr(), out.data_ptr(), lse.data_ptr())
+    call("rarefy_attention", *pointers, read.dtype == torch.bfloat16, B, T, H, c, torch.get_num_threads())
     return out.to(qkv.dtype), lse
 
 
 def _kernel_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     B, T, _, H, c = qkv.shape
-    dqkv = empty(B * T, 3 * H * c).view(qkv.shape)
-    inputs = [_f32(tensor) for tensor in (dout, qkv, out)]
+    inputs = [_readable(tensor.to(qkv.dtype)) for tensor in (dout, qkv, out)]
+    dtype = inputs[1].dtype
+    dqkv = empty(B * T, 3 * H * c, dtype).view(qkv.shape)
     pointers = (*(tensor.data_ptr() for tensor in inputs), lse.contiguous().data_ptr(), dqkv.data_ptr())
-    call("rarefy_attention_backward_f32", *pointers, B, T, H, c, torch.get_num_threads())
+    call("rarefy_attention_backward", *pointers, dtype == torch.bfloat16, B, T, H, c, torch.get_num_threads())
     return dqkv.to(qkv.dtype)
 
 
