@@ -79,7 +79,7 @@ FIELDS = ("bf16_dot", "bf16_tiles", "l2_read", "l2_copy", "memory_read", "memory
 
 
 def vectors(isa: str) -> str:
-    """The instruction set of an instruction set's fp32 arithmetic: "amx" and "avx512bf16" add bf16 products to AVX-512."""
+    """The instruction set of an instruction set's fp32 arithmetic: amx and avx512bf16 add bf16 products to avx512."""
     return "avx512" if isa in ("amx", "avx512bf16") else isa
 
 
