@@ -26,15 +26,6 @@ constexpr int64_t kForwardStrip = 512;   // keys whose scores are kept, for kQue
 constexpr int64_t kBackwardStrip = 256;  // the same, of probabilities and of their gradients
 constexpr int64_t kSpareRows = kTileRows;
 
-inline ints lane_numbers() {
-  ints lanes;
-#pragma GCC unroll 16
-  for (int i = 0; i < VL; ++i) lanes[i] = i;
-  return lanes;
-}
-// v where lane < live, else `other`.
-inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ints{} + int32_t(live)) ? v : other; }
-
 // Lane i is the largest lane of rows[i].
 inline vec largest(vec (&rows)[VL]) {
   transpose(rows);

@@ -265,6 +265,35 @@ int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x,
   return kernels->norm_backward(norm, dy, x, y, dx, dresidual, dweight, dbias, thread_count(threads));
 }
 
+static bool bad(const rarefy_layer_norm *n) { return n == nullptr || n->rows < 0 || n->width < 1; }
+
+int rarefy_layer_norm_forward(const rarefy_layer_norm *norm, const float *x, const void *delta, float *sum, void *y,
+                              float *mean, float *rstd, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(norm)) return RAREFY_BAD_ARGUMENT;
+  const int64_t size = norm->rows * norm->width;
+  if (missing(x, size) || missing(y, size) || missing(mean, norm->rows) || missing(rstd, norm->rows) ||
+      missing(sum, delta != nullptr ? size : 0)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->layer_norm_forward(norm, x, delta, sum, y, mean, rstd, thread_count(threads));
+}
+
+int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const void *dy, const float *dsum, const float *sum,
+                               const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias,
+                               int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (bad(norm)) return RAREFY_BAD_ARGUMENT;
+  const int64_t size = norm->rows * norm->width;
+  if (missing(dy, size) || missing(sum, size) || missing(mean, norm->rows) || missing(rstd, norm->rows) ||
+      missing(dx, size) || missing(dweight, norm->width) || missing(dbias, norm->width)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->layer_norm_backward(norm, dy, dsum, sum, mean, rstd, dx, ddelta, dweight, dbias, thread_count(threads));
+}
+
 int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens, int64_t heads,
                      int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();

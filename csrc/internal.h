@@ -35,6 +35,11 @@ struct Kernels {
   int (*norm_forward)(const rarefy_norm *, const void *x, const void *residual, void *y, int threads);
   int (*norm_backward)(const rarefy_norm *, const void *dy, const void *x, const void *y, void *dx, void *dresidual,
                        float *dweight, float *dbias, int threads);
+  int (*layer_norm_forward)(const rarefy_layer_norm *, const float *x, const void *delta, float *sum, void *y, float *mean,
+                            float *rstd, int threads);
+  int (*layer_norm_backward)(const rarefy_layer_norm *, const void *dy, const float *dsum, const float *sum,
+                             const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias,
+                             int threads);
   int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 

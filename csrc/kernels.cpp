@@ -8,7 +8,7 @@
 #include "drive_direct.h"
 #include "drive_few.h"
 #include "drive_mlp.h"
-#include "norm.h"
+#include "layer_norm.h"
 #include "probe.h"
 
 namespace rarefy {
@@ -209,6 +209,35 @@ int norm_backward(const rarefy_norm *n, const void *dy, const void *x, const voi
                                dweight, dbias, threads);
 }
 
+LayerNorm layer_norm_of(const rarefy_layer_norm &n) { return {n.rows, n.width, n.eps, n.weight, n.bias}; }
+
+// Calls work with a value of each element type: of what is added, and of what is normalised.
+template <class Work>
+int with_elements(const rarefy_layer_norm &n, Work work) {
+  if (n.half_delta != 0) return n.half_y != 0 ? work(bf16(), bf16()) : work(bf16(), float());
+  return n.half_y != 0 ? work(float(), bf16()) : work(float(), float());
+}
+
+int layer_norm_forward(const rarefy_layer_norm *n, const float *x, const void *delta, float *sum, void *y, float *mean,
+                       float *rstd, int threads) {
+  return with_elements(*n, [&](auto added, auto result) {
+    using D = decltype(added);
+    using Y = decltype(result);
+    return layer_norm_forward<D, Y>(layer_norm_of(*n), x, static_cast<const D *>(delta), sum, static_cast<Y *>(y), mean, rstd,
+                                    threads);
+  });
+}
+
+int layer_norm_backward(const rarefy_layer_norm *n, const void *dy, const float *dsum, const float *sum, const float *mean,
+                        const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias, int threads) {
+  return with_elements(*n, [&](auto added, auto result) {
+    using D = decltype(added);
+    using Y = decltype(result);
+    return layer_norm_backward<D, Y>(layer_norm_of(*n), static_cast<const Y *>(dy), dsum, sum, mean, rstd, dx,
+                                     static_cast<D *>(ddelta), dweight, dbias, threads);
+  });
+}
+
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)
 #define RAREFY_TEXT_(x) #x
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
@@ -216,7 +245,8 @@ int norm_backward(const rarefy_norm *n, const void *dy, const void *x, const voi
 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
                             attention,                  attention_backward, convolve, convolve_backward,
-                            norm_forward,               norm_backward,      probe};
+                            norm_forward,               norm_backward,      layer_norm_forward, layer_norm_backward,
+                            probe};
 
 }  // namespace
 

@@ -144,6 +144,25 @@ RAREFY_API int rarefy_norm_forward(const rarefy_norm *norm, const void *x, const
 RAREFY_API int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x, const void *y, void *dx,
                                     void *dresidual, float *dweight, float *dbias, int threads);
 
+/* Layer normalisation of a residual stream x (rows, width), to which delta is added first: sum = x + delta, and
+ * y = (sum - mean) * rstd * weight + bias, where rstd = 1 / sqrt(var + eps). delta and y hold bfloat16 where said, the rest is
+ * float32. */
+typedef struct {
+  int64_t rows, width;
+  int32_t half_delta, half_y;
+  float eps;
+  const float *weight, *bias; /* (width), or NULL: ones, zeros */
+} rarefy_layer_norm;
+
+/* delta may be NULL, and then sum too. mean and rstd: (rows). */
+RAREFY_API int rarefy_layer_norm_forward(const rarefy_layer_norm *norm, const float *x, const void *delta, float *sum,
+                                         void *y, float *mean, float *rstd, int threads);
+/* dx from dy and dsum, the gradient that reaches sum besides, which may be NULL. ddelta is dx in delta's dtype, and may be
+ * NULL. dweight and dbias (width) are written. */
+RAREFY_API int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const void *dy, const float *dsum, const float *sum,
+                                          const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight,
+                                          float *dbias, int threads);
+
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim). qkv, out and
  * their gradients hold bfloat16 if `half`, else float32; arithmetic is float32.
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);

@@ -154,6 +154,16 @@ inline vec reduce(vec (&sums)[VL]) {
   return reduce_halved(halved);
 }
 
+inline ints lane_numbers() {
+  ints lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) lanes[i] = i;
+  return lanes;
+}
+// v where lane < live, else `other`.
+inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ints{} + int32_t(live)) ? v : other; }
+inline vec keep_lanes(vec v, int64_t live) { return live == VL ? v : keep(v, live, vec{}); }
+
 // Keeps a loaded vector in its register: the compiler would rather load it again for a second use, and loads are what
 // these kernels are short of.
 inline void pin(vec &v) {

@@ -76,7 +76,8 @@ class Bench:
     """The most rounds; a slow machine gets fewer, at least three."""
 
     isa: str = "auto"
-    """Instruction set of the kernels (amx, avx512bf16, avx512, avx2, neon, portable); tiled or reference: plain torch."""
+    """Instruction set of the kernels (amx, avx512bf16, avx512, avx2, neon, portable), or tiled or reference: plain
+    torch."""
 
     seconds: float = 40.0
     """About how long it may take; longer where three rounds do not fit."""

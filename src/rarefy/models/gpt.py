@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rarefy.models.cache import Cache, LayerCache
+from rarefy.nn import add_norm
 from rarefy.ops import causal_attention
 from rarefy.supar import SuPar
 
@@ -144,8 +145,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        x_BTC, normed_BTC = add_norm(self.attention_norm, x_BTC)
+        x_BTC, normed_BTC = add_norm(self.mlp_norm, x_BTC, self.attention(normed_BTC))
+        return x_BTC + self.mlp(normed_BTC)
 
     def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
         """`forward` for positions that follow those in `past`."""
@@ -215,7 +217,7 @@ class GPT(nn.Module):
                 x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
             else:
                 x_BTC = block(x_BTC)
-        return self.head(self.norm(x_BTC))
+        return self.head(add_norm(self.norm, x_BTC)[1])
 
     def step(self, tokens_BT: Tensor, past: Cache) -> Tensor:
         """(B, T) further bytes of a text -> (B, 256) logits of the byte after the last. `past` then holds them too.

@@ -2,6 +2,7 @@
 
 from rarefy.nn.conv import SparseConv2d
 from rarefy.nn.layer import SparseLayer
+from rarefy.nn.layer_norm import add_norm
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.low_rank import SparseLowRank
 from rarefy.nn.mlp import gated_mlp, mlp
@@ -12,6 +13,7 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "SparseLowRank",
+    "add_norm",
     "gated_mlp",
     "mlp",
     "norm_relu",

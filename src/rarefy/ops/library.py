@@ -41,6 +41,8 @@ _SIGNATURES = {
     "rarefy_convolve_backward": (ctypes.c_int, [*[POINTER] * 8, ctypes.c_int32, ctypes.c_int]),
     "rarefy_norm_forward": (ctypes.c_int, [*[POINTER] * 4, ctypes.c_int]),
     "rarefy_norm_backward": (ctypes.c_int, [*[POINTER] * 8, ctypes.c_int]),
+    "rarefy_layer_norm_forward": (ctypes.c_int, [*[POINTER] * 7, ctypes.c_int]),
+    "rarefy_layer_norm_backward": (ctypes.c_int, [*[POINTER] * 10, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),
     "rarefy_expand_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),
     "rarefy_collect_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),

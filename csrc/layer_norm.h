@@ -1,0 +1,126 @@
+// Layer normalisation of row-major activations with what stands before it, the addition to a residual stream, and what stands
+// behind it, the cast to the dtype in which products read: one pass over the rows forward and one backward, in which a row
+// stays in L1. The stream is float32. A row's sums are added in one order, and weights' gradients over fixed parts of the
+// rows, so results do not depend on the number of threads.
+#pragma once
+
+#include "norm.h"
+
+namespace rarefy {
+namespace {
+
+struct LayerNorm {
+  int64_t rows, width;
+  float eps;
+  const float *weight, *bias;  // null: ones, zeros
+  int64_t parts() const { return max64(1, min64(kNormParts, rows / 16)); }
+  int64_t begin(int64_t part) const { return rows * part / parts(); }
+};
+
+// Calls visit(c, count) for the vectors of a row: count < VL lanes of the last.
+template <class Visit>
+inline void each_vector(int64_t width, Visit visit) {
+  int64_t c = 0;
+  for (; c + VL <= width; c += VL) visit(c, int64_t(VL));
+  if (c < width) visit(c, width - c);
+}
+
+// The sum of all lanes.
+inline float across(vec v) {
+#pragma GCC unroll 4
+  for (int step = VL / 2; step > 0; step /= 2) v += __builtin_shuffle(v, lane_numbers() ^ step);
+  return v[0];
+}
+
+// sum = x + delta, and y = (sum - mean) * rstd * weight + bias. delta may be null: then sum is not written.
+template <class D, class Y>
+int layer_norm_forward(const LayerNorm &n, const float *x, const D *delta, float *sum, Y *y, float *mean, float *rstd,
+                       int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < n.rows; ++r) {
+    const float *row = x + r * n.width;
+    vec total = {}, squares = {};
+    if (delta != nullptr) {
+      float *out = sum + r * n.width;
+      each_vector(n.width, [&](int64_t c, int64_t count) {
+        const vec s = load_some(row + c, count) + load_some(delta + r * n.width + c, count);
+        store_some(out + c, s, count);
+        total += s;
+      });
+      row = out;
+    } else {
+      each_vector(n.width, [&](int64_t c, int64_t count) { total += load_some(row + c, count); });
+    }
+    const float middle = across(total) / float(n.width);
+    each_vector(n.width, [&](int64_t c, int64_t count) {
+      const vec d = load_some(row + c, count) - broadcast(middle);
+      squares += keep_lanes(d * d, count);
+    });
+    const float scale = 1.0f / __builtin_sqrtf(across(squares) / float(n.width) + n.eps);
+    mean[r] = middle;
+    rstd[r] = scale;
+    each_vector(n.width, [&](int64_t c, int64_t count) {
+      vec v = (load_some(row + c, count) - broadcast(middle)) * broadcast(scale);
+      if (n.weight != nullptr) v *= load_some(n.weight + c, count);
+      if (n.bias != nullptr) v += load_some(n.bias + c, count);
+      store_some(y + r * n.width + c, v, count);
+    });
+  }
+  return RAREFY_OK;
+}
+
+// dx = dsum + the gradient through the norm, and ddelta the same in delta's dtype. dsum and ddelta may be null.
+template <class D, class Y>
+int layer_norm_backward(const LayerNorm &n, const Y *dy, const float *dsum, const float *sum, const float *mean,
+                        const float *rstd, float *dx, D *ddelta, float *dweight, float *dbias, int threads) {
+  const int64_t parts = n.parts(), padded = ceil_div(n.width, VL) * VL;
+  float *totals = nullptr;
+  const Scratch memory([&](Carver &carver) { totals = carver.take<float>(2 * parts * padded); });
+  if (memory.failed()) return RAREFY_NO_MEMORY;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < parts; ++part) {
+      float *weights = totals + 2 * part * padded, *biases = weights + padded;
+      for (int64_t c = 0; c < 2 * padded; c += VL) store(weights + c, vec{});
+      for (int64_t r = n.begin(part); r < n.begin(part + 1); ++r) {
+        const float *row = sum + r * n.width;
+        const Y *gradient = dy + r * n.width;
+        const vec middle = broadcast(mean[r]), scale = broadcast(rstd[r]);
+        vec plain = {}, crossed = {};
+        each_vector(n.width, [&](int64_t c, int64_t count) {
+          const vec normed = (load_some(row + c, count) - middle) * scale, d = load_some(gradient + c, count);
+          store(biases + c, load(biases + c) + d);
+          store(weights + c, load(weights + c) + keep_lanes(d * normed, count));
+          const vec g = n.weight != nullptr ? d * load_some(n.weight + c, count) : d;
+          plain += g;
+          crossed += keep_lanes(g * normed, count);
+        });
+        const vec a = broadcast(across(plain) / float(n.width)), b = broadcast(across(crossed) / float(n.width));
+        each_vector(n.width, [&](int64_t c, int64_t count) {
+          const vec normed = (load_some(row + c, count) - middle) * scale, d = load_some(gradient + c, count);
+          const vec g = n.weight != nullptr ? d * load_some(n.weight + c, count) : d;
+          vec result = scale * (g - a - normed * b);
+          if (dsum != nullptr) result += load_some(dsum + r * n.width + c, count);
+          store_some(dx + r * n.width + c, result, count);
+          if (ddelta != nullptr) store_some(ddelta + r * n.width + c, result, count);
+        });
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < n.width; ++c) {
+      float weight = 0.0f, bias = 0.0f;
+      for (int64_t part = 0; part < parts; ++part) {
+        weight += totals[2 * part * padded + c];
+        bias += totals[(2 * part + 1) * padded + c];
+      }
+      dweight[c] = weight;
+      dbias[c] = bias;
+    }
+  }
+  return RAREFY_OK;
+}
+
+}  // namespace
+}  // namespace rarefy
