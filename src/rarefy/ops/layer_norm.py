@@ -13,8 +13,8 @@ and CPU kernel.
     add_layer_norm            sum, y, mean, rstd
     add_layer_norm_backward   gradients of x, delta, weight and bias, from those of y and sum
 
-The kernel (csrc/layer_norm.h) makes one pass over the rows forward and one backward, where separate layers and casts make
-three. Bits do not depend on the number of threads.
+The kernel (csrc/layer_norm.h) makes one pass over the rows forward and one backward, where separate layers and casts
+make three. Bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
