@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def backend(request: pytest.FixtureRequest):
         yield request.param
 
 
-def operands(shape: tuple[int, int], delta: torch.dtype | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def operands(shape: tuple[int, int], delta: torch.dtype | None, dtype: torch.dtype) -> tuple[Any, ...]:
     """x, delta, weight, bias, dy, dsum."""
     generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
 
@@ -43,12 +44,12 @@ def exact(x, delta, weight, bias, dy, dsum) -> list[Tensor]:
     """y, and the gradients of x, weight and bias, in float64, by autograd."""
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     total = leaves[0] if delta is None else leaves[0] + delta.double()
-    y = F.layer_norm(total, x.shape[1:], *leaves[1:], NORM_EPS)
+    y = F.layer_norm(total, x.shape[1:], leaves[1], leaves[2], NORM_EPS)
     loss = (y * dy.double()).sum() + (0 if delta is None else (total * dsum.double()).sum())
     return [y.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def bounds(x, delta, weight, bias, dy, dsum, rounded: float) -> list[Tensor]:
+def bounds(x, delta, weight, bias, dy, dsum, *, rounded: float) -> list[Tensor]:
     """How far fp32 arithmetic may be off, to first order; y is rounded to its dtype besides.
 
     A sum of C terms is off by (C + 2) eps of its terms' magnitudes; mean and deviation inherit that. `sum` is rounded
@@ -97,7 +98,7 @@ def test_matches_float64(backend, shape, delta, dtype):
         assert ddelta.numel() == 0
     rounded = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
     for name, got, true, off in zip(
-        ("y", "dx", "dweight", "dbias"), (y, dx, dweight, dbias), exact(*given), bounds(*given, rounded), strict=True
+        ("y", "dx", "dweight", "dbias"), (y, dx, dweight, dbias), exact(*given), bounds(*given, rounded=rounded), strict=True
     ):
         worst = ((got.double() - true).abs() - off).max().item()
         assert worst <= 1e-30, f"{name} is off past what is allowed by {worst:.3g}"
@@ -118,7 +119,7 @@ def test_the_same_bits_whatever_the_threads(dtype):
         assert all(torch.equal(mine, first) for mine, first in zip(run, runs[0], strict=True))
 
 
-def leaves(delta: torch.dtype | None, kind: torch.dtype) -> list[Tensor | None]:
+def leaves(delta: torch.dtype | None, kind: torch.dtype) -> list[Any]:
     x, added, weight, bias, *_ = operands((6, 10), delta, kind)
     made = [t if t is None else t.to(kind).requires_grad_() for t in (x, added, weight, bias)]
     if added is not None and delta == torch.bfloat16:
@@ -146,7 +147,6 @@ def test_opcheck(delta):
 def test_only_the_stream_is_read():
     """A loss that does not see y: delta and x get its gradient as it is."""
     x, added, weight, bias = leaves(torch.bfloat16, torch.float32)
-    assert x is not None and added is not None
     total, _ = add_layer_norm(x, added, weight, bias, eps=NORM_EPS, dtype=torch.bfloat16)
     total.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(added.grad, torch.ones_like(added))
