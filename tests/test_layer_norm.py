@@ -98,7 +98,11 @@ def test_matches_float64(backend, shape, delta, dtype):
         assert ddelta.numel() == 0
     rounded = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
     for name, got, true, off in zip(
-        ("y", "dx", "dweight", "dbias"), (y, dx, dweight, dbias), exact(*given), bounds(*given, rounded=rounded), strict=True
+        ("y", "dx", "dweight", "dbias"),
+        (y, dx, dweight, dbias),
+        exact(*given),
+        bounds(*given, rounded=rounded),
+        strict=True,
     ):
         worst = ((got.double() - true).abs() - off).max().item()
         assert worst <= 1e-30, f"{name} is off past what is allowed by {worst:.3g}"
