@@ -1,4 +1,4 @@
-// The kernels for images against plain loops, through the C interface alone, as check_kernels does for matrices.
+// The kernels for images, and the norms, against plain loops, through the C interface alone, as check_kernels does for matrices.
 //
 //   check_images [NAME...]     fails too if an instruction set named is not offered
 #include <stdio.h>
@@ -220,6 +220,71 @@ void check_norm(int64_t rows, int64_t channels, bool with_residual, bool trainin
   if (!good || !(worst <= close) || !y.intact() || !dx.intact() || !dweight.intact() || !dbias.intact()) ++tally.failures;
 }
 
+// delta in float32 and y in bfloat16, or the other way round; without delta the stream alone.
+void check_layer_norm(int64_t rows, int64_t width, bool half_delta, bool with_delta, uint64_t seed, Tally &tally) {
+  Random random{seed};
+  const int64_t size = rows * width;
+  const Floats x = random.floats(size), weight = random.floats(width), bias = random.floats(width), dsum = random.floats(size);
+  const Halves narrow_delta = narrow(random.floats(size)), narrow_dy = narrow(random.floats(size));
+  const Floats delta = widen(narrow_delta), dy = widen(narrow_dy);
+  const float eps = 0.1f;  // so that a narrow row is no division by next to nothing
+  const rarefy_layer_norm norm = {rows, width, half_delta, !half_delta, eps, weight.data(), bias.data()};
+  Guarded sum(static_cast<size_t>(size)), y(static_cast<size_t>(size)), dx(static_cast<size_t>(size));
+  Guarded ddelta(static_cast<size_t>(size)), mean(static_cast<size_t>(rows)), rstd(static_cast<size_t>(rows));
+  Guarded dweight(static_cast<size_t>(width)), dbias(static_cast<size_t>(width));
+  GuardedHalves half_y(static_cast<size_t>(size)), half_ddelta(static_cast<size_t>(size));
+  const void *added = half_delta ? static_cast<const void *>(narrow_delta.data()) : delta.data();
+  const void *gradient = half_delta ? static_cast<const void *>(dy.data()) : narrow_dy.data();
+  void *result = half_delta ? static_cast<void *>(y.data()) : half_y.data();
+  void *to_delta = half_delta ? static_cast<void *>(half_ddelta.data()) : ddelta.data();
+  bool good = rarefy_layer_norm_forward(&norm, x.data(), with_delta ? added : nullptr, with_delta ? sum.data() : nullptr,
+                                        result, mean.data(), rstd.data(), 2) == RAREFY_OK;
+  good = good && rarefy_layer_norm_backward(&norm, gradient, with_delta ? dsum.data() : nullptr,
+                                            with_delta ? sum.data() : x.data(), mean.data(), rstd.data(), dx.data(),
+                                            with_delta ? to_delta : nullptr, dweight.data(), dbias.data(), 3) == RAREFY_OK;
+  const double close = 1e-4;  // of sums of many roundings, generously; magnitudes are about 1
+  double worst = 0.0;
+  const auto off = [&](double found, double truth, double rounding) {
+    worst = std::max(worst, (fabs(found - truth) - rounding * fabs(truth)) / (1.0 + fabs(truth)));
+  };
+  const Floats ys = half_delta ? Floats() : half_y.floats(), ds = half_delta ? half_ddelta.floats() : Floats();
+  Doubles weights(width, 0.0), biases(width, 0.0);
+  for (int64_t r = 0; r < rows && good; ++r) {
+    Doubles s(width), g(width);
+    double middle = 0.0, squares = 0.0, plain = 0.0, crossed = 0.0;
+    for (int64_t c = 0; c < width; ++c) {
+      s[c] = double(x[r * width + c]) + (with_delta ? double(delta[r * width + c]) : 0.0);
+      middle += s[c] / double(width);
+    }
+    for (int64_t c = 0; c < width; ++c) squares += pow(s[c] - middle, 2) / double(width);
+    const double scale = 1.0 / sqrt(squares + double(eps));
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t i = r * width + c;
+      s[c] = (s[c] - middle) * scale;  // normed
+      off(half_delta ? y.data()[i] : ys[i], s[c] * weight[c] + bias[c], half_delta ? 0.0 : 0x1p-8);
+      g[c] = double(dy[i]) * weight[c];
+      weights[c] += dy[i] * s[c];
+      biases[c] += dy[i];
+      plain += g[c] / double(width);
+      crossed += g[c] * s[c] / double(width);
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t i = r * width + c;
+      const double truth = scale * (g[c] - plain - s[c] * crossed) + (with_delta ? double(dsum[i]) : 0.0);
+      off(dx.data()[i], truth, 0.0);
+      if (with_delta && half_delta) off(ds[i], truth, 0x1p-8);
+    }
+  }
+  for (int64_t c = 0; c < width && good; ++c) {
+    off(dweight.data()[c] / double(rows), weights[c] / double(rows), 0.0);
+    off(dbias.data()[c] / double(rows), biases[c] / double(rows), 0.0);
+  }
+  ++tally.runs;
+  tally.worst = std::max(tally.worst, worst / close);
+  for (const Guarded *one : {&sum, &y, &dx, &ddelta, &mean, &rstd, &dweight, &dbias}) good = good && one->intact();
+  if (!good || !(worst <= close) || !half_y.intact() || !half_ddelta.intact()) ++tally.failures;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -239,16 +304,19 @@ int main(int argc, char **argv) {
       printf("FAILED %s cannot be chosen\n", isa.c_str());
       return 1;
     }
-    Tally forward, backward, halves, norms;
+    Tally forward, backward, halves, norms, layer_norms;
     uint64_t seed = 0;
     for (const Case &c : kCases) check_convolution(c, ++seed, forward, backward, halves);
     for (const int64_t rows : {1, 7, 130, 1000}) {
       for (const int64_t channels : {1, 3, 16, 37}) {
         for (int kind = 0; kind < 4; ++kind) check_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, ++seed, norms);
+        for (int kind = 0; kind < 4; ++kind) {
+          check_layer_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, ++seed, layer_norms);
+        }
       }
     }
     const std::pair<const char *, const Tally *> all[] = {
-        {"convolve", &forward}, {"backward", &backward}, {"bfloat16", &halves}, {"norm", &norms}};
+        {"convolve", &forward}, {"backward", &backward}, {"bfloat16", &halves}, {"norm", &norms}, {"layer norm", &layer_norms}};
     for (const auto &[name, tally] : all) {
       printf("%-10s %-10s %7lld runs, worst error / allowed %.3f  %s\n", isa.c_str(), name, (long long)tally->runs,
              tally->worst, tally->failures == 0 ? "ok" : "FAILED");
