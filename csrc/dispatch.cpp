@@ -294,6 +294,17 @@ int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const void *dy, co
   return kernels->layer_norm_backward(norm, dy, dsum, sum, mean, rstd, dx, ddelta, dweight, dbias, thread_count(threads));
 }
 
+int rarefy_adamw_step(const rarefy_adamw *step, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (step == nullptr || step->count < 0 || step->entries < 1 || missing(step->values, step->count) ||
+      missing(step->average, step->count) || missing(step->square, step->count) || missing(step->gradient, step->count) ||
+      step->size_by_age == nullptr || step->root_by_age == nullptr) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->adamw(step, thread_count(threads));
+}
+
 int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens, int64_t heads,
                      int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();

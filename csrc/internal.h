@@ -40,6 +40,7 @@ struct Kernels {
   int (*layer_norm_backward)(const rarefy_layer_norm *, const void *dy, const float *dsum, const float *sum,
                              const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias,
                              int threads);
+  int (*adamw)(const rarefy_adamw *, int threads);
   int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 

@@ -3,6 +3,7 @@
 // function here that another target has too.
 #include "internal.h"
 
+#include "adamw.h"
 #include "attention.h"
 #include "drive_conv.h"
 #include "drive_direct.h"
@@ -246,7 +247,7 @@ int layer_norm_backward(const rarefy_layer_norm *n, const void *dy, const float 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
                             attention,                  attention_backward, convolve, convolve_backward,
                             norm_forward,               norm_backward,      layer_norm_forward, layer_norm_backward,
-                            probe};
+                            adamw,                      probe};
 
 }  // namespace
 

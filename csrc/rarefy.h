@@ -163,6 +163,20 @@ RAREFY_API int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const v
                                           const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight,
                                           float *dbias, int threads);
 
+/* A step of AdamW, in place, on `count` entries of a parameter whose leading index has `entries` each:
+ * average += (gradient - average) * new_average, square = square * old_square + gradient^2 * new_square, and
+ * values = values * decay - average / (sqrt(square) * root_by_age[a] + eps) * size_by_age[a], where a is the age of the
+ * entry's leading index, or 0 for all if age is NULL. */
+typedef struct {
+  int64_t count, entries;
+  float *values, *average, *square;
+  const float *gradient;
+  const int32_t *age;
+  const float *size_by_age, *root_by_age;
+  float decay, new_average, old_square, new_square, eps;
+} rarefy_adamw;
+RAREFY_API int rarefy_adamw_step(const rarefy_adamw *step, int threads);
+
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim). qkv, out and
  * their gradients hold bfloat16 if `half`, else float32; arithmetic is float32.
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);

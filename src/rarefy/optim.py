@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.nn import SparseLayer
-from rarefy.ops import backend
+from rarefy.ops import adamw, backend
 from rarefy.rounding import key_of, to_bfloat16
 from rarefy.supar import SuPar
 
@@ -34,8 +34,8 @@ class AdamW(Optimizer):
         ValueError: a setting out of range.
 
     Parameters in bf16 are updated in fp32 and, with their moments, rounded stochastically (`rarefy.rounding`): rounded
-    to the nearest, most of them would not move. On an NVIDIA GPU with triton a step is one kernel a parameter, and
-    nothing waits for the GPU.
+    to the nearest, most of them would not move. In fp32 on the CPU, and on an NVIDIA GPU with triton, a step is one
+    kernel a parameter; nothing waits for a GPU.
 
     State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for
     unstructured layers.
@@ -93,6 +93,9 @@ class AdamW(Optimizer):
             state["age"] = torch.zeros(p.shape[:1], dtype=torch.int32, device=p.device)
         state["step"] += 1
         stored = (p, state["exp_avg"], state["exp_avg_sq"])
+        if _runs_cpu_kernel(stored):
+            self._update_in_one_pass(stored, grad, group, state, tables)
+            return
         keys = [key_of(state["step"], ordinal, place) for place in range(3)]
         if _kernel(stored) is not None:
             self._update_by_kernel(stored, grad, group, state, keys, tables)
@@ -103,6 +106,31 @@ class AdamW(Optimizer):
             _update_in_place(*wide, grad.float(), group, state)
             for tensor, exact, key in zip(stored, wide, keys, strict=True):
                 tensor.copy_(to_bfloat16(exact, key))
+
+    def _update_in_one_pass(
+        self,
+        stored: tuple[Tensor, Tensor, Tensor],
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]],
+    ) -> None:
+        p, step, age = stored[0], state["step"], state["age"].add_(1)
+        newborns = p.numel() > 0 and int(age.min()) != step
+        key = (step, id(group), newborns)
+        if key not in tables:
+            tables[key] = _by_age(step, group, p.device, torch.float32, first=0 if newborns else step)
+        adamw.update(
+            p,
+            grad,
+            *stored[1:],
+            age if newborns else None,
+            tables[key],
+            decay=1 - group["lr"] * group["weight_decay"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )
+        torch.autograd.graph.increment_version(stored)  # written where autograd does not see it (rewiring rule 7.5)
 
     def _update_by_kernel(
         self,
@@ -146,6 +174,12 @@ class AdamW(Optimizer):
             group.setdefault("ramp", 100)
 
 
+def _runs_cpu_kernel(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the compiled kernel updates such a parameter and moments."""
+    device = tensors[0].device
+    return device.type == "cpu" and not backend.names_plain_torch() and adamw.loaded() and adamw.runs(*tensors)
+
+
 def _kernel(tensors: tuple[Tensor, ...]) -> ModuleType | None:
     """The kernel that updates such a parameter and moments; None: plain torch does."""
     if not backend.runs_triton(tensors[0].device):
@@ -174,13 +208,15 @@ def _update_in_place(
     p.sub_((exp_avg / denominator).mul_(size))
 
 
-def _by_age(step: int, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables over age 0 .. step: the update's factor lr * ramp / (1 - beta1^age), and 1 / sqrt(1 - beta2^age).
+def _by_age(
+    step: int, group: dict[str, Any], device: torch.device, dtype: torch.dtype, *, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Tables over age first .. step: the update's factor lr * ramp / (1 - beta1^age), and 1 / sqrt(1 - beta2^age).
 
     In float64, then `dtype`: a table of `step` entries is cheaper than powers of K ages.
     """
     beta1, beta2 = group["betas"]
-    ages = torch.arange(step + 1, dtype=torch.float64, device=device).clamp(min=1)
+    ages = torch.arange(first, step + 1, dtype=torch.float64, device=device).clamp(min=1)
     size = group["lr"] / (1 - beta1**ages)
     if group["ramp"]:
         size[:-1] *= (ages[:-1] / group["ramp"]).clamp(

@@ -18,6 +18,7 @@ LIBRARY = "librarefy_kernels.so"
 
 POINTER = ctypes.c_void_p
 INT64 = ctypes.c_int64
+FLOAT = ctypes.c_float
 
 _SIGNATURES = {
     "rarefy_isa": (ctypes.c_char_p, []),
@@ -43,6 +44,7 @@ _SIGNATURES = {
     "rarefy_norm_backward": (ctypes.c_int, [*[POINTER] * 8, ctypes.c_int]),
     "rarefy_layer_norm_forward": (ctypes.c_int, [*[POINTER] * 7, ctypes.c_int]),
     "rarefy_layer_norm_backward": (ctypes.c_int, [*[POINTER] * 10, ctypes.c_int]),
+    "rarefy_adamw_step": (ctypes.c_int, [POINTER, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),
     "rarefy_expand_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),
     "rarefy_collect_f32": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int]),
