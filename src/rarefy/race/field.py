@@ -16,8 +16,8 @@ DENSE_RATES = (1e-3, 2e-3)
 DEPTHS = (2, 6)
 """Of the network of the middle width, besides the usual depth."""
 
-SPARSE = ("width={wide}", "width={wide},block=4", "width={wider}", "width={wide},density=0.25")
-"""What each pattern method runs with: with two methods as many heats as dense networks have."""
+SPARSE = ("width={wide}", "width={wide},block=4", "width={wider},layers=2,block=4", "width={wide},density=0.25")
+"""What each pattern method runs with: with two methods as many heats as dense networks have, and depth tried too."""
 
 METHODS = ("static", "set")
 
