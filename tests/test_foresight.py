@@ -1,0 +1,349 @@
+"""What `rarefy plan --budget` foresees: the scaling law, steps, memory, and the choice made by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rarefy.cost import CostModel, training_bytes
+from rarefy.foresight import Law, Point, Shape, StepModel, Wish, choose, kept, shipped_law, step_bytes, step_model
+from rarefy.foresight.fitting import Run, fit, left_out, relative_errors
+from rarefy.foresight.law import PAPER, density_factor
+from rarefy.foresight.memory import LOOKED_AT, activation_bytes, kept_bytes
+from rarefy.foresight.records import run_of, tuned
+from rarefy.foresight.steps import NAMES, TimedStep, fit_steps, linears_ms
+from rarefy.foresight.timing import HELD_OUT, POINTS, Noise, make_network, time_steps
+from test_plan_auto import costs
+from tiny import one_thread
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TRUE = {"E": 0.6, "A": 120.0, "B": 90.0}
+
+
+# -- the law ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "density, factor",
+    [
+        (1.0, 1.0),
+        (0.5, 1.0067464 - 0.273 * 0.5559435),  # 0.5^-0.0097 and 0.5^0.847
+        (0.1, 1.0225867 - 0.273 * 0.9146249),  # 0.1^-0.0097 and 0.9^0.847
+    ],
+)
+def test_the_density_factor_by_hand(density, factor):
+    assert density_factor(density) == pytest.approx(factor, rel=1e-6)
+
+
+def test_the_law_by_hand():
+    """A million nonzeros, ten million bytes: 1e6^-0.327 = 10^-1.962, 1e7^-0.327 = 10^-2.289."""
+    law = Law(E=2.0, A=100.0, B=200.0, blocks={"4x4": 0.25})
+    dense = 2.0 + 100 * 0.01091440 + 200 * 0.005140437
+    assert law.loss(Point(1e6, 1e7)) == pytest.approx(dense, rel=1e-6)
+    tenth = 1.0225867 - 0.273 * 0.9146249
+    assert law.loss(Point(1e6, 1e7, 0.1)) == pytest.approx(dense - 1.091440 * (1 - tenth), rel=1e-6)
+    assert law.loss(Point(1e6, 1e7, 0.1, (4, 4))) - law.loss(Point(1e6, 1e7, 0.1)) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="no runs with blocks of 8x8"):
+        law.loss(Point(1e6, 1e7, 0.1, (8, 8)))
+    with pytest.raises(ValueError, match="density"):
+        law.loss(Point(1e6, 1e7, 0.0))
+
+
+def truth(exponents: dict[str, float], extra: float = 0.0) -> list[Run]:
+    """Runs without noise, dense, at 25% and 10%, some in blocks of 4x4."""
+    law = Law(**TRUE, exponents=exponents, blocks={"4x4": extra})
+    shapes = [(1.0, (1, 1)), (0.25, (1, 1)), (0.1, (1, 1)), (0.1, (4, 4))]
+    points = [Point(n, d, s, b) for n in (2e5, 1e6, 4e6) for d in (5e5, 2e6, 9e6) for s, b in shapes]
+    return [Run(point, law.loss(point), network=("set", point.nonzeros, point.density)) for point in points]
+
+
+@pytest.mark.parametrize(
+    "exponents", [PAPER, {**PAPER, "b": 0.52}, {**PAPER, "b": 0.41, "g": 2.2}, {"a": 0.2, "b": 0.6, "g": 1.5}], ids=str
+)
+def test_a_fit_finds_the_constants_that_made_its_points(exponents):
+    free = tuple(name for name in PAPER if exponents[name] != PAPER[name])
+    runs = truth(exponents, extra=0.02)
+    law = fit(runs, free=free)
+    assert max(map(abs, relative_errors(law, runs))) < 1e-3
+    for name, value in exponents.items():
+        assert law.exponents[name] == pytest.approx(value, rel=0.02)
+    for name, value in TRUE.items():
+        assert getattr(law, name) == pytest.approx(value, rel=0.1)
+    assert law.blocks["4x4"] == pytest.approx(0.02, abs=2e-3)
+    assert law.covers["density"] == (0.1, 1.0) and law.covers["nonzeros"] == (2e5, 4e6)
+    assert max(map(abs, left_out(runs, free))) < 1e-2
+
+
+def test_constants_are_never_negative():
+    runs = [dataclasses.replace(run, loss=0.2 + run.point.nonzeros * 1e-7) for run in truth(PAPER)]  # larger is worse
+    law = fit(runs)
+    assert min(law.E, law.A, law.B, *law.blocks.values()) >= 0 and law.A == 0
+
+
+def test_uncertainty_covers_new_runs_and_grows_with_the_distance():
+    rng = np.random.default_rng(0)
+    noisy = [dataclasses.replace(run, loss=run.loss * rng.normal(1, 0.02)) for run in truth(PAPER)]
+    law = fit(noisy)
+    assert law.spread == pytest.approx(0.02, rel=0.4)
+    near, far = Point(1e6, 2e6, 0.25), Point(1e9, 1e11, 0.25)
+    assert law.sigma(far) / law.loss(far) > 2 * law.sigma(near) / law.loss(near)
+    misses = [abs(law.loss(run.point) - run.loss) / law.sigma(run.point) for run in truth(PAPER)]
+    assert max(misses) < 2
+    twin = Point(1e9, 1e11, 0.25)
+    assert law.sigma_between(far, twin) == pytest.approx(math.sqrt(2) * law.spread * law.loss(far))
+    assert law.outside(nonzeros=1e9, tokens=2e6, density=0.25) == ["nonzeros"]
+
+
+def test_too_few_runs_are_refused():
+    with pytest.raises(ValueError, match="need more runs"):
+        fit(truth(PAPER)[:4])
+
+
+def test_a_law_as_data():
+    law = fit(truth(PAPER, extra=0.01), free=("b",), provenance={"runs": 36})
+    assert Law.from_json(json.loads(json.dumps(law.to_json()))) == law
+    for change in ({"format": 0}, {"E": -1.0}, {"A": "1"}, {"covariance": [[1.0]]}, {"exponents": None}, {"covers": 3}):
+        with pytest.raises(ValueError):
+            Law.from_json({**law.to_json(), **change})
+    with pytest.raises(ValueError, match="not a scaling law"):
+        Law.from_json([])
+
+
+def test_the_law_that_comes_along_says_where_it_is_from():
+    law = shipped_law()
+    assert {"data", "machines", "command", "runs", "runs_made"} <= set(law.provenance)
+    assert law.provenance["runs"] > 3 + len(law.blocks) + len(law.fitted_exponents)
+    assert "/work" not in json.dumps(law.to_json()) and 0 < law.spread < 0.1
+    assert {"nonzeros", "tokens", "density", "layers", "tokens_per_step"} == set(law.covers)
+    more, longer = Point(1e6, 4e6), Point(2e6, 8e6)
+    assert law.loss(longer) < law.loss(more) and law.loss(Point(1e6, 4e6, 0.1)) < law.loss(more)
+
+
+# -- runs for it ------------------------------------------------------------------------------------------------------
+
+
+def record(method: str | None, rate: float, loss: float, steps: int = 100, **plan) -> dict:
+    """As `rarefy.compare.records` writes it, as far as it is looked at."""
+    settings = {"width": 64, "layers": 2, "context": 32, "batch": 4, "accumulate": 1, "dense_lr": rate}
+    if method is not None:
+        usual = {"method": {"name": method}, "block": 1, "distribution": "uniform", "low_rank": 0}
+        settings |= {"plan": {**usual, **plan}, "lr": rate, "sparse_lr": rate, "ramp": 0}
+    return {
+        "task": "text", "state": "finished", "dense": method is None, "settings": settings, "nonzeros": [900, 900],
+        "steps_taken": steps, "density": [0.1, 0.1], "curve": {"loss": [3.0, loss]},
+    }  # fmt: skip
+
+
+def test_a_record_becomes_a_run():
+    run = run_of(record("set", 1e-3, 1.5, block=[4, 1]))
+    assert run is not None
+    assert (run.point, run.loss, run.tokens_per_step) == (Point(900, 100 * 128, 0.1, (4, 1)), 1.5, 128)
+    dense = run_of(record(None, 1e-3, 1.5))
+    assert dense is not None and dense.point == Point(900, 12800)
+    assert run_of(record("rigl", 1e-3, 1.5)) is None and run_of(record("set", 1e-3, 1.5, low_rank=2)) is None
+    assert run_of({**record("set", 1e-3, 1.5), "state": "diverged"}) is None
+    assert run_of({**record("set", 1e-3, 1.5), "nonzeros": [900, 800]}) is None
+
+
+def test_of_several_rates_the_best_counts_length_by_length():
+    said = [(1e-3, 1.5, 100), (1e-3, 1.7, 100), (2e-3, 1.4, 101), (2e-3, 1.5, 101), (1e-3, 1.0, 600), (2e-3, 1.1, 600)]
+    runs = [run for rate, loss, steps in said if (run := run_of(record(None, rate, loss, steps))) is not None]
+    assert [(run.rate, run.loss) for run in tuned(runs)] == [(2e-3, 1.4), (2e-3, 1.5), (1e-3, 1.0)]
+
+
+# -- networks as numbers, and their memory ----------------------------------------------------------------------------
+
+NETWORKS = [
+    Shape(width=32, layers=2, context=64, batch=2),
+    Shape(width=64, layers=1, heads=2, context=64, batch=3, density=0.1),
+    Shape(width=64, layers=3, context=64, batch=1, density=0.25, block=(4, 4)),
+    Shape(width=96, layers=2, context=64, batch=2, density=0.25, block=(4, 1), precision="bf16"),
+    Shape(width=96, layers=2, context=64, batch=2, precision="bf16"),
+]
+
+
+@pytest.mark.parametrize("shape", NETWORKS, ids=str)
+def test_what_is_held_between_steps_is_counted_exactly(shape):
+    twin = make_network(shape)
+    twin.train_step(Noise(shape), clip=1.0)
+    counted = dataclasses.asdict(step_bytes(shape))
+    assert counted.pop("activations") > 0
+    assert counted == training_bytes(twin.model, twin.optimizer)
+    assert shape.nonzeros == sum(p.numel() for p in twin.model.parameters())
+
+
+@pytest.mark.parametrize("shape", NETWORKS, ids=str)
+def test_activations_are_as_a_real_step_keeps_them(shape):
+    assert shape not in LOOKED_AT
+    twin = make_network(shape)
+    inputs, targets = Noise(shape).at(1)
+    measured = kept_bytes(twin.model, lambda: twin.loss(twin.model, inputs, targets))
+    assert activation_bytes(shape) == pytest.approx(measured, rel=0.1)
+
+
+def test_kept_tensors_are_counted_once_and_weights_are_not():
+    layer = torch.nn.Linear(8, 4)
+    x = torch.randn(16, 8, requires_grad=True)
+
+    def forward():
+        y = layer(x)
+        return (y.exp() * y.exp()).sum()  # linear keeps x; exp its result, twice; the product the same two
+
+    assert kept_bytes(layer, forward) == 4 * (16 * 8 + 2 * 16 * 4)
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+TIMES = {  # milliseconds a unit, of the size that a machine shows
+    "blocks": 1.2, "tokens": 1e-3, "attention": 7e-8, "features, dense": 5e-6, "features, sparse": 9e-6,
+    "parameters, dense": 2e-6, "parameters, sparse": 6e-6, "linears, dense": 1.05, "linears, sparse": 0.9,
+}  # fmt: skip
+
+
+def test_a_step_model_finds_the_terms_that_made_its_steps():
+    true = StepModel({"fp32": TIMES})
+    model_of_layers = costs(dense=20.0)
+    assert set(TIMES) == set(NAMES)
+
+    def timed(shapes):
+        known = [(shape, linears_ms(model_of_layers, shape)) for shape in shapes]
+        return [TimedStep(shape, ms, true.of(shape, ms)) for shape, ms in known if ms is not None]
+
+    model = fit_steps(timed(POINTS))
+    assert model.fitted["worst_error"] < 0.01 and model.fitted["points"] == len(POINTS)
+    for step in timed(HELD_OUT):
+        assert model.ms(step.shape, model_of_layers) == pytest.approx(step.ms, rel=0.03)
+    assert not set(POINTS) & set(HELD_OUT)
+
+
+def test_what_was_not_timed_has_no_step_time():
+    model = StepModel({"fp32": TIMES})
+    assert model.ms(Shape(width=64, layers=1, precision="bf16"), costs()) is None
+    assert model.ms(Shape(width=64, layers=1), CostModel({}, 0)) is None
+    assert model.ms(Shape(width=64, layers=1), costs()) is not None
+
+
+def test_steps_are_timed_and_the_model_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few = (Shape(width=32, layers=1, context=16, batch=2), Shape(width=32, layers=1, context=16, batch=2, density=0.25))
+    timed = time_steps(few, costs(), rounds=3)
+    assert [step.shape for step in timed] == list(few) and all(step.ms > 0 and step.linears > 0 for step in timed)
+    made = []
+
+    def calibrate(model, **_):
+        made.append(model)
+        return fit_steps(timed, conditions=kept.step_conditions(model))
+
+    monkeypatch.setattr(kept, "calibrate_steps", calibrate)
+    assert kept.load_steps(costs()) is None
+    first = step_model(costs())
+    assert step_model(costs()) == first and len(made) == 1
+    later = dataclasses.replace(costs(), fitted={"date": "tomorrow"})
+    assert kept.load_steps(later) is None, "fitted with another cost model"
+    kept.steps_path().write_text("{}")
+    assert kept.load_steps(costs()) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 0}, {"coefficients": {"fp32": {"blocks": -1.0}}}, {"coefficients": {"fp32": {"x": 1.0}}}],
+    ids=str,
+)
+def test_what_is_no_step_model_is_refused(change):
+    model = StepModel({"fp32": TIMES}, {"threads": 1}, {"date": "today"})
+    assert StepModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+    with pytest.raises(ValueError):
+        StepModel.from_json({**model.to_json(), **change})
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+LAW = Law(
+    **TRUE, spread=0.01, blocks={"4x4": 0.001},
+    covers={
+        "nonzeros": (1e4, 1e9), "tokens": (1e4, 1e12), "density": (0.1, 1.0), "layers": (2.0, 4.0),
+        "tokens_per_step": (2048.0, 2048.0),
+    },
+)  # fmt: skip
+
+
+def by_products(dense: float, sparse: float, four: float | None = None):
+    """Step times of a machine where only products of weights and bytes take time: picoseconds of one, by structure."""
+
+    def step_ms(shape: Shape) -> float | None:
+        if shape.precision != "fp32":
+            return None
+        each = dense if shape.dense else sparse if shape.block == (1, 1) else four
+        return None if each is None else each * 1e-9 * 3 * shape.tokens * shape.nonzeros
+
+    return step_ms
+
+
+def test_the_faster_sparse_products_are_the_likelier_sparse_wins():
+    fast, slow = (choose(Wish(minutes=30), LAW, by_products(10.0, each)) for each in (10.0, 1000.0))
+    assert fast.winner == "sparse" and slow.winner == "dense"
+    assert fast.dense == slow.dense
+    for choice in (fast, slow):
+        assert choice.dense is not None and choice.sparse is not None and choice.difference is not None
+        assert choice.difference == pytest.approx(choice.sparse.loss - choice.dense.loss)
+        for one in (choice.dense, choice.sparse):
+            assert one.steps == int(30 * 60e3 / one.step_ms) and one.tokens == 2048 * one.steps
+            assert one.loss == pytest.approx(LAW.loss(one.point)) and one.outside == ()
+
+
+def test_the_best_of_the_grid_is_chosen():
+    """Against plain enumeration."""
+    step_ms = by_products(10.0, 15.0, 12.0)
+    choice = choose(Wish(minutes=3), LAW, step_ms)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for layers in (2, 3, 4):
+        for width in (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536):
+            for density, block in [(1.0, (1, 1)), *((s, b) for s in (0.5, 0.25, 0.1) for b in ((1, 1), (4, 4)))]:
+                shape = Shape(width=width, layers=layers, density=density, block=block)
+                ms = step_ms(shape)
+                assert ms is not None
+                if steps := int(180e3 / ms):
+                    losses[shape.dense].append(LAW.loss(Point(shape.nonzeros, 2048 * steps, density, block)))
+    assert choice.dense is not None and choice.dense.loss == min(losses[True])
+    assert choice.sparse is not None and choice.sparse.loss == min(losses[False])
+    assert choice.considered == len(losses[True]) + len(losses[False])
+
+
+def test_longer_budgets_want_larger_networks():
+    sizes = [choose(Wish(minutes=minutes), LAW, by_products(10.0, 10.0)).dense for minutes in (1, 30, 900)]
+    found = [one.shape.nonzeros for one in sizes if one is not None]
+    assert len(found) == 3 and found == sorted(set(found))
+
+
+def test_memory_is_a_limit():
+    free = choose(Wish(minutes=30), LAW, by_products(10.0, 10.0))
+    assert free.dense is not None and free.sparse is not None and free.too_large == 0
+    limit = min(free.dense.memory.total, free.sparse.memory.total) - 1
+    tight = choose(Wish(minutes=30, memory_bytes=limit), LAW, by_products(10.0, 10.0))
+    assert tight.dense is not None and tight.sparse is not None and 0 < tight.too_large < tight.considered
+    for one, before in ((tight.dense, free.dense), (tight.sparse, free.sparse)):
+        assert one.memory.total <= limit and one.loss > before.loss
+    none = choose(Wish(minutes=30, memory_bytes=1), LAW, by_products(10.0, 10.0))
+    assert none.too_large == none.considered and none.winner == "open"
+
+
+def test_what_the_law_has_not_seen_is_said_or_left_out():
+    seen = {**LAW.covers, "nonzeros": (1e4, 1e5)}
+    choice = choose(Wish(minutes=30), dataclasses.replace(LAW, covers=seen), by_products(10.0, 10.0))
+    assert choice.dense is not None and choice.dense.outside == ("nonzeros",)
+    only = choose(Wish(minutes=30), LAW, by_products(10.0, 1000.0, 1.0))
+    assert only.sparse is not None and only.sparse.shape.block == (4, 4)
+    assert only.sparse.shape.layers in (2, 3, 4) and only.sparse.shape.batch == 8
+
+
+@pytest.mark.parametrize("given, said", [({"minutes": 0}, "budget"), ({"minutes": 1, "memory_bytes": 0}, "memory")])
+def test_no_time_and_no_memory_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        Wish(**given)
