@@ -47,6 +47,16 @@ def choose_free(scores: dict[tuple[str, ...], float]) -> tuple[str, ...]:
     return best
 
 
+def errors_on_longer(runs: Sequence[Run], free: tuple[str, ...], most: float) -> list[float]:
+    """Relative errors on the runs of more bytes of a law fitted to the others; none where there are too few."""
+    short = [run for run in runs if run.point.tokens <= most]
+    try:
+        law = fit(short, free=free)
+    except ValueError:
+        return []
+    return relative_errors(law, [run for run in runs if run.point.tokens > most and law.knows(run.point.block)])
+
+
 def show(law: Law, runs: Sequence[Run]) -> None:
     """Every run beside what the law says of it."""
     print("\nfound by  width layers density block  parameters  bytes       nats    law     error")
@@ -76,26 +86,30 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+", help="folders of records, or files")
+    parser.add_argument("--from-bytes", type=float, default=0.0, help="bytes: shorter runs are left out altogether")
     parser.add_argument("--hold-out-from", type=float, default=None, help="bytes: longer runs are held out at first")
     parser.add_argument("--write", action="store_true", help=f"write {LAW}")
     asked = parser.parse_args()
-    records = [record for record in read_records(asked.records) if run_of(record) is not None]
-    runs = tuned([run for record in records if (run := run_of(record)) is not None])
+    found = [(record, run) for record in read_records(asked.records) if (run := run_of(record)) is not None]
+    found = [(record, run) for record, run in found if run.point.tokens >= asked.from_bytes]
+    records = [record for record, _ in found]
+    runs = tuned([run for _, run in found])
     print(f"{len(records)} records, {len(runs)} of a tuned rate")
     scores: dict[tuple[str, ...], float] = {}
     held: dict[str, float] = {}
     for free in FREE:
-        law = fit(runs, free=free)
-        scores[free] = root_mean_square(left_out(runs, free))
+        try:
+            law, errors = fit(runs, free=free), left_out(runs, free)
+        except ValueError as error:
+            print(f"free {free}: {error}")
+            continue
+        scores[free] = root_mean_square(errors)
         named = " ".join(f"{name}={law.exponents[name]:.3g}" for name in free) or "the paper's exponents"
         print(f"{named:32} spread {law.spread:.2%}, shapes left out {scores[free]:.2%}", end="")
         if asked.hold_out_from is not None:
-            short = [run for run in runs if run.point.tokens <= asked.hold_out_from]
-            partial = fit(short, free=free)
-            late = [r for r in runs if r.point.tokens > asked.hold_out_from and partial.knows(r.point.block)]
-            errors = relative_errors(partial, late)
+            errors = errors_on_longer(runs, free, asked.hold_out_from)
             held["+".join(free) or "paper"] = root_mean_square(errors)
-            print(f", {len(late)} longer runs {root_mean_square(errors):.2%} (mean {np.mean(errors):+.2%})", end="")
+            print(f", {len(errors)} longer runs {root_mean_square(errors):.2%}", end="")
         print()
     free = choose_free(scores)
     errors = {"shapes_left_out": {"+".join(some) or "paper": round(score, 4) for some, score in scores.items()}}

@@ -62,7 +62,8 @@ def run(
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
     about = machine()
-    print(f"{budget} of training on {about['cpu']}, {about['threads']} threads, kernels {about['isa']}")
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+    print(f"{budget} of training on {about['cpu']}, {threads}, kernels {about['isa']}")
     print(f"data: {corpus.source}")
     print(f"{choice.considered:,} networks compared, of which none was trained\n")
     print(f"{words.table(choice)}\n\n{words.sentence(choice)}")

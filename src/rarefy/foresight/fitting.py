@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Run:
     """How it was found (dense, static, set), and its shape."""
     rate: Hashable = None
     """Its learning rates."""
+    weight: float = 1.0
+    """In a fit; seeds of one network share one."""
 
 
 def fit(runs: Sequence[Run], *, free: tuple[str, ...] = (), provenance: Mapping[str, Any] | None = None) -> Law:
@@ -47,15 +50,15 @@ def fit(runs: Sequence[Run], *, free: tuple[str, ...] = (), provenance: Mapping[
         ValueError: fewer runs than constants.
     """
     names = sorted({block_name(run.point.block) for run in runs} - {"1x1"})
-    size = 3 + len(names) + len(free)
-    if len(runs) <= size:
-        raise ValueError(f"{size} constants need more runs than {len(runs)}")
+    size, worth = 3 + len(names) + len(free), sum(run.weight for run in runs)
+    if worth < size + 0.5:
+        raise ValueError(f"{size} constants need more runs than {worth:.0f}, seeds aside")
     blocks = tuple(names)
     exponents = _search(runs, free, blocks)
     found, _ = _solve(runs, exponents, blocks)
-    losses = np.array([run.loss for run in runs])
+    losses, weights = np.array([run.loss for run in runs]), np.array([run.weight for run in runs])
     errors = np.array([columns(run.point, exponents, blocks) for run in runs]) @ found / losses - 1
-    spread = float(np.sqrt((errors**2).sum() / (len(runs) - size)))
+    spread = float(np.sqrt((weights * errors**2).sum() / (worth - size)))
     points = [run.point for run in runs]
     seen = {
         "nonzeros": [point.nonzeros for point in points],
@@ -80,6 +83,9 @@ def relative_errors(law: Law, runs: Sequence[Run]) -> list[float]:
 def left_out(runs: Sequence[Run], free: tuple[str, ...]) -> list[float]:
     """Relative errors on the runs of each shape of a law fitted to the runs of all others, whatever found the pattern;
     none of blocks that no other shape has.
+
+    Raises:
+        ValueError: without one of the shapes there are too few runs.
     """
     errors = []
     for shape in dict.fromkeys(run.network[1:] for run in runs):
@@ -104,10 +110,11 @@ def _search(runs: Sequence[Run], free: tuple[str, ...], blocks: tuple[str, ...])
 def _solve(runs: Sequence[Run], exponents: Mapping[str, float], blocks: tuple[str, ...]) -> tuple[np.ndarray, float]:
     """Coefficients, and the sum of squared relative errors."""
     losses = np.array([run.loss for run in runs])
-    relative = np.array([columns(run.point, exponents, blocks) for run in runs]) / losses[:, None]
+    weights = np.sqrt([run.weight for run in runs])
+    relative = np.array([columns(run.point, exponents, blocks) for run in runs]) / losses[:, None] * weights[:, None]
     scale = relative.max(axis=0)
-    found = nnls(relative / scale, np.ones(len(runs)))
-    return found / scale, float(((relative / scale @ found - 1) ** 2).sum())
+    found = nnls(relative / scale, weights)
+    return found / scale, float(((relative / scale @ found - weights) ** 2).sum())
 
 
 def _covariance(
@@ -123,6 +130,7 @@ def _covariance(
     rows = [
         np.concatenate([columns(run.point, exponents, blocks), exponent_slopes(run.point, A, B, exponents, free)])
         / run.loss
+        * math.sqrt(run.weight)
         for run in runs
     ]
     slopes = np.array(rows)

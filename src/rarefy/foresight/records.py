@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def run_of(record: Mapping[str, Any]) -> Run | None:
 
 
 def tuned(runs: Sequence[Run]) -> list[Run]:
-    """Of runs of one network and length, those of the rate whose mean loss is least: a race is of tuned networks."""
+    """Of runs of one network and length, those of the rate whose mean loss is least: a race is of tuned networks.
+
+    Together they weigh as much as a single run: three seeds tell of one shape at one length.
+    """
     chosen: list[Run] = []
     for network in dict.fromkeys(run.network for run in runs):
         same = sorted((run for run in runs if run.network == network), key=lambda run: run.point.tokens)
@@ -75,5 +79,6 @@ def tuned(runs: Sequence[Run]) -> list[Run]:
             rates: dict[Any, list[Run]] = {}
             for run in level:
                 rates.setdefault(run.rate, []).append(run)
-            chosen += min(rates.values(), key=lambda some: float(np.mean([run.loss for run in some])))
+            best = min(rates.values(), key=lambda some: float(np.mean([run.loss for run in some])))
+            chosen += [replace(run, weight=1 / len(best)) for run in best]
     return chosen

@@ -73,13 +73,14 @@ def doubts(choice: Choice, law: Law, *, data_bytes: int) -> list[str]:
     for name, one in sides:
         values = {"nonzeros": one.shape.nonzeros, "tokens": one.tokens, "density": one.shape.density}
         values |= {"layers": one.shape.layers, "tokens_per_step": one.shape.tokens}
+        beyond = []
         for key in one.outside:
             title, written = NAMES[key]
-            low, high = law.covers[key]
-            found.append(
-                f"the best {name} one lies outside of what the scaling law was fitted on: {title} "
-                f"{written(values[key])}, and its runs had {written(low)} to {written(high)}; its ± may be too small"
-            )
+            low, high = (written(end) for end in law.covers[key])
+            beyond.append(f"{title} {written(values[key])}, and its runs had {low} to {high}")
+        if beyond:
+            said = "; ".join(beyond)
+            found.append(f"the best {name} one lies outside of what the scaling law knows ({said}): ± may be too small")
     most = max((one.tokens for _, one in sides), default=0)
     if most > data_bytes:
         found.append(
