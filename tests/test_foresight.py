@@ -174,7 +174,7 @@ def test_what_is_held_between_steps_is_counted_exactly(shape):
     twin = make_network(shape)
     twin.train_step(Noise(shape), clip=1.0)
     counted = dataclasses.asdict(step_bytes(shape))
-    assert counted.pop("activations") > 0
+    assert counted.pop("activations") > 0 and counted.pop("working") > 0
     assert counted == training_bytes(twin.model, twin.optimizer)
     assert shape.nonzeros == sum(p.numel() for p in twin.model.parameters())
 
@@ -186,6 +186,13 @@ def test_activations_are_as_a_real_step_keeps_them(shape):
     inputs, targets = Noise(shape).at(1)
     measured = kept_bytes(twin.model, lambda: twin.loss(twin.model, inputs, targets))
     assert activation_bytes(shape) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("batch, density, peak_mib", [(8, 1.0, 100), (32, 1.0, 311), (8, 0.1, 99), (32, 0.1, 273)])
+def test_peaks_that_were_measured_are_given_back(batch, density, peak_mib):
+    """tools/step_memory.py --width 128 --layers 2 --context 256 --batch 8|32 --threads 1 (rarefy.foresight.memory)."""
+    shape = Shape(width=128, layers=2, heads=2, context=256, batch=batch, density=density)
+    assert step_bytes(shape).peak / 2**20 == pytest.approx(peak_mib, rel=0.1)
 
 
 def test_kept_tensors_are_counted_once_and_weights_are_not():
@@ -325,11 +332,11 @@ def test_longer_budgets_want_larger_networks():
 def test_memory_is_a_limit():
     free = choose(Wish(minutes=30), LAW, by_products(10.0, 10.0))
     assert free.dense is not None and free.sparse is not None and free.too_large == 0
-    limit = min(free.dense.memory.total, free.sparse.memory.total) - 1
+    limit = min(free.dense.memory.peak, free.sparse.memory.peak) - 1
     tight = choose(Wish(minutes=30, memory_bytes=limit), LAW, by_products(10.0, 10.0))
     assert tight.dense is not None and tight.sparse is not None and 0 < tight.too_large < tight.considered
     for one, before in ((tight.dense, free.dense), (tight.sparse, free.sparse)):
-        assert one.memory.total <= limit and one.loss > before.loss
+        assert one.memory.peak <= limit and one.loss > before.loss
     none = choose(Wish(minutes=30, memory_bytes=1), LAW, by_products(10.0, 10.0))
     assert none.too_large == none.considered and none.winner == "open"
 

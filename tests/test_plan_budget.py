@@ -79,13 +79,13 @@ def test_a_machine_that_was_never_calibrated_is_calibrated(monkeypatch, tmp_path
 
 
 def test_both_sides_are_shown_and_what_to_run(calibrated, text, capsys):
-    assert main(["plan", "--budget", "3m", "--data", str(text), "--memory", "60M"]) == 0
+    assert main(["plan", "--budget", "3m", "--data", str(text), "--memory", "120M"]) == 0
     out = capsys.readouterr().out
     titles = [line.split("  ")[0] for line in out.splitlines()]
     for title in ("bits per byte", "width", "layers", "density", "block", "precision", "parameters", "steps", "memory"):
         assert title in titles
     assert "best dense" in out and "best sparse" in out and "of which none was trained" in out
-    assert "networks need more than 60.0 MiB" in out
+    assert "networks need more than 120 MiB" in out
     assert "would read it" in out and "repetition hurts sparse networks later than dense ones" in out
     assert "rarefy race --data" in out and "rarefy train text --data" in out
 
@@ -99,7 +99,7 @@ def test_json_says_the_same(calibrated, text, capsys):
     for side in (data["dense"], data["sparse"]):
         assert side["steps"] == int(90e3 / side["step_ms"]) and side["tokens"] == side["steps"] * 2048
         parts = dict(side["memory_bytes"])
-        assert parts.pop("total") == sum(parts.values())
+        assert parts.pop("peak") > parts["total"] and parts.pop("total") == sum(parts.values())
     difference = data["sparse"]["bits_per_byte"] - data["dense"]["bits_per_byte"]
     assert data["difference"] == pytest.approx(difference) and data["dense"]["density"] == 1.0
     assert data["sentence"] and data["commands"]["race"].startswith("rarefy race")

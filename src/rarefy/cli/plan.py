@@ -50,7 +50,7 @@ class Plan:
     and steps, dense and sparse, with the loss to expect of each and the race that checks it."""
 
     memory: str | None = None
-    """With --budget: the most that a training step may hold, such as 8G or 500M. Default: no limit."""
+    """With --budget: the most that a training step may take, such as 8G or 500M. Default: no limit."""
 
     data: str | None = None
     """With --budget: the text, as `rarefy race` reads it. Default: the source of Python's standard library."""

@@ -27,7 +27,7 @@ class Wish:
     minutes: float
     """Of training."""
     memory_bytes: int | None = None
-    """The most that a step may hold; None: no limit."""
+    """The most that a step may take at its peak; None: no limit."""
     context: int = 256
     heads: int = 4
     precisions: tuple[Precision, ...] = PRECISIONS
@@ -103,7 +103,7 @@ def choose(wish: Wish, law: Law, step_ms: StepTime) -> Choice:
             continue
         considered += 1
         memory = step_bytes(shape)
-        if wish.memory_bytes is not None and memory.total > wish.memory_bytes:
+        if wish.memory_bytes is not None and memory.peak > wish.memory_bytes:
             too_large += 1
             continue
         found = _candidate(law, shape, ms, steps, memory)

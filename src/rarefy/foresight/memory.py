@@ -1,14 +1,14 @@
 """Bytes that a training step needs: what is held between steps by counting, what the forward pass keeps by looking.
 
-Not counted: Python and torch themselves, and what lives for a moment inside an operator or between two (gradients of
-activations, packed panels).
+The peak of a process is more than its tensors: what the C library and the kernels keep is estimated from a few measured
+peaks. Not counted are Python and torch themselves, and what a rewire needs for a moment.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cost import Precision
+from rarefy.cost.precision import activation_dtype
 from rarefy.foresight.shape import Shape
 from rarefy.foresight.timing import Noise, make_network
+from rarefy.models.gpt import VOCABULARY
 
 LOOKED_AT = (
     Shape(width=64, layers=1, context=64, batch=1),
@@ -29,6 +31,14 @@ LOOKED_AT = (
 )
 """Small networks whose forward pass is run to see what it keeps: everything is a sum of a few products of their sizes.
 Tokens are whole panels of 64, as the kernels of sparse layers keep them.
+"""
+
+
+OVERHEAD, BASE_BYTES = 1.45, 32 << 20
+"""Peak of a process over what its activations and their gradients take, and what is there whatever the network.
+
+Fitted to four peaks of tools/step_memory.py (--width 128 --layers 2 --context 256 --batch 8 and 32 --threads 1, fp32,
+machine C of docs/log.md, 2026-11-28): dense 100 and 311 MiB, 10% 99 and 273; it gives them back within 10%.
 """
 
 
@@ -44,10 +54,19 @@ class StepBytes:
     activations: int
     """What the forward pass keeps for the backward pass, weights aside; bf16 copies of dense weights are among it."""
 
+    working: int
+    """Gradients of the widest activations, which the backward pass makes while all others are still there."""
+
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.indices + self.activations
+        return sum(asdict(self).values())
+
+    @property
+    def peak(self) -> int:
+        """What a process that trains it holds at most, estimated, above Python and torch."""
+        moving = self.activations + self.working
+        return round(self.total + (OVERHEAD - 1) * moving) + BASE_BYTES
 
 
 def step_bytes(shape: Shape) -> StepBytes:
@@ -55,7 +74,12 @@ def step_bytes(shape: Shape) -> StepBytes:
     parameters = shape.parameters()
     numbers = sum(count for _, count in parameters)
     ages = 4 * (len(parameters) if shape.dense else sum(leading for leading, _ in parameters))
-    return StepBytes(4 * numbers, 4 * numbers, 8 * numbers + ages, shape.index_bytes(), activation_bytes(shape))
+    hidden = 4 * shape.width * activation_dtype(shape.precision).itemsize
+    working = shape.tokens * 2 * (hidden + 4 * VOCABULARY)  # two at a time, inside a block and at the loss
+    return StepBytes(
+        parameters=4 * numbers, gradients=4 * numbers, optimizer=8 * numbers + ages, indices=shape.index_bytes(),
+        activations=activation_bytes(shape), working=working,
+    )  # fmt: skip
 
 
 def activation_bytes(shape: Shape) -> int:

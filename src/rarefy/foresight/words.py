@@ -42,7 +42,7 @@ def table(choice: Choice) -> str:
         ("steps", lambda one: f"{one.steps:,} of {one.shape.tokens:,} bytes"),
         ("bytes trained on", lambda one: say.count(one.tokens)),
         ("a step", lambda one: f"{one.step_ms:,.1f} ms"),
-        ("memory", lambda one: say.nbytes(one.memory.total)),
+        ("memory", lambda one: say.nbytes(one.memory.peak)),
     ]
     sides = [(name, one) for name, one in (("dense", choice.dense), ("sparse", choice.sparse)) if one is not None]
     lines = [["foreseen", *(f"best {name}" for name, _ in sides)]]
@@ -133,7 +133,8 @@ def plain(one: Candidate | None) -> dict[str, Any] | None:
     return {
         "bits_per_byte": one.loss * BITS, "sigma": one.sigma * BITS, **asdict(shape), "block": list(shape.block),
         "parameters": shape.nonzeros, "steps": one.steps, "tokens": one.tokens, "step_ms": one.step_ms,
-        "memory_bytes": {**asdict(one.memory), "total": one.memory.total}, "outside": list(one.outside),
+        "memory_bytes": {**asdict(one.memory), "total": one.memory.total, "peak": one.memory.peak},
+        "outside": list(one.outside),
     }  # fmt: skip
 
 
