@@ -58,6 +58,7 @@ def test_sizes_are_read(said, size):
         (["--budget", "3m", "--memory", "much"], "memory must be a size such as 8G, 500M or 2GiB, got 'much'"),
         (["--budget", "3m", "--memory", "0"], "memory must be positive, got 0 bytes"),
         (["--budget", "3m", "--data", "nowhere.txt"], "there is no such file or folder"),
+        (["--budget", "3m", "--width", "128", "--density", "0.2"], "--budget chooses --density, --width itself"),
         (["--memory", "8G"], "--memory and --data are for --budget"),
     ],
 )

@@ -95,6 +95,10 @@ class Plan:
     """Print JSON, and nothing else, to stdout."""
 
 
+CHOSEN = ("plan", "density", "distribution", "block", "keep_dense", "width", "layers", "batch", "machine")
+"""Options that say what --budget is to find out, or that mean another question."""
+
+
 def run(settings: Plan) -> None:
     """Print the table, or JSON."""
     if settings.machines:
@@ -143,6 +147,9 @@ def _explain(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
 def _choose(settings: Plan, budget: str) -> None:
     from rarefy.cli import plan_budget
 
+    said = [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != f.default]
+    if chosen := [f"--{name.replace('_', '-')}" for name in said if name in CHOSEN]:
+        raise ValueError(f"--budget chooses {', '.join(chosen)} itself: leave that out, or --budget")
     wish = plan_budget.wish_of(budget, settings.memory, context=settings.context, heads=settings.heads)
     corpus = plan_budget.read(settings.data, settings.context)
     plan_budget.run(
