@@ -76,7 +76,7 @@ def test_a_machine_that_was_never_calibrated_is_calibrated(monkeypatch, tmp_path
     model = StepModel({"fp32": TIMES}, {}, {"date": "today"})
     monkeypatch.setattr(plan_budget, "step_model", lambda costs, progress: asked.append("steps") or model)
     assert main(["plan", "--budget", "3m", "--data", str(text)]) == 0
-    assert asked == ["layers", "steps"] and "should win" in capsys.readouterr().out
+    assert asked == ["layers", "steps"] and "best sparse" in capsys.readouterr().out
 
 
 def test_both_sides_are_shown_and_what_to_run(calibrated, text, capsys):

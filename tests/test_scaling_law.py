@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fit_scaling
 from rarefy.foresight import Law, Point, shipped_law
 from rarefy.foresight.fitting import Run, fit, left_out, relative_errors
 from rarefy.foresight.law import PAPER, density_factor
@@ -151,3 +153,32 @@ def test_of_several_rates_the_best_counts_length_by_length():
     said = [(1e-3, 1.5, 100), (1e-3, 1.7, 100), (2e-3, 1.4, 101), (2e-3, 1.5, 101), (1e-3, 1.0, 600), (2e-3, 1.1, 600)]
     runs = [run for rate, loss, steps in said if (run := run_of(record(None, rate, loss, steps))) is not None]
     assert [(run.rate, run.loss) for run in tuned(runs)] == [(2e-3, 1.4), (2e-3, 1.5), (1e-3, 1.0)]
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="the records are in the repository alone")
+def test_the_tool_makes_the_law_that_comes_along(tmp_path, monkeypatch, capsys):
+    folders = [str(RESULTS / kind / "wikitext-2" / "runs") for kind in ("compare", "race")]
+    monkeypatch.setattr(fit_scaling, "LAW", tmp_path / "law.json")
+    monkeypatch.setattr(fit_scaling, "FREE", ((),))
+    monkeypatch.setattr("sys.argv", ["fit_scaling.py", *folders, "--from-bytes", "1e6", "--write"])
+    fit_scaling.main()
+    made, law = Law.from_json(json.loads((tmp_path / "law.json").read_text())), shipped_law()
+    assert pytest.approx((law.E, law.A, law.B)) == (made.E, made.A, made.B)
+    assert made.spread == pytest.approx(law.spread) and made.covers == law.covers
+    assert f"{law.provenance['runs']} of a tuned rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "scores, taken",
+    [
+        ({(): 0.05, ("b",): 0.048, ("g",): 0.05}, ()),  # not worth it
+        ({(): 0.05, ("b",): 0.02, ("b", "g"): 0.019}, ("b",)),
+        ({(): 0.05, ("b",): 0.048, ("b", "g"): 0.01}, ("b", "g")),
+    ],
+    ids=str,
+)
+def test_an_exponent_is_freed_where_that_is_worth_it(scores, taken):
+    assert fit_scaling.choose_free(scores) == taken
