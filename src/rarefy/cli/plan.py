@@ -1,4 +1,6 @@
-"""`rarefy plan`: what would become sparse, and what that costs and saves, before anything is trained."""
+"""`rarefy plan`: what would become sparse, and what that costs and saves, before anything is trained; with a budget,
+what to train.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,16 @@ class Plan:
     keep_dense: tuple[str, ...] | None = None
     """Globs over layer names to leave dense, such as head or "*.attention.*". Default: the plan's, head."""
 
+    budget: str | None = None
+    """Choose what to train in so much training time instead (90s, 10m, 1.5h): width, depth, density, block, precision
+    and steps, dense and sparse, with the loss to expect of each and the race that checks it."""
+
+    memory: str | None = None
+    """With --budget: the most that a training step may take, such as 8G or 500M. Default: no limit."""
+
+    data: str | None = None
+    """With --budget: the text, as `rarefy race` reads it. Default: the source of Python's standard library."""
+
     width: int = TextSettings.width
     """Features of a position."""
 
@@ -83,17 +95,25 @@ class Plan:
     """Print JSON, and nothing else, to stdout."""
 
 
+CHOSEN = ("plan", "density", "distribution", "block", "keep_dense", "width", "layers", "batch", "machine")
+"""Options that say what --budget is to find out, or that mean another question."""
+
+
 def run(settings: Plan) -> None:
     """Print the table, or JSON."""
     if settings.machines:
         _list_machines(settings)
         return
+    if settings.budget is None and (settings.memory is not None or settings.data is not None):
+        raise ValueError("--memory and --data are for --budget: say how long training may take, such as --budget 30m")
     text, plan = _settled(settings)
     before = torch.get_num_threads()
     torch.set_num_threads(before if settings.threads is None else settings.threads)
     try:
         if settings.calibrate or settings.check:
             _model_alone(settings)
+        elif settings.budget is not None:
+            _choose(settings, settings.budget)
         elif settings.machine is not None:
             _elsewhere(settings, text, plan)
         else:
@@ -122,6 +142,19 @@ def _explain(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
     if costs is not None:
         print(f"cost model of {costs.fitted.get('date', '?')}; rarefy plan --check shows how well it fits")
     print(f"\n{explanation}")
+
+
+def _choose(settings: Plan, budget: str) -> None:
+    from rarefy.cli import plan_budget
+
+    said = [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != f.default]
+    if chosen := [f"--{name.replace('_', '-')}" for name in said if name in CHOSEN]:
+        raise ValueError(f"--budget chooses {', '.join(chosen)} itself: leave that out, or --budget")
+    wish = plan_budget.wish_of(budget, settings.memory, context=settings.context, heads=settings.heads)
+    corpus = plan_budget.read(settings.data, settings.context)
+    plan_budget.run(
+        wish, corpus, _model(), budget=budget, data=settings.data, method=settings.method, as_json=settings.json
+    )
 
 
 def _elsewhere(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:

@@ -118,7 +118,7 @@ def fit(
             names = list(amounts[0])
             matrix = np.array([[amount[name] for name in names] for amount in amounts], dtype=float)
             times = np.array([point.ms(which) for point in points], dtype=float)
-            found = _fit_relative(matrix, times)
+            found = fit_relative(matrix, times)
             coefficients[f"{kind} {which}"] = {n: float(c) for n, c in zip(names, found, strict=True) if c > 0}
     model = CostModel(coefficients, l2_bytes, conditions or {}, {})
     errors = np.abs([error(model, point) for point in timed]) if timed else np.zeros(1)
@@ -138,7 +138,7 @@ HUBER = 0.1
 """Relative error from which on a point counts less."""
 
 
-def _fit_relative(matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
+def fit_relative(matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
     """c >= 0 that minimises the Huber loss of (matrix @ c) / times - 1, by reweighted least squares."""
     scale = np.maximum(matrix.max(axis=0), 1e-300)
     relative = matrix / scale / times[:, None]
