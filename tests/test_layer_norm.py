@@ -181,6 +181,7 @@ def test_autocast_gets_bf16_and_everybody_else_the_modules_own():
         add_norm(norm, x, delta)
         assert calls == [1]  # a hooked module is called
     assert add_norm(nn.LayerNorm(24), x)[0] is x
+    assert add_norm(nn.LayerNorm(24, device="meta"), x.to("meta"))[1].device.type == "meta"
 
 
 def test_a_gpt_under_autocast_computes_what_its_modules_compute():

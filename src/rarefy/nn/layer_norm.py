@@ -28,7 +28,8 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None = None) -> tupl
 
 
 def _one_pass(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> bool:
-    cast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
-    if not cast or type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1 or has_hooks(norm):
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):  # of some devices autocast knows nothing
+        return False
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1 or has_hooks(norm):
         return False
     return norm.elementwise_affine and norm.bias is not None and runs_kernel(x, delta, torch.bfloat16)
