@@ -30,6 +30,7 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None = None) -> tupl
 def _one_pass(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> bool:
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):  # of some devices autocast knows nothing
         return False
-    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1 or has_hooks(norm):
+    known = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 and norm.bias is not None
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or not known or has_hooks(norm):
         return False
-    return norm.elementwise_affine and norm.bias is not None and runs_kernel(x, delta, torch.bfloat16)
+    return runs_kernel(x, delta, torch.bfloat16)
