@@ -80,6 +80,7 @@ kernels-check: $(HAS_CMAKE) ## the kernels alone against plain double loops, on 
 	$(call quiet,building the kernels and their check,$(CMAKE) -S . -B build/check $(CHECKED) && $(CMAKE) --build build/check --parallel)
 	@build/check/check_kernels $(ARGS)
 	@build/check/check_images $(ARGS)
+	@build/check/check_passes $(ARGS)
 
 neon: build/neon/checked ## the same for 64-bit ARM: cross compiled, then run under qemu; installs both (Debian, as root)
 	@cat $<
@@ -89,7 +90,7 @@ build/neon/checked: $(NATIVE) $(wildcard csrc/tests/*) tools/aarch64.cmake | $(H
 	@tools/system_package.sh qemu-aarch64
 	$(call quiet,building the kernels for 64-bit ARM,$(CMAKE) -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=tools/aarch64.cmake $(CHECKED) && $(CMAKE) --build build/neon --parallel)
 	@echo "checking them under qemu: a minute ..."
-	@for check in check_kernels check_images; do \
+	@for check in check_kernels check_images check_passes; do \
 		OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/$$check neon portable; \
 	done >build/neon/checking && ! grep -q FAILED build/neon/checking || { cat build/neon/checking; exit 1; }
 	@mv build/neon/checking $@

@@ -448,15 +448,7 @@ bool amx_allowed() {
 }
 
 const Kernels *kernels_amx() {
-  static const Kernels table = [] {
-    Kernels kernels = *kernels_avx512();
-    kernels.name = "amx";
-    kernels.spmm = spmm;
-    kernels.backward = backward;
-    kernels.mlp_forward = mlp_forward;
-    kernels.mlp_backward = mlp_backward;
-    return kernels;
-  }();
+  static const Kernels table = over_avx512("amx", spmm, backward, mlp_forward, mlp_backward);
   return &table;
 }
 

@@ -11,21 +11,6 @@ namespace {
 
 constexpr int64_t kFewTokens = 192;  // below, AVX-512's kernels
 
-struct Block {
-  int64_t rows, cols;
-  TileKernels tiled;
-};
-template <int BR, int BC>
-constexpr Block kBlock = {BR, BC, kTileKernels<BR, BC>};
-constexpr Block kBlocks[] = {RAREFY_BLOCKS(kBlock)};
-
-const TileKernels *find_tiled(const rarefy_pattern *p) {
-  for (const Block &block : kBlocks) {
-    if (block.rows == p->block_rows && block.cols == p->block_cols) return &block.tiled;
-  }
-  return nullptr;
-}
-
 bool takes(Activations activations, int64_t batch) { return activations != FLOAT32 && batch >= kFewTokens; }
 
 int spmm(const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y, Activations activations,
@@ -70,15 +55,7 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
 }  // namespace
 
 const Kernels *kernels_avx512bf16() {
-  static const Kernels table = [] {
-    Kernels kernels = *kernels_avx512();
-    kernels.name = "avx512bf16";
-    kernels.spmm = spmm;
-    kernels.backward = backward;
-    kernels.mlp_forward = mlp_forward;
-    kernels.mlp_backward = mlp_backward;
-    return kernels;
-  }();
+  static const Kernels table = over_avx512("avx512bf16", spmm, backward, mlp_forward, mlp_backward);
   return &table;
 }
 

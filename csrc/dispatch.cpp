@@ -30,9 +30,9 @@ Choice find_choices() {
     choice.list[choice.count++] = kernels_amx();
   }
 #endif
+#if defined(RAREFY_DOTS)
   // AMD's cores issue as many products of bfloat16 pairs as of float32; Intel's half as many, and lose.
   const bool dots = avx512 && __builtin_cpu_supports("avx512bf16"), fast_dots = dots && __builtin_cpu_is("amd");
-#if defined(RAREFY_DOTS)
   if (fast_dots) choice.list[choice.count++] = kernels_avx512bf16();
 #endif
   if (avx512) choice.list[choice.count++] = kernels_avx512();
@@ -96,6 +96,20 @@ bool missing(const void *data, int64_t count) { return data == nullptr && count 
 int thread_count(int threads) { return threads > 0 ? threads : omp_get_max_threads(); }
 
 }  // namespace
+
+#if defined(RAREFY_X86)
+Kernels over_avx512(const char *name, decltype(Kernels::spmm) spmm, decltype(Kernels::backward) backward,
+                    decltype(Kernels::mlp_forward) mlp_forward, decltype(Kernels::mlp_backward) mlp_backward) {
+  Kernels kernels = *kernels_avx512();
+  kernels.name = name;
+  kernels.spmm = spmm;
+  kernels.backward = backward;
+  kernels.mlp_forward = mlp_forward;
+  kernels.mlp_backward = mlp_backward;
+  return kernels;
+}
+#endif
+
 }  // namespace rarefy
 
 using namespace rarefy;

@@ -50,6 +50,9 @@ const Kernels *kernels_avx512();
 const Kernels *kernels_avx512bf16();
 const Kernels *kernels_amx();
 bool amx_allowed();
+// AVX-512's table with other products.
+Kernels over_avx512(const char *name, decltype(Kernels::spmm) spmm, decltype(Kernels::backward) backward,
+                    decltype(Kernels::mlp_forward) mlp_forward, decltype(Kernels::mlp_backward) mlp_backward);
 const Kernels *kernels_neon();
 
 // Memory from the pool, 64-byte aligned, kept for a later call when it is released. Null if there is none to be had.

@@ -34,10 +34,9 @@ int backward_some(const rarefy_pattern *p, const float *values, const float *dy,
   return backward_direct<BR, BC, 2, Index>(p, values, dy, x, dx, dvalues, dbias, batch, threads);
 }
 
-// What there is for one block shape: kernels for many tokens, and whole calls for few, by width of the index.
+// Whole calls for few tokens, by width of the index; for many there is find_tiled.
 struct Block {
   int64_t rows, cols;
-  TileKernels tiled;
   int (*spmm_some[2])(const rarefy_pattern *, const float *values, const float *x, const float *bias, float *y,
                      int64_t batch, int threads);
   int (*backward_some[2])(const rarefy_pattern *, const float *values, const float *dy, const float *x, float *dx,
@@ -47,7 +46,6 @@ struct Block {
 template <int BR, int BC>
 constexpr Block kBlock = {BR,
                           BC,
-                          kTileKernels<BR, BC>,
                           {spmm_some<BR, BC, uint16_t>, spmm_some<BR, BC, int32_t>},
                           {backward_some<BR, BC, uint16_t>, backward_some<BR, BC, int32_t>}};
 
@@ -108,7 +106,7 @@ int spmm(const rarefy_pattern *p, const float *values, const void *x, const floa
     wide_y.write_back();
     return code;
   }
-  return multiply_tiled(p, &block->tiled, false, values, {x, in, half}, bias, {y, out, half}, batch, threads);
+  return multiply_tiled(p, find_tiled(p), false, values, {x, in, half}, bias, {y, out, half}, batch, threads);
 }
 
 int backward(const rarefy_pattern *p, const float *values, const void *dy, const void *x, void *dx, float *dvalues,
@@ -119,7 +117,7 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
   const int64_t in = p->in_features, out = p->out_features;
   if (batch >= kBackwardTiledFrom && dvalues == nullptr && dbias == nullptr) {
     if (dx == nullptr) return RAREFY_OK;
-    return multiply_tiled(p, &block->tiled, true, values, {dy, out, half}, nullptr, {dx, in, half}, batch, threads);
+    return multiply_tiled(p, find_tiled(p), true, values, {dy, out, half}, nullptr, {dx, in, half}, batch, threads);
   }
   if (batch < kBackwardTiledFrom || dvalues == nullptr || p->t_crow == nullptr) {
     Wide wide_dy(dy, batch * out, half, true), wide_x(x, batch * in, half, true), wide_dx(dx, batch * in, half, false);
@@ -129,13 +127,8 @@ int backward(const rarefy_pattern *p, const float *values, const void *dy, const
     wide_dx.write_back();
     return code;
   }
-  return backward_tiled(p, &block->tiled, values, {dy, out, half}, {x, in, half}, {dx, in, half}, dvalues, dbias, batch,
+  return backward_tiled(p, find_tiled(p), values, {dy, out, half}, {x, in, half}, {dx, in, half}, dvalues, dbias, batch,
                         threads);
-}
-
-const TileKernels *find_tiled(const rarefy_pattern *p) {
-  const Block *block = find_block(p->block_rows, p->block_cols);
-  return block != nullptr ? &block->tiled : nullptr;
 }
 
 int mlp_forward(const rarefy_mlp *mlp, const void *x, void *y, void *z, int64_t batch, int threads) {
@@ -149,19 +142,19 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
 
 int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,
              void *y, bool half, int threads) {
-  const Block *block = find_block(p->block_rows, p->block_cols);
-  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const TileKernels *kernels = find_tiled(p);
+  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  return rarefy::convolve(p, &block->tiled, c, values, inputs_of(c, x, half, conv->scale, conv->shift), bias,
+  return rarefy::convolve(p, kernels, c, values, inputs_of(c, x, half, conv->scale, conv->shift), bias,
                           outputs_of(c, y, half), threads);
 }
 
 int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *dy,
                       const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads) {
-  const Block *block = find_block(p->block_rows, p->block_cols);
-  if (block == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const TileKernels *kernels = find_tiled(p);
+  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
   const Conv c = conv_of(*conv);
-  return rarefy::convolve_backward(p, &block->tiled, c, values, outputs_of(c, dy, half),
+  return rarefy::convolve_backward(p, kernels, c, values, outputs_of(c, dy, half),
                                    inputs_of(c, x, half, conv->scale, conv->shift), inputs_of(c, dx, half), dvalues, dbias,
                                    threads);
 }

@@ -42,13 +42,7 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
       for (int s = 0; s < ROWS; ++s) {
         float *out = sums + places.at(segments[s].row) + r0 * P + v0 * places.step;
 #pragma GCC unroll 16
-        for (int r = 0; r < RT; ++r) {
-#pragma GCC unroll 16
-          for (int v = 0; v < VT; ++v) {
-            float *to = out + r * P + v * places.step;
-            store(to, load(to) + sum[s][r][v]);
-          }
-        }
+        for (int r = 0; r < RT; ++r) add_to_row(sum[s][r], out + r * P, places.step);
       }
     }
   }
@@ -110,11 +104,7 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
   }
   if (DX) {
 #pragma GCC unroll 4
-    for (int s = 0; s < ROWS; ++s) {
-      float *to = dx_sums + places.at(segments[s].row);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(to + v * places.step, load(to + v * places.step) + sum[s][v]);
-    }
+    for (int s = 0; s < ROWS; ++s) add_to_row(sum[s], dx_sums + places.at(segments[s].row), places.step);
   }
 }
 

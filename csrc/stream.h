@@ -7,8 +7,9 @@
 // therefore sorted by length, which also lets two rows of equal length share a loop.
 //
 // Order of the units: chunk of rows, tile of columns, segment by length, column; in a pair of segments, unit by unit of
-// each in turn (with dot products and units of one input, two units of each in turn). A chunk's units are the same set as in the compressed rows, so chunks are built in parallel and without
-// a prefix sum. Chunks have about equal numbers of units, as they are what threads share out.
+// each in turn (with dot products and units of one input, two units of each in turn). A chunk's units are the same set as
+// in the compressed rows, so chunks are built in parallel and without a prefix sum. Chunks have about equal numbers of
+// units, as they are what threads share out.
 #pragma once
 
 #include "cells.h"
@@ -133,8 +134,8 @@ inline void put_values(const Unit &unit, const float *from, int64_t to, weight *
   }
   alignas(64) weight narrow[256];
   for (int64_t e = 0; e < unit.entries(); e += VL) {
-    const __m256i some = __m256i(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(__mmask16((1u << min64(VL, unit.entries() - e)) - 1), from + e)));
-    _mm256_store_si256(reinterpret_cast<__m256i *>(narrow + e), some);
+    const __mmask16 live = __mmask16((1u << min64(VL, unit.entries() - e)) - 1);
+    store_any(narrow + e, vec(_mm512_maskz_loadu_ps(live, from + e)));
   }
   weight *out = values + to * unit.entries();
   const int64_t row = unit.transposed ? 1 : unit.inputs, column = unit.transposed ? unit.outputs : 1;
@@ -236,6 +237,13 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
   if (s.ordered) {
     for (; unit < chunk_end; ++unit) s.order[unit] = -1;
   }
+}
+
+// Sums that leave their registers: added to memory, a vector every `step` floats.
+template <int NV>
+__attribute__((always_inline)) inline void add_to_row(const vec (&sums)[NV], float *row, int64_t step) {
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) store(row + v * step, load(row + v * step) + sums[v]);
 }
 
 inline const cell *input_at(const cell *tile, uint16_t offset) {

@@ -1,6 +1,8 @@
 // Kernels on a Stream: inputs in L1, sums in L2. See stream.h.
 #pragma once
 
+#include "internal.h"
+
 #include "cells.h"
 #include "pack.h"
 #include "prefetch.h"
@@ -148,6 +150,22 @@ constexpr TileKernels kTileKernels = {multiply_panel_tile<BR, BC, false>,
                                       backward_panel_tile<BR, BC, false>,
                                       BC == 1 ? backward_scattered_tile<(BC == 1 ? BR : 1), true> : nullptr,
                                       BC == 1 ? backward_scattered_tile<(BC == 1 ? BR : 1), false> : nullptr};
+
+struct TiledBlock {
+  int64_t rows, cols;
+  TileKernels kernels;
+};
+template <int BR, int BC>
+constexpr TiledBlock kTiledBlock = {BR, BC, kTileKernels<BR, BC>};
+constexpr TiledBlock kTiledBlocks[] = {RAREFY_BLOCKS(kTiledBlock)};
+
+// Null for a block shape without kernels.
+inline const TileKernels *find_tiled(const rarefy_pattern *p) {
+  for (const TiledBlock &block : kTiledBlocks) {
+    if (block.rows == p->block_rows && block.cols == p->block_cols) return &block.kernels;
+  }
+  return nullptr;
+}
 
 }  // namespace
 }  // namespace rarefy

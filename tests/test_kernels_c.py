@@ -629,7 +629,7 @@ COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a compiler on Linux")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the compiler would run under the sanitizers too")
-@pytest.mark.parametrize("check", ["check_kernels", "check_images"])
+@pytest.mark.parametrize("check", ["check_kernels", "check_images", "check_passes"])
 def test_the_program_that_checks_the_kernels_by_itself(tmp_path: Path, check: str) -> None:
     """Other machines, real and emulated, run it alone (`make neon`): here it must build, pass, and be able to fail."""
     assert COMPILER is not None and LIBRARY is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rarefy.cli import plan_budget
+from rarefy.cli import plan_words as words
 from rarefy.cli.main import main
 from rarefy.cli.options import parse
 from rarefy.cli.plan_budget import bytes_of
@@ -18,7 +19,7 @@ from rarefy.cli.train import TASKS
 from rarefy.compare import TextTask
 from rarefy.compare.contenders import parse_contenders
 from rarefy.cost import cache
-from rarefy.foresight import StepModel, Wish, choose, words
+from rarefy.foresight import StepModel, Wish, choose
 from test_foresight import LAW, TIMES, by_products
 from test_plan_auto import costs
 from tiny import one_thread, write_text

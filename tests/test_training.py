@@ -19,7 +19,6 @@ import rarefy
 from rarefy.files import DiskFull
 from rarefy.nn import SparseLinear
 from rarefy.recipes import settle
-from rarefy.recipes.settle import settled_plan
 from rarefy.recipes.text import TextTask
 from rarefy.recipes.text.networks import make_dense, make_sparse, text_loss
 from rarefy.recipes.text.task import batches
@@ -563,6 +562,6 @@ def test_impossible_settings_are_refused(text, wrong, message):
 def test_decided_layers_stay_dense(text):
     given = settings(text).settled(12)
     rows = [{"name": "blocks.0.mlp.up", "kind": "dense"}, {"name": "blocks.0.mlp.down", "kind": "sparse"}]
-    rewirer = make_sparse(given, settled_plan(given.plan, rows)).rewirer
+    rewirer = make_sparse(given, given.plan.settled(rows)).rewirer
     assert rewirer is not None
     assert "blocks.0.mlp.up" in rewirer.left_dense and "blocks.0.mlp.down" in rewirer.layers

@@ -126,9 +126,7 @@ class AdamW(Optimizer):
             *stored[1:],
             age if newborns else None,
             tables[key],
-            decay=1 - group["lr"] * group["weight_decay"],
-            betas=group["betas"],
-            eps=group["eps"],
+            **_constants(group),
         )
         torch.autograd.graph.increment_version(stored)  # written where autograd does not see it (rewiring rule 7.5)
 
@@ -152,9 +150,7 @@ class AdamW(Optimizer):
             *stored[1:],
             state["age"].add_(1),
             tables[key],
-            decay=1 - group["lr"] * group["weight_decay"],
-            betas=group["betas"],
-            eps=group["eps"],
+            **_constants(group),
             keys=tuple(keys),
         )
         torch.autograd.graph.increment_version(stored)  # written where autograd does not see it (rewiring rule 7.5)
@@ -172,6 +168,11 @@ class AdamW(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("ramp", 100)
+
+
+def _constants(group: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel is told of a step besides tensors and ages."""
+    return {"decay": 1 - group["lr"] * group["weight_decay"], "betas": group["betas"], "eps": group["eps"]}
 
 
 def _runs_cpu_kernel(tensors: tuple[Tensor, ...]) -> bool:

@@ -7,9 +7,10 @@ import re
 import sys
 from typing import Any
 
+from rarefy.cli import plan_words as words
 from rarefy.cli.race import minutes_of
 from rarefy.cost import CostModel
-from rarefy.foresight import Choice, Law, StepModel, Wish, choose, load_steps, shipped_law, step_model, words
+from rarefy.foresight import Choice, Law, StepModel, Wish, choose, load_steps, shipped_law, step_model
 from rarefy.foresight.timing import step_precisions
 from rarefy.training.data import Corpus, load_corpus
 from rarefy.training.machine import machine

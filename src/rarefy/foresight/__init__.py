@@ -5,7 +5,6 @@ law       the loss it will have after so many bytes; fitting makes the law from 
 steps     the milliseconds of its step; timing measures the few steps that the model needs, kept keeps it
 memory    the bytes of its step
 choice    the best of a grid, dense and sparse
-words     what is said of them, and the commands that check it
 """
 
 from rarefy.foresight.choice import Candidate, Choice, Wish, choose

@@ -17,7 +17,7 @@ import torch
 from rarefy.files import atomic_write, load_into, save
 from rarefy.nn import SparseLayer, SparseLowRank
 from rarefy.recipes.settings import RunSettings, check_same
-from rarefy.recipes.settle import explain, settle, settled_plan
+from rarefy.recipes.settle import explain, settle
 from rarefy.recipes.task import DENSE, Ending, Task
 from rarefy.rewiring import GuardWarning
 from rarefy.settings import from_plain, to_plain
@@ -208,7 +208,7 @@ def make_twins(task: Task[S], settings: S, layers: Sequence[Mapping[str, Any]]) 
 
 
 def _decided(settings: S, layers: Sequence[Mapping[str, Any]]) -> S:
-    return dataclasses.replace(settings, plan=settled_plan(settings.plan, layers))
+    return dataclasses.replace(settings, plan=settings.plan.settled(layers))
 
 
 def describe(task: Task, twin: Twin, training_bytes: Mapping[str, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ DEFAULT_MINUTES = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(ABC):
     """The base of a recipe's settings, which adds the data and the network."""
 
     default_plan: ClassVar[Plan]
@@ -178,9 +179,9 @@ class RunSettings:
     # -- filled in ----------------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def tokens_per_step(self) -> int:
         """Bytes or images that an optimizer step learns from."""
-        raise NotImplementedError
 
     def auto_sparse_lr(self, density: float) -> float | None:
         """The rate of sparse layers that were given none, from the first density where it moves."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rarefy.plan import Plan
@@ -45,15 +45,6 @@ def explain(task: Task, say: Say) -> dict[str, Any]:
     if slower := [row["name"] for row in explanation.rows if "slower" in row["reason"]]:
         say(f"left dense, as sparse would be slower here: {', '.join(slower)}")
     return explanation.to_json()
-
-
-def settled_plan(plan: Plan, layers: Sequence[Mapping[str, Any]]) -> Plan:
-    """The plan with what was decided, so that nothing is timed again: see `Plan.settled`.
-
-    Args:
-        layers: rows of an `Explanation`, as plan.json has them.
-    """
-    return plan.settled(layers)
 
 
 def settle(task: Task, layers: list[dict[str, Any]], started: float, say: Say) -> tuple[RunSettings, dict[str, Trial]]:
@@ -97,7 +88,7 @@ def _trial_makers(task: Task, layers: list[dict[str, Any]]) -> dict[str, Callabl
     """Networks to try a few steps on; the sparse one rewires a layer after every other step."""
     settings = task.base
     rehearsal = settings.settled(1_000_000)
-    plan = settled_plan(rehearsal.plan, layers)
+    plan = rehearsal.plan.settled(layers)
     often = dataclasses.replace(plan.method, interval=2 * max(1, _num_sparse(layers)), begin=0, end=None, stagger=True)
     restless = dataclasses.replace(rehearsal, plan=dataclasses.replace(plan, method=often))
     makers: dict[str, Callable[[], Twin]] = {SPARSE: lambda: _held(task.make(restless, dense=False), 0.0)}
