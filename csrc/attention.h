@@ -1,6 +1,7 @@
 // Causal attention, forward and backward, straight from and into the layout of a fused projection: q, k and v are
-// qkv[token][0..2][head][dim], float32 or bfloat16, which is widened while it is packed: arithmetic is float32. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of
-// rows. Scores of a block of queries are kept for a strip of keys, so that their softmax sees them once; past a strip it
+// qkv[token][0..2][head][dim], float32 or bfloat16, which is widened while it is packed: arithmetic is float32. Where there
+// are rotary positions (Su et al. 2021) queries and keys are turned as they are packed, and their gradients turned back as
+// they are unpacked. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of rows. Scores of a block of queries are kept for a strip of keys, so that their softmax sees them once; past a strip it
 // goes on online. Memory is O(tokens * dim) a thread.
 //
 // Every element of a result is one chain of additions in the order of the keys (out, dq) or of the queries (dk, dv),
@@ -86,7 +87,36 @@ inline void stream(float *p, vec v) {
 #endif
 }
 
-// The reverse, times `scale`.
+// Turns the pairs (row[f], row[f + dim / 2]) of `count` packed rows by the angles of their tokens, or back. rotary holds, for
+// each token, dim / 2 cosines and as many sines, from that of the first row on; nullptr: nothing turns.
+inline void turn(const Rows rows, const float *rotary, int64_t count, int64_t dim, bool back) {
+  if (rotary == nullptr) return;
+  const int64_t half = dim / 2;
+  const float sign = back ? -1.0f : 1.0f;
+  for (int64_t r = 0; r < count; ++r) {
+    float *first = rows.row(r), *second = first + half;
+    const float *cosine = rotary + r * dim, *sine = cosine + half;
+    int64_t f = 0;
+    for (; f + VL <= half; f += VL) {
+      const vec a = load_any(first + f), b = load_any(second + f), c = load_any(cosine + f);
+      const vec s = load_any(sine + f) * broadcast(sign);
+      store_any(first + f, a * c - b * s);
+      store_any(second + f, b * c + a * s);
+    }
+    for (; f < half; ++f) {
+      const float a = first[f], b = second[f], c = cosine[f], s = sign * sine[f];
+      first[f] = a * c - b * s;
+      second[f] = b * c + a * s;
+    }
+  }
+}
+
+// From where on `rotary` is that of the token at `t`.
+inline const float *turns_at(const float *rotary, int64_t t, int64_t dim) {
+  return rotary == nullptr ? nullptr : rotary + t * dim;
+}
+
+// The reverse of pack_rows, times `scale`.
 template <class T>
 void unpack_rows(const Rows source, float scale, int64_t count, int64_t dim, T *target, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
@@ -137,6 +167,7 @@ void share_pairs(int64_t pairs, int64_t heads, int threads, int64_t *next, Work 
 
 struct ForwardBuffers {
   float *keys, *values;                 // of the pair: panels of keys, transposed, and rows of values
+  float *turned;                        // rows of a panel of keys, on their way there
   float *queries, *scores, *out, *row;  // of a block of queries; row: kQueries largest scores, sums and factors
 };
 
@@ -144,6 +175,7 @@ inline ForwardBuffers carve_forward(Carver &carver, const Heads &h) {
   ForwardBuffers b;
   b.keys = carver.take<float>(h.panels() * kKeyPanel * h.dim);
   b.values = carver.take<float>(h.rows() * h.width());
+  b.turned = carver.take<float>(kKeyPanel * h.width());
   b.queries = carver.take<float>((kQueries + kSpareRows) * h.width());
   b.scores = carver.take<float>((kQueries + kSpareRows) * (kForwardStrip + 16));
   b.out = carver.take<float>((kQueries + kSpareRows) * h.width());
@@ -153,7 +185,8 @@ inline ForwardBuffers carve_forward(Carver &carver, const Heads &h) {
 
 // out and lse of the queries [q0, q1) of a pair.
 template <class T>
-void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, int64_t q0, int64_t q1, T *out, float *lse) {
+void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, const float *rotary, int64_t q0, int64_t q1,
+                   T *out, float *lse) {
   constexpr int64_t kStride = kForwardStrip + 16;  // an odd number of cache lines
   const int64_t count = q1 - q0, width = h.width(), vectors = width / VL;
   const Rows q = {b.queries, width}, o = {b.out, width}, v = {b.values, width};
@@ -162,6 +195,7 @@ void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, in
   float *partial = b.row + 2 * (kQueries + VL - kQueries % VL);  // VL a row
   const float k = h.scale() * kLog2E;
   pack_rows(queries, 3 * h.heads * h.dim, count, kSpareRows, h.dim, q);
+  turn(q, turns_at(rotary, q0, h.dim), count, h.dim, false);
   for (int64_t s0 = 0; s0 < q1; s0 += kForwardStrip) {
     const int64_t s1 = min64(s0 + kForwardStrip, q1);
     // The keys that a tile of rows [r, r + rows) sees in [begin, end), counted from begin: none if not positive.
@@ -246,8 +280,8 @@ void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, in
 }
 
 template <class T>
-int attention_forward(const T *qkv, T *out, float *lse, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-                      int threads) {
+int attention_forward(const T *qkv, const float *rotary, T *out, float *lse, int64_t batch, int64_t tokens, int64_t heads,
+                      int64_t dim, int threads) {
   const Heads h = {batch, tokens, heads, dim};
   const int64_t blocks = ceil_div(tokens, kQueries), stride = 3 * heads * dim;
   threads = int(max64(1, min64(threads, h.pairs() * blocks)));
@@ -273,14 +307,21 @@ int attention_forward(const T *qkv, T *out, float *lse, int64_t batch, int64_t t
       for (int64_t p = 0; p < h.panels(); ++p) {
         if (!team.owns(p)) continue;
         const int64_t t = p * kKeyPanel, count = min64(kKeyPanel, tokens - t);
-        pack<kTileVectors>(k + t * stride, stride, count, 0, dim, b.keys + t * dim);
+        if (rotary == nullptr) {
+          pack<kTileVectors>(k + t * stride, stride, count, 0, dim, b.keys + t * dim);
+        } else {
+          const Rows turned = {alone.turned, h.width()};
+          pack_rows(k + t * stride, stride, count, 0, dim, turned);
+          turn(turned, turns_at(rotary, t, dim), count, dim, false);
+          pack<kTileVectors>(alone.turned, h.width(), count, 0, dim, b.keys + t * dim);
+        }
         pack_rows(v + t * stride, stride, count, 0, dim, {b.values + t * h.width(), h.width()});
       }
       team.wait();
       for (int64_t block = blocks - 1; block >= 0; --block) {
         if (!team.owns(block)) continue;
         const int64_t q0 = block * kQueries, q1 = min64(q0 + kQueries, tokens);
-        forward_block(h, b, q + q0 * stride, q0, q1, out + h.at(pair), lse + pair * tokens);
+        forward_block(h, b, q + q0 * stride, rotary, q0, q1, out + h.at(pair), lse + pair * tokens);
       }
     });
   }
@@ -384,8 +425,8 @@ inline void backward_keys(const Heads &h, const BackwardBuffers &b, int64_t j0, 
 }
 
 template <class T>
-void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, const T *qkv, const T *out, const float *lse,
-                   T *dqkv, int64_t chunk, const Team team) {
+void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, const T *qkv, const float *rotary, const T *out,
+                   const float *lse, T *dqkv, int64_t chunk, const Team team) {
   const int64_t tokens = h.tokens, dim = h.dim, width = h.width(), apart = h.heads * dim, stride = 3 * apart;
   for (int64_t panel = 0; panel < h.panels(); ++panel) {
     if (!team.owns(panel)) continue;
@@ -393,7 +434,9 @@ void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, cons
     const T *q = qkv + t * stride;
     pack_rows(q, stride, count, spare, dim, {b.q + t * width, width});
     pack_rows(q + apart, stride, count, spare, dim, {b.k + t * width, width});
-    pack<kTileVectors>(q + apart, stride, count, 0, dim, b.k_panels + t * dim);
+    turn({b.q + t * width, width}, turns_at(rotary, t, dim), count, dim, false);
+    turn({b.k + t * width, width}, turns_at(rotary, t, dim), count, dim, false);
+    pack<kTileVectors>(b.k + t * width, width, count, 0, dim, b.k_panels + t * dim);
     pack<kTileVectors>(q + 2 * apart, stride, count, 0, dim, b.v_panels + t * dim);
     pack_rows(dout + t * apart, apart, count, spare, dim, {b.dout + t * width, width});
     for (int64_t r0 = 0; r0 < count; r0 += VL) {
@@ -436,6 +479,8 @@ void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, cons
     if (!team.owns(panel)) continue;
     const int64_t t = panel * kKeyPanel, count = min64(kKeyPanel, tokens - t);
     T *to = dqkv + t * stride;
+    turn({b.dq + t * width, width}, turns_at(rotary, t, dim), count, dim, true);
+    turn({b.dk + t * width, width}, turns_at(rotary, t, dim), count, dim, true);
     unpack_rows({b.dq + t * width, width}, h.scale(), count, dim, to, stride);
     unpack_rows({b.dk + t * width, width}, h.scale(), count, dim, to + apart, stride);
     unpack_rows({b.dv + t * width, width}, 1.0f, count, dim, to + 2 * apart, stride);
@@ -443,8 +488,8 @@ void backward_pair(const Heads &h, const BackwardBuffers &b, const T *dout, cons
 }
 
 template <class T>
-int attention_backward(const T *dout, const T *qkv, const T *out, const float *lse, T *dqkv, int64_t batch, int64_t tokens,
-                       int64_t heads, int64_t dim, int threads) {
+int attention_backward(const T *dout, const T *qkv, const float *rotary, const T *out, const float *lse, T *dqkv,
+                       int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
   const Heads h = {batch, tokens, heads, dim};
   threads = int(max64(1, min64(threads, h.pairs() * ceil_div(tokens, kQueries))));
   const int64_t chunk = alone_pairs(h.pairs(), threads) < h.pairs() ? 4 * threads * kQueries : kQueries;
@@ -464,7 +509,7 @@ int attention_backward(const T *dout, const T *qkv, const T *out, const float *l
     Carver mine = {rank == 0 ? lease.data : lease.data + common + own * (rank - 1), 0}, first = {lease.data, 0};
     const BackwardBuffers alone = carve_backward(mine, h, kQueries), together = carve_backward(first, h, chunk);
     share_pairs(h.pairs(), heads, team_size, &next, [&](int64_t pair, const Team team) {
-      backward_pair(h, team.size > 1 ? together : alone, dout + h.at(pair), qkv + h.qkv_at(pair), out + h.at(pair),
+      backward_pair(h, team.size > 1 ? together : alone, dout + h.at(pair), qkv + h.qkv_at(pair), rotary, out + h.at(pair),
                     lse + pair * tokens, dqkv + h.qkv_at(pair), team.size > 1 ? chunk : kQueries, team);
     });
   }

@@ -86,8 +86,8 @@ bool bad(const rarefy_pattern *p, int64_t batch, bool transposed) {
   return p->num_units > 0 && (p->t_rows == nullptr || p->t_perm == nullptr);
 }
 
-bool bad_attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
-  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0;
+bool bad_attention(const float *rotary, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim) {
+  return batch < 0 || tokens < 0 || heads < 0 || head_dim < 0 || (rotary != nullptr && head_dim % 2 != 0);
 }
 
 // A null pointer is fine where there is nothing behind it.
@@ -279,7 +279,9 @@ int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, const void *x,
   return kernels->norm_backward(norm, dy, x, y, dx, dresidual, dweight, dbias, thread_count(threads));
 }
 
-static bool bad(const rarefy_layer_norm *n) { return n == nullptr || n->rows < 0 || n->width < 1; }
+static bool bad(const rarefy_layer_norm *n) {
+  return n == nullptr || n->rows < 0 || n->width < 1 || n->period < 0 || (n->period > 0 && n->rows % n->period != 0);
+}
 
 int rarefy_layer_norm_forward(const rarefy_layer_norm *norm, const float *x, const void *delta, float *sum, void *y,
                               float *mean, float *rstd, int threads) {
@@ -319,28 +321,29 @@ int rarefy_adamw_step(const rarefy_adamw *step, int threads) {
   return kernels->adamw(step, thread_count(threads));
 }
 
-int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens, int64_t heads,
-                     int64_t head_dim, int threads) {
+int rarefy_attention(const void *qkv, const float *rotary, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens,
+                     int64_t heads, int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
+  if (bad_attention(rotary, batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
   const int64_t rows = batch * tokens * heads, size = rows * head_dim;
   if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
   if (missing(qkv, size) || missing(out, size) || missing(lse, rows)) return RAREFY_BAD_ARGUMENT;
-  return kernels->attention(qkv, out, lse, half != 0, batch, tokens, heads, head_dim, thread_count(threads));
+  return kernels->attention(qkv, rotary, out, lse, half != 0, batch, tokens, heads, head_dim, thread_count(threads));
 }
 
-int rarefy_attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv, int32_t half,
-                              int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
+int rarefy_attention_backward(const void *dout, const void *qkv, const float *rotary, const void *out, const float *lse,
+                              void *dqkv, int32_t half, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                              int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad_attention(batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
+  if (bad_attention(rotary, batch, tokens, heads, head_dim)) return RAREFY_BAD_ARGUMENT;
   const int64_t rows = batch * tokens * heads, size = rows * head_dim;
   if (size == 0) return rows == 0 ? RAREFY_OK : RAREFY_BAD_ARGUMENT;
   if (missing(qkv, size) || missing(out, size) || missing(lse, rows) || missing(dout, size) || missing(dqkv, size)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->attention_backward(dout, qkv, out, lse, dqkv, half != 0, batch, tokens, heads, head_dim,
+  return kernels->attention_backward(dout, qkv, rotary, out, lse, dqkv, half != 0, batch, tokens, heads, head_dim,
                                      thread_count(threads));
 }
 

@@ -24,10 +24,11 @@ struct Kernels {
   int (*mlp_forward)(const rarefy_mlp *, const void *x, void *y, void *z, int64_t batch, int threads);
   int (*mlp_backward)(const rarefy_mlp *, const void *dy, const void *x, const void *z, void *dx,
                       const rarefy_mlp_gradients *, int64_t batch, int threads);
-  int (*attention)(const void *qkv, void *out, float *lse, bool half, int64_t batch, int64_t tokens, int64_t heads,
-                   int64_t head_dim, int threads);
-  int (*attention_backward)(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv, bool half,
-                            int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads);
+  int (*attention)(const void *qkv, const float *rotary, void *out, float *lse, bool half, int64_t batch, int64_t tokens,
+                   int64_t heads, int64_t head_dim, int threads);
+  int (*attention_backward)(const void *dout, const void *qkv, const float *rotary, const void *out, const float *lse,
+                            void *dqkv, bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                            int threads);
   int (*convolve)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *x, const float *bias,
                   void *y, bool half, int threads);
   int (*convolve_backward)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *dy,

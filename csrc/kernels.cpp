@@ -159,21 +159,22 @@ int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const fl
                                    threads);
 }
 
-int attention(const void *qkv, void *out, float *lse, bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-              int threads) {
+int attention(const void *qkv, const float *rotary, void *out, float *lse, bool half, int64_t batch, int64_t tokens,
+              int64_t heads, int64_t dim, int threads) {
   const auto run = [&](auto element) {
     using T = decltype(element);
-    return attention_forward(static_cast<const T *>(qkv), static_cast<T *>(out), lse, batch, tokens, heads, dim, threads);
+    return attention_forward(static_cast<const T *>(qkv), rotary, static_cast<T *>(out), lse, batch, tokens, heads, dim,
+                             threads);
   };
   return half ? run(bf16()) : run(float());
 }
 
-int attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv, bool half,
-                       int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
+int attention_backward(const void *dout, const void *qkv, const float *rotary, const void *out, const float *lse, void *dqkv,
+                       bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
   const auto run = [&](auto element) {
     using T = decltype(element);
-    return attention_backward<T>(static_cast<const T *>(dout), static_cast<const T *>(qkv), static_cast<const T *>(out), lse,
-                                 static_cast<T *>(dqkv), batch, tokens, heads, dim, threads);
+    return attention_backward<T>(static_cast<const T *>(dout), static_cast<const T *>(qkv), rotary,
+                                 static_cast<const T *>(out), lse, static_cast<T *>(dqkv), batch, tokens, heads, dim, threads);
   };
   return half ? run(bf16()) : run(float());
 }
@@ -203,7 +204,7 @@ int norm_backward(const rarefy_norm *n, const void *dy, const void *x, const voi
                                dweight, dbias, threads);
 }
 
-LayerNorm layer_norm_of(const rarefy_layer_norm &n) { return {n.rows, n.width, n.eps, n.weight, n.bias}; }
+LayerNorm layer_norm_of(const rarefy_layer_norm &n) { return {n.rows, n.width, n.eps, n.weight, n.bias, n.period}; }
 
 // Calls work with a value of each element type: of what is added, and of what is normalised.
 template <class Work>

@@ -1,5 +1,6 @@
 // Layer normalisation of row-major activations with what stands before it, the addition to a residual stream, and what stands
-// behind it, the cast to the dtype in which products read: one pass over the rows forward and one backward, in which a row
+// behind it, the cast to the dtype in which products read and the token shift, by which the second half of a row's features
+// goes to the row after it: one pass over the rows forward and one backward, in which a row
 // stays in L1. The stream is float32. A row's sums are added in one order, and weights' gradients over fixed parts of the
 // rows, so results do not depend on the number of threads.
 #pragma once
@@ -13,16 +14,25 @@ struct LayerNorm {
   int64_t rows, width;
   float eps;
   const float *weight, *bias;  // null: ones, zeros
+  int64_t period;              // rows of a sequence, within which y is shifted; 0: it is not
+  int64_t kept() const { return period == 0 ? width : width - width / 2; }  // features that stay in their row
+  bool first(int64_t r) const { return r % period == 0; }
+  bool last(int64_t r) const { return r % period == period - 1; }
   int64_t parts() const { return max64(1, min64(kNormParts, rows / 16)); }
   int64_t begin(int64_t part) const { return rows * part / parts(); }
 };
 
-// Calls visit(c, count) for the vectors of a row: count < VL lanes of the last.
+// Calls visit(c, count) for the vectors of the features [begin, end): count < VL lanes of the last.
+template <class Visit>
+inline void each_vector(int64_t begin, int64_t end, Visit visit) {
+  int64_t c = begin;
+  for (; c + VL <= end; c += VL) visit(c, int64_t(VL));
+  if (c < end) visit(c, end - c);
+}
+
 template <class Visit>
 inline void each_vector(int64_t width, Visit visit) {
-  int64_t c = 0;
-  for (; c + VL <= width; c += VL) visit(c, int64_t(VL));
-  if (c < width) visit(c, width - c);
+  each_vector(0, width, visit);
 }
 
 // The sum of all lanes.
@@ -59,12 +69,19 @@ int layer_norm_forward(const LayerNorm &n, const float *x, const D *delta, float
     const float scale = 1.0f / __builtin_sqrtf(across(squares) / float(n.width) + n.eps);
     mean[r] = middle;
     rstd[r] = scale;
-    each_vector(n.width, [&](int64_t c, int64_t count) {
-      vec v = (load_some(row + c, count) - broadcast(middle)) * broadcast(scale);
-      if (n.weight != nullptr) v *= load_some(n.weight + c, count);
-      if (n.bias != nullptr) v += load_some(n.bias + c, count);
-      store_some(y + r * n.width + c, v, count);
-    });
+    const auto write = [&](Y *out) {
+      return [=](int64_t c, int64_t count) {
+        vec v = (load_some(row + c, count) - broadcast(middle)) * broadcast(scale);
+        if (n.weight != nullptr) v *= load_some(n.weight + c, count);
+        if (n.bias != nullptr) v += load_some(n.bias + c, count);
+        store_some(out + c, v, count);
+      };
+    };
+    Y *own = y + r * n.width;
+    each_vector(0, n.kept(), write(own));
+    if (n.period == 0) continue;
+    if (!n.last(r)) each_vector(n.kept(), n.width, write(own + n.width));
+    if (n.first(r)) each_vector(n.kept(), n.width, [&](int64_t c, int64_t count) { store_some(own + c, vec{}, count); });
   }
   return RAREFY_OK;
 }
@@ -86,20 +103,29 @@ int layer_norm_backward(const LayerNorm &n, const Y *dy, const float *dsum, cons
       for (int64_t c = 0; c < 2 * padded; c += VL) store(weights + c, vec{});
       for (int64_t r = n.begin(part); r < n.begin(part + 1); ++r) {
         const float *row = sum + r * n.width;
-        const Y *gradient = dy + r * n.width;
+        const Y *own = dy + r * n.width;
+        // Calls visit(c, count, d) with the gradient of what was normed here, some of which reached y in the next row.
+        const auto each_gradient = [&](auto visit) {
+          each_vector(0, n.kept(), [&](int64_t c, int64_t count) { visit(c, count, load_some(own + c, count)); });
+          if (n.period == 0) return;
+          const Y *next = n.last(r) ? nullptr : own + n.width;
+          each_vector(n.kept(), n.width, [&](int64_t c, int64_t count) {
+            visit(c, count, next == nullptr ? vec{} : load_some(next + c, count));
+          });
+        };
         const vec middle = broadcast(mean[r]), scale = broadcast(rstd[r]);
         vec plain = {}, crossed = {};
-        each_vector(n.width, [&](int64_t c, int64_t count) {
-          const vec normed = (load_some(row + c, count) - middle) * scale, d = load_some(gradient + c, count);
-          store(biases + c, load(biases + c) + d);
-          store(weights + c, load(weights + c) + keep_lanes(d * normed, count));
+        each_gradient([&](int64_t c, int64_t count, vec d) {
+          const vec normed = (load_some(row + c, count) - middle) * scale;
+          store_some(biases + c, load_some(biases + c, count) + d, count);
+          store_some(weights + c, load_some(weights + c, count) + d * normed, count);
           const vec g = n.weight != nullptr ? d * load_some(n.weight + c, count) : d;
           plain += g;
           crossed += keep_lanes(g * normed, count);
         });
         const vec a = broadcast(across(plain) / float(n.width)), b = broadcast(across(crossed) / float(n.width));
-        each_vector(n.width, [&](int64_t c, int64_t count) {
-          const vec normed = (load_some(row + c, count) - middle) * scale, d = load_some(gradient + c, count);
+        each_gradient([&](int64_t c, int64_t count, vec d) {
+          const vec normed = (load_some(row + c, count) - middle) * scale;
           const vec g = n.weight != nullptr ? d * load_some(n.weight + c, count) : d;
           vec result = scale * (g - a - normed * b);
           if (dsum != nullptr) result += load_some(dsum + r * n.width + c, count);

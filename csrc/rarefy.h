@@ -146,12 +146,14 @@ RAREFY_API int rarefy_norm_backward(const rarefy_norm *norm, const void *dy, con
 
 /* Layer normalisation of a residual stream x (rows, width), to which delta is added first: sum = x + delta, and
  * y = (sum - mean) * rstd * weight + bias, where rstd = 1 / sqrt(var + eps). delta and y hold bfloat16 where said, the rest is
- * float32. */
+ * float32. Where there is a period the rows are sequences of that many, and the last width / 2 features of y come from the
+ * row before, zeros in the first of a sequence. */
 typedef struct {
   int64_t rows, width;
   int32_t half_delta, half_y;
   float eps;
   const float *weight, *bias; /* (width), or NULL: ones, zeros */
+  int64_t period;             /* divides rows, or 0 */
 } rarefy_layer_norm;
 
 /* delta may be NULL, and then sum too. mean and rstd: (rows). */
@@ -181,13 +183,15 @@ RAREFY_API int rarefy_adamw_step(const rarefy_adamw *step, int threads);
  * their gradients hold bfloat16 if `half`, else float32; arithmetic is float32.
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);
  * lse (batch, heads, tokens): the natural logarithm of each softmax's denominator, which the backward pass needs.
+ * rotary (tokens, head_dim), of an even head_dim: for each token head_dim / 2 cosines and as many sines of the angles by which
+ * the pairs (f, f + head_dim / 2) of queries and keys are turned; NULL: nothing is turned.
  * head_dim >= 1, unless there are no rows at all. Scratch is O(tokens * head_dim) a thread. */
-RAREFY_API int rarefy_attention(const void *qkv, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens,
-                                int64_t heads, int64_t head_dim, int threads);
+RAREFY_API int rarefy_attention(const void *qkv, const float *rotary, void *out, float *lse, int32_t half, int64_t batch,
+                                int64_t tokens, int64_t heads, int64_t head_dim, int threads);
 /* dqkv, all of it, from dout, which has out's shape. */
-RAREFY_API int rarefy_attention_backward(const void *dout, const void *qkv, const void *out, const float *lse, void *dqkv,
-                                         int32_t half, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
-                                         int threads);
+RAREFY_API int rarefy_attention_backward(const void *dout, const void *qkv, const float *rotary, const void *out,
+                                         const float *lse, void *dqkv, int32_t half, int64_t batch, int64_t tokens,
+                                         int64_t heads, int64_t head_dim, int threads);
 
 /* The transposed index by counting sort, in O(num_units + rows + cols). cols and t_rows have index_bytes each.
  * t_crow: num_unit_cols + 1, t_rows and t_perm: crow[num_unit_rows]. RAREFY_BAD_ARGUMENT if a column is out of range. */

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.models import GPT, GPTConfig
-from rarefy.ops import available, causal_attention, library, using
+from rarefy.ops import available, causal_attention, library, rotary_table, rotate, using
 from rarefy.ops.attention import reference
 
 OPS = torch.ops.rarefy
@@ -50,12 +50,31 @@ class Exact(NamedTuple):
     dqkv_bound: Tensor
 
 
-def exact(qkv: Tensor, dout: Tensor) -> Exact:
+def turned(x: Tensor, rotary: Tensor | None, sign: int = 1) -> Tensor:
+    """(B, H, T, c) by the angles of the table, or against them."""
+    if rotary is None:
+        return x
+    (first, second), (cosine, sine) = x.chunk(2, dim=-1), rotary.double().chunk(2, dim=-1)
+    return torch.cat([first * cosine - sign * second * sine, second * cosine + sign * first * sine], dim=-1)
+
+
+def summed(x: Tensor, rotary: Tensor | None) -> Tensor:
+    """The magnitudes of all that `turned` adds."""
+    if rotary is None:
+        return x.abs()
+    (first, second), (cosine, sine) = x.abs().chunk(2, dim=-1), rotary.double().abs().chunk(2, dim=-1)
+    return torch.cat([first * cosine + second * sine, second * cosine + first * sine], dim=-1)
+
+
+def exact(qkv: Tensor, dout: Tensor, rotary: Tensor | None = None) -> Exact:
     """A sum of n products in any order is off by n eps times the sum of magnitudes, and what follows from it:
 
-    a score by `ds`, each probability by that and by the largest `ds` of its row, relatively, and so on.
+    a score by `ds`, each probability by that and by the largest `ds` of its row, relatively, and so on. To be turned
+    costs three eps of what is added then, for a query, a key and either gradient.
     """
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    q_sum, k_sum, turning = summed(q, rotary), summed(k, rotary), 0 if rotary is None else 3
+    q, k = turned(q, rotary), turned(k, rotary)
     do = dout.double().transpose(1, 2)
     T, c, scale = q.shape[2], q.shape[3], 1 / math.sqrt(q.shape[3])
     above = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -65,11 +84,12 @@ def exact(qkv: Tensor, dout: Tensor) -> Exact:
     out = p @ v
     dp, shift = do @ v.mT, (do * out).sum(dim=-1, keepdim=True)
     ds = p * (dp - shift)
-    gradients = torch.stack([ds @ k, ds.mT @ q]) * scale, (p.mT @ do)[None]
+    before = torch.stack([ds @ k, ds.mT @ q]) * scale
+    gradients = turned(before, rotary, -1), (p.mT @ do)[None]
 
     # Scores, their shift by the largest and the exponential: each rounds once, relatively to what it holds.
-    magnitude = q.abs() @ k.abs().mT * scale
-    s_bound = ((c + 4) * EPS * magnitude).masked_fill(above, 0.0)
+    magnitude = q_sum @ k_sum.mT * scale
+    s_bound = ((c + 4 + 2 * turning) * EPS * magnitude).masked_fill(above, 0.0)
     most = s_bound.amax(dim=-1, keepdim=True) + 4 * EPS * magnitude.masked_fill(above, 0.0).amax(dim=-1, keepdim=True)
     relative = s_bound + most + 4 * EPS
     lse_bound = most[..., 0] + (T + 4) * EPS + 4 * EPS * lse.abs()
@@ -78,9 +98,10 @@ def exact(qkv: Tensor, dout: Tensor) -> Exact:
     shift_bound = (do.abs() * out_bound).sum(dim=-1, keepdim=True)
     shift_bound = shift_bound + (c + 2) * EPS * (do.abs() * out.abs()).sum(dim=-1, keepdim=True)
     ds_bound = again * ds.abs() + p * ((c + 4) * EPS * (do.abs() @ v.abs().mT) + shift_bound + 2 * EPS * shift.abs())
-    sums = ds_bound + (T + 4) * EPS * ds.abs()
+    sums = ds_bound + (T + 4 + turning) * EPS * ds.abs()
     dv_bound = ((again + (T + 4) * EPS) * p).mT @ do.abs()
-    bounds = torch.stack([sums @ k.abs(), sums.mT @ q.abs()]) * scale, dv_bound[None]
+    before_bound = torch.stack([sums @ k_sum, sums.mT @ q_sum]) * scale
+    bounds = summed(before_bound, rotary) + turning * EPS * summed(before, rotary), dv_bound[None]
     return Exact(
         *(out.transpose(1, 2), lse, torch.cat(gradients).permute(1, 3, 0, 2, 4)),
         *(out_bound.transpose(1, 2), lse_bound, torch.cat(bounds).permute(1, 3, 0, 2, 4)),
@@ -101,16 +122,16 @@ def threads():
     torch.set_num_threads(before)
 
 
-def both(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = OPS.causal_attention(qkv)
-    return out, lse, OPS.causal_attention_backward(dout, qkv, out, lse)
+def both(qkv: Tensor, dout: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = OPS.causal_attention(qkv, rotary)
+    return out, lse, OPS.causal_attention_backward(dout, qkv, out, lse, rotary)
 
 
-def check(name: str, qkv: Tensor, dout: Tensor) -> None:
+def check(name: str, qkv: Tensor, dout: Tensor, rotary: Tensor | None = None) -> None:
     """Everything that both passes give on a backend is as close as fp32 has to be."""
     with using(name):
-        out, lse, dqkv = both(qkv, dout)
-    wanted = exact(qkv, dout)
+        out, lse, dqkv = both(qkv, dout, rotary)
+    wanted = exact(qkv, dout, rotary)
     close(out, wanted.out, wanted.out_bound)
     close(lse, wanted.lse, wanted.lse_bound)
     close(dqkv, wanted.dqkv, wanted.dqkv_bound)
@@ -124,6 +145,26 @@ def check(name: str, qkv: Tensor, dout: Tensor) -> None:
 def test_it_matches_float64(shape, name):
     qkv, dout = inputs(shape)
     check(name, qkv, dout)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] % 2 == 0], ids=str)
+@on_every_backend
+def test_queries_and_keys_are_turned_by_their_positions(shape, name):
+    qkv, dout = inputs(shape)
+    check(name, qkv, dout, rotary_table(shape[1], shape[3], base=100.0))
+
+
+@on_every_backend
+def test_a_turned_score_depends_on_the_distance_alone(name):
+    """One query and one key everywhere: every query sees the same scores, the first of the same list of distances."""
+    T, c = 40, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, c, generator=generator)
+    qkv = torch.stack([q.expand(T, c), k.expand(T, c), torch.eye(T, c)], dim=1)[None, :, :, None]
+    with using(name):
+        _, lse = OPS.causal_attention(qkv.contiguous(), rotary_table(T, c))
+    scores = (rotate(q.expand(1, T, 1, c), rotary_table(T, c)) @ k).flatten() / math.sqrt(c)  # of distance 0, 1, ...
+    torch.testing.assert_close(lse.flatten(), scores.logcumsumexp(0), rtol=1e-5, atol=1e-5)
 
 
 @on_every_backend
@@ -226,19 +267,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(causal_attention, qkv)
 
 
+def test_gradcheck_of_turned_attention():
+    qkv = inputs((2, 5, 2, 4), torch.float64)[0].requires_grad_()
+    rotary = rotary_table(5, 4)
+    assert torch.autograd.gradcheck(lambda x: OPS.causal_attention(x, rotary)[0], qkv)
+    assert torch.autograd.gradcheck(lambda x: causal_attention(x, rotary), qkv)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     qkv, dout = inputs((2, 9, 2, 5), dtype)
     out, lse = OPS.causal_attention(qkv)
     torch.library.opcheck(OPS.causal_attention_backward, (dout, qkv, out, lse))
     torch.library.opcheck(OPS.causal_attention, (qkv.requires_grad_(),))
+    qkv, dout = inputs((2, 9, 2, 6), dtype)
+    rotary = rotary_table(9, 6)
+    out, lse = OPS.causal_attention(qkv, rotary)
+    torch.library.opcheck(OPS.causal_attention_backward, (dout, qkv, out, lse, rotary))
+    torch.library.opcheck(OPS.causal_attention, (qkv.requires_grad_(), rotary))
 
 
-def test_one_graph():
-    qkv, dout = inputs((2, 9, 2, 5))
+@pytest.mark.parametrize("rotary", [None, rotary_table(9, 6)], ids=["plain", "rotary"])
+def test_one_graph(rotary):
+    qkv, dout = inputs((2, 9, 2, 6))
     qkv.requires_grad_()
     compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
-    runs = [[out, *torch.autograd.grad(out, qkv, dout)] for out in (compiled(qkv), causal_attention(qkv))]
+    outs = compiled(qkv, rotary), causal_attention(qkv, rotary)
+    runs = [[out, *torch.autograd.grad(out, qkv, dout)] for out in outs]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -269,10 +324,11 @@ def test_float64_runs_in_torch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_at_the_border(name, dtype):
     qkv, dout = inputs((2, 70, 2, 24), dtype)
+    rotary = rotary_table(70, 24)
     with using(name):
-        out, lse, dqkv = both(qkv, dout)
+        out, lse, dqkv = both(qkv, dout, rotary)
     assert (out.dtype, lse.dtype, dqkv.dtype) == (dtype, torch.float32, dtype)
-    wanted, rounding = exact(qkv, dout), torch.finfo(dtype).eps
+    wanted, rounding = exact(qkv, dout, rotary), torch.finfo(dtype).eps
     # out is rounded once; the backward pass reads it rounded, as `exact` lets out be off by its bound.
     close(out, wanted.out, wanted.out_bound / EPS * rounding)
     close(dqkv, wanted.dqkv, wanted.dqkv_bound / EPS * rounding)
@@ -290,6 +346,23 @@ def test_a_wrong_shape_is_named(wrong):
         causal_attention(wrong)
     with pytest.raises(ValueError, match=r"must be \(batch, tokens, 3, heads, head_dim\), got \(2, 5, "):
         OPS.causal_attention(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [rotary_table(4, 4), rotary_table(5, 2), rotary_table(5, 4).double(), rotary_table(5, 4)[0]],
+    ids=["tokens", "head", "dtype", "rank"],
+)
+def test_a_wrong_table_is_named(wrong):
+    with pytest.raises(ValueError, match=r"rotary must be float32 \(5, 4\), .*rotary_table makes one"):
+        causal_attention(torch.zeros(1, 5, 3, 1, 4), wrong)
+
+
+def test_a_head_of_odd_size_cannot_turn():
+    with pytest.raises(ValueError, match="a head of 5 has an odd one out"):
+        rotary_table(3, 5)
+    with pytest.raises(ValueError, match="of an even head_dim"):
+        causal_attention(torch.zeros(1, 3, 3, 1, 5), torch.zeros(3, 5))
 
 
 def test_whole_numbers_are_refused():
@@ -321,23 +394,25 @@ def test_a_gpt_computes_what_it_computes_with_torchs_attention():
 @pytest.mark.skipif(not KERNELS, reason="no compiled kernels here")
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 50, 2, 7), (1, 97, 3, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 50, 2, 7), (2, 50, 2, 14), (1, 97, 3, 32)], ids=str)
 def test_only_the_outputs_are_written_and_wholly(name, shape, dtype):
     """At addresses that are no more aligned than an element, between guards."""
     qkv, dout = (torch.cat([torch.zeros(1, dtype=dtype), t.flatten()])[1:].view_as(t) for t in inputs(shape, dtype))
     B, T, H, c = shape
+    table = None if c % 2 else torch.cat([torch.zeros(1), rotary_table(T, c).flatten()])[1:].view(T, c)
+    turns = None if table is None else table.data_ptr()
     counts = ((B * T * H * c, dtype), (B * H * T, torch.float32), (3 * B * T * H * c, dtype))
     rooms = [torch.full((count + 66,), math.nan, dtype=kind) for count, kind in counts]
     out, lse, dqkv = (room[33:-33] for room in rooms)
     half = dtype == torch.bfloat16
     with using(name):
-        pointers = [t.data_ptr() for t in (qkv, out, lse)]
+        pointers = [qkv.data_ptr(), turns, out.data_ptr(), lse.data_ptr()]
         library.call("rarefy_attention", *pointers, half, B, T, H, c, 2)
-        pointers = [t.data_ptr() for t in (dout, qkv, out, lse, dqkv)]
+        pointers = [dout.data_ptr(), qkv.data_ptr(), turns, *(t.data_ptr() for t in (out, lse, dqkv))]
         library.call("rarefy_attention_backward", *pointers, half, B, T, H, c, 2)
     for room in rooms:
         assert room[:33].isnan().all() and room[-33:].isnan().all()
-    wanted, rounding = exact(qkv, dout), torch.finfo(dtype).eps / EPS
+    wanted, rounding = exact(qkv, dout, table), torch.finfo(dtype).eps / EPS
     close(out.view(B, T, H, c), wanted.out, wanted.out_bound * rounding)
     close(lse.view(B, H, T), wanted.lse, wanted.lse_bound)
     close(dqkv.view_as(qkv), wanted.dqkv, wanted.dqkv_bound * rounding)
@@ -348,11 +423,15 @@ def test_bad_arguments_are_refused():
     loaded = library.load()
     assert isinstance(loaded, ctypes.CDLL)
     qkv, out, lse = torch.zeros(1, 2, 3, 1, 4), torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2)
-    good = (qkv.data_ptr(), out.data_ptr(), lse.data_ptr())
+    table = rotary_table(2, 4)
+    good = (qkv.data_ptr(), None, out.data_ptr(), lse.data_ptr())
     assert loaded.rarefy_attention(*good, 0, 1, 2, 1, 4, 1) == 0
+    assert (
+        loaded.rarefy_attention(good[0], table.data_ptr(), *good[2:], 0, 1, 2, 1, 3, 1) == -1
+    )  # an odd head turns nowhere
     for sizes in ((-1, 2, 1, 4), (1, -2, 1, 4), (1, 2, 1, -4), (1, 2, 1, 0)):
         assert loaded.rarefy_attention(*good, 0, *sizes, 1) == -1
-    for missing in range(3):
+    for missing in (0, 2, 3):
         pointers = [None if at == missing else p for at, p in enumerate(good)]
         assert loaded.rarefy_attention(*pointers, 0, 1, 2, 1, 4, 1) == -1
     assert loaded.rarefy_attention_backward(None, *good, None, 0, 1, 2, 1, 4, 1) == -1

@@ -216,21 +216,32 @@ def gpt(block: Any, **shape: Any) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("shape", [{}, {"mlp": 48}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"mlp": 48, "activation": "gelu"}], ids=str)
 @pytest.mark.parametrize("block", [1, 4], ids=str)
-def test_our_gpt_becomes_a_gpt2_with_the_same_logits(block: int, shape: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions, kind", [("learned", "GPT2LMHeadModel"), ("rotary", "GPTNeoXForCausalLM")])
+def test_our_gpt_becomes_one_of_transformers_with_the_same_logits(
+    positions: str, kind: str, block: int, shape: Any, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    model = gpt(block, **shape)
+    model = gpt(block, positions=positions, token_shift=False, **shape)
     rarefy.save(model, tmp_path / "a.safetensors")
 
     folder = export.export_hf(tmp_path / "a.safetensors", tmp_path / "hf")
 
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(loaded).__name__ == kind
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens)
         torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def test_a_gpt_that_shifts_is_written_under_its_own_names_and_what_to_do_is_said(tmp_path: Path) -> None:
+    rarefy.save(gpt(1), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"no Hugging Face model.*trained with --no-token-shift"):
+        folder = export.export_hf(tmp_path / "a.safetensors", tmp_path / "hf")
+    assert [entry.name for entry in folder.iterdir()] == ["model.safetensors"]
 
 
 def test_a_model_of_no_known_kind_is_written_and_said(net: tuple[Any, Path], tmp_path: Path) -> None:
@@ -255,7 +266,7 @@ def test_hf_export_into_the_sources_folder_keeps_the_source(tmp_path: Path) -> N
 def run_folder(folder: Path, *, ended: bool) -> GPT:
     """As a text run leaves it: the final model, or the checkpoints that latest.json names."""
     folder.mkdir()
-    model = gpt(1)
+    model = gpt(1, token_shift=False)
     if ended:
         rarefy.save(model, folder / "model.safetensors")
     else:
@@ -278,7 +289,7 @@ def test_cli_exports_a_run(ended: bool, to: str, name: str, tmp_path: Path, caps
         "scipy": lambda: torch.tensor(
             scipy_sparse.load_npz(tmp_path / "run/scipy/blocks.0.mlp.up.weight.npz").toarray()
         ),
-        "hf": lambda: load_file(tmp_path / "run/hf/model.safetensors")["transformer.h.0.mlp.c_fc.weight"].T,
+        "hf": lambda: load_file(tmp_path / "run/hf/model.safetensors")["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"],
     }[to]()
     assert torch.equal(found, weight)
 

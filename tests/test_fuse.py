@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rarefy import Plan, Rewirer, SparseLinear, sparsify
 from rarefy.fuse import FusedMLP, activation_of
 from rarefy.models import GPT, GPTConfig
+from rarefy.nn import SquaredReLU
 from rarefy.ops.mlp import activate
 
 transformers = pytest.importorskip("transformers")
@@ -350,7 +351,7 @@ def test_fresh_sparse_layers_are_fused_only_where_asked():
 @pytest.mark.parametrize(
     "module",
     [
-        *(nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.ReLU()),
+        *(nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.ReLU(), SquaredReLU()),
         *(
             activations.ACT2FN[name]
             for name in ("gelu", "gelu_new", "gelu_fast", "gelu_python", "silu", "relu", "relu2")

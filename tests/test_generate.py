@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +29,8 @@ MODELS = {
     "unstructured": model_of(0.3),
     "4x4": model_of(0.3, 4),
     "8x1": model_of(0.3, (8, 1)),
+    "learned": model_of(0.3, config=dataclasses.replace(TINY, positions="learned", token_shift=False)),
+    "rotary": model_of(0.3, config=dataclasses.replace(TINY, token_shift=False)),
 }
 
 
@@ -55,9 +59,13 @@ def uncached(model: GPT, prompt: bytes, num_bytes: int, temperature: float, seed
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
-@given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=16), batch=st.integers(1, 3))
-def test_steps_of_any_size_predict_what_a_whole_pass_predicts(cuts, batch):
-    model = MODELS["unstructured"]
+@given(
+    cuts=st.lists(st.integers(1, 5), min_size=1, max_size=16),
+    batch=st.integers(1, 3),
+    name=st.sampled_from(["unstructured", "learned", "rotary"]),
+)
+def test_steps_of_any_size_predict_what_a_whole_pass_predicts(cuts, batch, name):
+    model = MODELS[name]
     cuts = [cut for i, cut in enumerate(cuts) if sum(cuts[: i + 1]) <= 16] or [1]
     tokens = torch.randint(256, (batch, sum(cuts)), generator=torch.Generator().manual_seed(len(cuts)))
     cache, first = Cache(TINY.layers, TINY.context), 0

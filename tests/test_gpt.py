@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +14,27 @@ import rarefy
 from rarefy import Plan, RigL, sparsify
 from rarefy.models import GPT, GPTConfig
 from rarefy.nn import SparseLinear
+from rarefy.ops import rotary_table
 
 TINY = GPTConfig(width=32, layers=2, heads=4, context=16)
+LEARNED = dataclasses.replace(TINY, positions="learned", token_shift=False)
+KINDS = [
+    TINY,
+    dataclasses.replace(TINY, activation="gelu"),
+    LEARNED,
+    dataclasses.replace(TINY, token_shift=False),
+    dataclasses.replace(TINY, positions="learned"),
+]
+every_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.positions}-{c.activation}-{c.token_shift}")
 
 
 def test_each_position_predicts_a_byte():
     assert GPT(TINY)(torch.zeros(3, 7, dtype=torch.int64)).shape == (3, 7, 256)
 
 
-def test_a_prediction_sees_nothing_that_comes_later():
-    model = GPT(TINY)
+@every_kind
+def test_a_prediction_sees_nothing_that_comes_later(config):
+    model = GPT(config)
     tokens = torch.randint(256, (1, 16))
     changed = tokens.clone()
     changed[0, 9] += 1 - 2 * (changed[0, 9] == 255).long()
@@ -30,6 +43,49 @@ def test_a_prediction_sees_nothing_that_comes_later():
 
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+@every_kind
+def test_a_prediction_sees_everything_before_it(config):
+    """One layer of attention and the shifts reach every byte; positions tell two orders of the same bytes apart."""
+    model, tokens = GPT(config), torch.arange(16)[None]
+    at_last = model(tokens)[0, -1]
+    for place in (0, 8, 14):
+        changed = tokens.clone()
+        changed[0, place] = 200
+        assert not torch.equal(model(changed)[0, -1], at_last)
+    swapped = tokens.clone()
+    swapped[0, [2, 9]] = swapped[0, [9, 2]]
+    assert not torch.allclose(model(swapped)[0, -1], at_last, rtol=1e-5, atol=1e-6)
+
+
+def test_with_rotary_positions_only_distances_count():
+    """The same bytes after another beginning that attention does not look at: one byte repeated has one prediction."""
+    model = GPT(dataclasses.replace(TINY, token_shift=False))
+    logits = model(torch.full((1, 16), 7))
+    torch.testing.assert_close(logits[0], logits[0, :1].expand(16, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shift_reads_half_of_the_byte_before():
+    model, seen = GPT(TINY), []
+    block = model.get_submodule("blocks.0")
+    block.get_submodule("attention").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    block.get_submodule("attention_norm").register_forward_hook(lambda *given: seen.append(given[2]))
+    model(torch.randint(256, (2, 16)))
+    normed, read = seen
+    assert torch.equal(read[..., :16], normed[..., :16])
+    assert torch.equal(read[:, 1:, 16:], normed[:, :-1, 16:]) and not read[:, 0, 16:].any()
+
+
+def test_a_cast_rounds_no_angles_and_a_model_leaves_the_meta_device_whole():
+    wanted = rotary_table(TINY.context, TINY.head_dim)
+    with torch.device("meta"):
+        empty = GPT(TINY)
+    for made in (GPT(TINY).to(torch.bfloat16), GPT(TINY).double(), empty.to_empty(device="cpu")):
+        table = made.get_submodule("blocks.1.attention").get_buffer("rotary_Tc")
+        assert table.dtype == torch.float32 and torch.equal(table, wanted)
+    assert not any("rotary" in name for name in GPT(TINY).state_dict())
+    assert GPT(TINY).to(torch.bfloat16)(torch.zeros(1, 5, dtype=torch.int64)).dtype == torch.bfloat16
 
 
 def test_a_fresh_model_expects_every_byte_alike():
@@ -52,7 +108,7 @@ def test_what_writes_to_the_residual_path_starts_smaller():
 
 
 def test_a_wider_mlp_writes_as_much():
-    shape = {"width": 64, "layers": 1, "heads": 2, "context": 4}
+    shape: dict[str, Any] = {"width": 64, "layers": 1, "heads": 2, "context": 4}
     x = torch.randn(4096, 64)
     usual, wide = (
         GPT(GPTConfig(**shape, mlp=mlp)).get_submodule("blocks.0.mlp")(x).std().item() for mlp in (None, 1024)
@@ -71,6 +127,9 @@ def test_the_same_generator_draws_the_same_model():
         ({"width": 30, "heads": 4}, "30 is no multiple of 4"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"mlp": 0}, "mlp must be at least 1, got 0"),
+        ({"width": 36, "heads": 4}, "36 / 4 = 9 has an odd one out"),
+        ({"activation": "tanh"}, "must be 'squared_relu' or 'gelu', got 'tanh'"),
+        ({"positions": "sine"}, "must be 'rotary' or 'learned', got 'sine'"),
     ],
 )
 def test_an_impossible_shape_is_refused(wrong, message):

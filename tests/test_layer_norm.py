@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rarefy.models import GPT, GPTConfig
 from rarefy.nn import add_norm
-from rarefy.ops import available, library, using
+from rarefy.ops import available, library, token_shift, using
 from rarefy.ops.layer_norm import _CLayerNorm, add_layer_norm
 
 OPS = torch.ops.rarefy
@@ -77,33 +77,44 @@ def bounds(x, delta, weight, bias, dy, dsum, *, rounded: float) -> list[Tensor]:
     return [off_y, off_dx, off_weight, (rows + 2) * EPS * d.sum(0)]
 
 
+def back(dy: Tensor, period: int) -> Tensor:
+    """What reaches the norm of a gradient of y, shifted by a row within every `period` of them; by index arithmetic."""
+    if period == 0:
+        return dy
+    rows, C = dy.shape
+    moved, own = dy.clone(), C - C // 2
+    moved[:-1, own:] = dy[1:, own:]
+    moved[torch.arange(rows) % period == period - 1, own:] = 0
+    return moved
+
+
+@pytest.mark.parametrize("shifts", [False, True], ids=["plain", "shifted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("delta", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(backend, shape, delta, dtype):
-    given = operands(shape, delta, dtype)
-    x, added, weight, bias, dy, dsum = given
-    total, y, mean, rstd = OPS.add_layer_norm(x, added, weight, bias, NORM_EPS, dtype)
+def test_matches_float64(backend, shape, delta, dtype, shifts):
+    x, added, weight, bias, dy, dsum = operands(shape, delta, dtype)
+    period = 0 if not shifts else shape[0] if shape[0] % 2 else shape[0] // 2
+    given = (x, added, weight, bias, back(dy, period), dsum)
+    total, y, mean, rstd = OPS.add_layer_norm(x, added, weight, bias, NORM_EPS, dtype, period)
     assert y.dtype == dtype and mean.dtype == rstd.dtype == torch.float32
     if delta is None:
         assert total.numel() == 0
     else:
         assert torch.equal(total, x + added)
     around = x if delta is None else total
-    found = OPS.add_layer_norm_backward(dy, None if delta is None else dsum, around, weight, mean, rstd, delta)
+    found = OPS.add_layer_norm_backward(dy, None if delta is None else dsum, around, weight, mean, rstd, delta, period)
     dx, ddelta, dweight, dbias = found
     if delta == torch.bfloat16:
         assert torch.equal(ddelta, dx.bfloat16())
     else:
         assert ddelta.numel() == 0
     rounded = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
-    for name, got, true, off in zip(
-        ("y", "dx", "dweight", "dbias"),
-        (y, dx, dweight, dbias),
-        exact(*given),
-        bounds(*given, rounded=rounded),
-        strict=True,
-    ):
+    wanted, allowed = exact(*given), bounds(*given, rounded=rounded)
+    if shifts:
+        wanted[0], allowed[0] = (token_shift(t.view(-1, period, shape[1])).view(shape) for t in (wanted[0], allowed[0]))
+    names = ("y", "dx", "dweight", "dbias")
+    for name, got, true, off in zip(names, (y, dx, dweight, dbias), wanted, allowed, strict=True):
         worst = ((got.double() - true).abs() - off).max().item()
         assert worst <= 1e-30, f"{name} is off past what is allowed by {worst:.3g}"
 
@@ -135,17 +146,21 @@ def leaves(delta: torch.dtype | None, kind: torch.dtype) -> list[Any]:
 def test_gradcheck(delta):
     given = leaves(delta, torch.float64)
 
-    def both(x, added, weight, bias):
-        return add_layer_norm(x, added, weight, bias, eps=NORM_EPS, dtype=torch.float64)
+    def both(x, added, weight, bias, shift=False):
+        return add_layer_norm(x, added, weight, bias, eps=NORM_EPS, dtype=torch.float64, shift=shift)
 
     assert torch.autograd.gradcheck(both, given)
+    sequences: list[Any] = [
+        t if t is None or t.dim() == 1 else t.detach().view(2, 3, -1).requires_grad_() for t in given
+    ]
+    assert torch.autograd.gradcheck(lambda *leaves: both(*leaves, shift=True), sequences)
 
 
 @pytest.mark.parametrize("delta", [None, *DTYPES], ids=str)
 def test_opcheck(delta):
-    torch.library.opcheck(
-        OPS.add_layer_norm.default, (*leaves(delta, torch.float32), NORM_EPS, torch.bfloat16), atol=1e-2, rtol=1e-2
-    )
+    for period in (0, 3):
+        given = (*leaves(delta, torch.float32), NORM_EPS, torch.bfloat16, period)
+        torch.library.opcheck(OPS.add_layer_norm.default, given, atol=1e-2, rtol=1e-2)
 
 
 def test_only_the_stream_is_read():
@@ -157,8 +172,22 @@ def test_only_the_stream_is_read():
     assert weight.grad is None
 
 
+def test_a_shifted_token_has_half_of_the_one_before():
+    x = torch.arange(1.0, 25.0).view(2, 3, 4)
+    assert token_shift(x).tolist() == [
+        [[1, 2, 0, 0], [5, 6, 3, 4], [9, 10, 7, 8]],
+        [[13, 14, 0, 0], [17, 18, 15, 16], [21, 22, 19, 20]],
+    ]
+    assert token_shift(torch.ones(1, 2, 3)).tolist() == [[[1, 1, 0], [1, 1, 1]]]
+
+
 def test_bad_shapes_are_named():
     x = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"a shift needs activations \(..., tokens, features\), got \(4,\)"):
+        add_layer_norm(x[0, 0], None, torch.ones(4), torch.zeros(4), eps=1e-5, dtype=torch.float32, shift=True)
+    for period in (-1, 4):
+        with pytest.raises(ValueError, match=f"of which 6 is a multiple, got {period}"):
+            OPS.add_layer_norm(x.view(6, 4), None, torch.ones(4), torch.zeros(4), 1e-5, torch.float32, period)
     with pytest.raises(ValueError, match=r"delta must be \(2, 3, 4\) like x, got \(2, 3, 5\)"):
         add_layer_norm(x, torch.zeros(2, 3, 5), torch.ones(4), torch.zeros(4), eps=1e-5, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"weight and bias must be \(4,\), got \(3,\) and \(4,\)"):
@@ -172,10 +201,12 @@ def test_autocast_gets_bf16_and_everybody_else_the_modules_own():
     norm, x, delta = nn.LayerNorm(24), torch.randn(2, 5, 24), torch.randn(2, 5, 24)
     total, y = add_norm(norm, x, delta)
     assert torch.equal(total, x + delta) and torch.equal(y, norm(x + delta))
+    assert torch.equal(add_norm(norm, x, delta, shift=True)[1], token_shift(y))
     with torch.autocast("cpu", torch.bfloat16):
         total, y = add_norm(norm, x, delta.bfloat16())
         assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
         torch.testing.assert_close(y.float(), norm(x + delta.bfloat16()), rtol=1e-2, atol=1e-2)
+        assert torch.equal(add_norm(norm, x, delta.bfloat16(), shift=True)[1], token_shift(y))
         calls = []
         norm.register_forward_hook(lambda *_: calls.append(1))
         add_norm(norm, x, delta)
@@ -234,6 +265,11 @@ def test_bad_arguments_are_refused():
         missing = [None if at == place else p for place, p in enumerate(pointers)]
         assert call(ctypes.byref(good), *missing, 1) == -1
     assert call(ctypes.byref(good), x.data_ptr(), x.data_ptr(), None, *pointers[3:], 1) == -1  # nowhere to put the sum
-    for wrong in (_CLayerNorm(-1, 4, 0, 0, 1e-5, None, None), _CLayerNorm(2, 0, 0, 0, 1e-5, None, None)):
+    for wrong in (
+        _CLayerNorm(-1, 4, 0, 0, 1e-5, None, None),
+        _CLayerNorm(2, 0, 0, 0, 1e-5, None, None),
+        _CLayerNorm(2, 4, 0, 0, 1e-5, None, None, -1),
+        _CLayerNorm(2, 4, 0, 0, 1e-5, None, None, 3),
+    ):
         assert call(ctypes.byref(wrong), *pointers, 1) == -1
     assert loaded.rarefy_layer_norm_backward(ctypes.byref(good), *[None] * 9, 1) == -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_rule_3_3_coordinate_check_features_move_alike_at_every_width_and_densit
 
 def test_scores_of_wider_heads_are_scaled_by_one_over_their_size():
     """With as many features a head as the base nothing changes; with four times as many scores are halved."""
-    config = dict(width=32, layers=1, heads=2, context=8)
+    config: dict[str, Any] = dict(width=32, layers=1, heads=2, context=8)
     torch.manual_seed(0)
     plain, same = GPT(GPTConfig(**config)), GPT(GPTConfig(**config, base_head=16))
     halved, narrow = GPT(GPTConfig(**config, base_head=4)), GPT(GPTConfig(**config))

@@ -61,15 +61,17 @@ void check_norm(int64_t rows, int64_t channels, bool with_residual, bool trainin
   if (!good || !(worst <= close) || !y.intact() || !dx.intact() || !dweight.intact() || !dbias.intact()) ++tally.failures;
 }
 
-// delta in float32 and y in bfloat16, or the other way round; without delta the stream alone.
-void check_layer_norm(int64_t rows, int64_t width, bool half_delta, bool with_delta, uint64_t seed, Tally &tally) {
+// delta in float32 and y in bfloat16, or the other way round; without delta the stream alone. With a period y is shifted by a
+// row within it.
+void check_layer_norm(int64_t rows, int64_t width, bool half_delta, bool with_delta, int64_t period, uint64_t seed,
+                      Tally &tally) {
   Random random{seed};
   const int64_t size = rows * width;
   const Floats x = random.floats(size), weight = random.floats(width), bias = random.floats(width), dsum = random.floats(size);
   const Halves narrow_delta = narrow(random.floats(size)), narrow_dy = narrow(random.floats(size));
   const Floats delta = widen(narrow_delta), dy = widen(narrow_dy);
   const float eps = 0.1f;  // so that a narrow row is no division by next to nothing
-  const rarefy_layer_norm norm = {rows, width, half_delta, !half_delta, eps, weight.data(), bias.data()};
+  const rarefy_layer_norm norm = {rows, width, half_delta, !half_delta, eps, weight.data(), bias.data(), period};
   Guarded sum(static_cast<size_t>(size)), y(static_cast<size_t>(size)), dx(static_cast<size_t>(size));
   Guarded ddelta(static_cast<size_t>(size)), mean(static_cast<size_t>(rows)), rstd(static_cast<size_t>(rows));
   Guarded dweight(static_cast<size_t>(width)), dbias(static_cast<size_t>(width));
@@ -101,11 +103,16 @@ void check_layer_norm(int64_t rows, int64_t width, bool half_delta, bool with_de
     const double scale = 1.0 / sqrt(squares + double(eps));
     for (int64_t c = 0; c < width; ++c) {
       const int64_t i = r * width + c;
+      const bool shifts = period > 0 && c >= width - width / 2;
+      const bool gone = shifts && r % period == period - 1;  // nowhere in y
+      const int64_t to = shifts ? i + width : i;
       s[c] = (s[c] - middle) * scale;  // normed
-      off(half_delta ? y.data()[i] : ys[i], s[c] * weight[c] + bias[c], half_delta ? 0.0 : 0x1p-8);
-      g[c] = double(dy[i]) * weight[c];
-      weights[c] += dy[i] * s[c];
-      biases[c] += dy[i];
+      if (!gone) off(half_delta ? y.data()[to] : ys[to], s[c] * weight[c] + bias[c], half_delta ? 0.0 : 0x1p-8);
+      if (shifts && r % period == 0) off(half_delta ? y.data()[i] : ys[i], 0.0, 0.0);
+      const double d = gone ? 0.0 : double(dy[to]);
+      g[c] = d * weight[c];
+      weights[c] += d * s[c];
+      biases[c] += d;
       plain += g[c] / double(width);
       crossed += g[c] * s[c] / double(width);
     }
@@ -172,7 +179,8 @@ int main(int argc, char **argv) {
       for (const int64_t channels : {1, 3, 16, 37}) {
         for (int kind = 0; kind < 4; ++kind) {
           check_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, ++seed, norms);
-          check_layer_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, ++seed, layer_norms);
+          check_layer_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, 0, ++seed, layer_norms);
+          check_layer_norm(rows, channels, kind % 2 != 0, kind / 2 != 0, rows % 5 == 0 ? rows / 5 : 1, ++seed, layer_norms);
         }
         for (const bool newborns : {false, true}) check_adamw(rows, channels, newborns, ++seed, steps);
       }

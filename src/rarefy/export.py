@@ -184,10 +184,11 @@ def _new_folder(out: StrPath) -> Path:
 def export_hf(path: StrPath, out: StrPath) -> Path:
     """Write a folder for transformers' from_pretrained: dense weights in model.safetensors, settings in config.json.
 
-    A Hugging Face model gets its own names and settings back. The byte-level GPT of `rarefy train text` becomes a
-    GPT2LMHeadModel that gives the same logits; its tokens are bytes, so there is no tokenizer. Any other model has
-    its dense weights written under its own names, without config.json, and a warning says so. The weights are dense:
-    transformers has no layer for ours. Needs no transformers; loading does.
+    A Hugging Face model gets its own names and settings back. The byte-level GPT of `rarefy train text`, without token
+    shift, becomes a GPTNeoXForCausalLM, or a GPT2LMHeadModel where positions are learned, that gives the same logits;
+    its tokens are bytes, so there is no tokenizer. Nothing in transformers shifts tokens: a GPT that does, as any other
+    model, has its dense weights written under its own names, without config.json, and a warning says so. The weights
+    are dense: transformers has no layer for ours. Needs no transformers; loading does.
 
     Raises:
         ValueError: see `rarefy.files.read`.
@@ -198,16 +199,18 @@ def export_hf(path: StrPath, out: StrPath) -> Path:
     described = found.architecture or {}
     config = described.get("config")
     package, _, name = str(described.get("class", "")).rpartition(".")
-    if (package, name) == ("rarefy", "GPT") and config is not None:
-        state, config = _as_gpt2(state, config)
+    if (package, name) == ("rarefy", "GPT") and config is not None and not config.get("token_shift", False):
+        state, config = (_as_gpt2 if config.get("positions", "learned") == "learned" else _as_gpt_neox)(state, config)
     elif isinstance(config, dict) and "model_type" in config:
         config = {**config, "architectures": [name]} if package == "transformers" else config
         state = _untied(state) if config.get("tie_word_embeddings") else state
     else:
         config = None
+        shifts = described.get("config") is not None and (package, name) == ("rarefy", "GPT")
         warnings.warn(
             f"{os.fspath(path)} holds {name or 'a model'}, which is no Hugging Face model: model.safetensors has its "
-            "own names, and there is no config.json",
+            "own names, and there is no config.json"
+            + ("; a GPT that transformers knows is trained with --no-token-shift" if shifts else ""),
             stacklevel=2,
         )
     folder = _new_folder(out)
@@ -242,6 +245,58 @@ _GPT2_NAMES = {
 """Part of a name in `rarefy.models.GPT` -> in transformers' GPT2LMHeadModel. Both split qkv into thirds, then heads."""
 
 
+_ACTIVATIONS = {"gelu": "gelu", "squared_relu": "relu2"}
+"""As transformers calls them."""
+
+_GPT_NEOX_NAMES = {
+    "embedding": "gpt_neox.embed_in",
+    "blocks": "gpt_neox.layers",
+    "attention_norm": "input_layernorm",
+    "attention": "attention",
+    "qkv": "query_key_value",
+    "out": "dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp": "mlp",
+    "up": "dense_h_to_4h",
+    "down": "dense_4h_to_h",
+    "norm": "gpt_neox.final_layer_norm",
+    "head": "embed_out",
+}
+"""For transformers' GPTNeoXForCausalLM, whose rows of query_key_value are split into heads first, then into thirds."""
+
+
+def _as_gpt_neox(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and settings of the GPTNeoXForCausalLM that computes what `rarefy.models.GPT` does."""
+    named = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if "qkv" in parts:
+            thirds = tensor.unflatten(0, (3, config["heads"], config["width"] // config["heads"]))
+            tensor = thirds.transpose(0, 1).reshape(tensor.shape).contiguous()
+        named[".".join(_GPT_NEOX_NAMES.get(part, part) for part in parts)] = tensor
+    return named, {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": state["embedding.weight"].shape[0],
+        "max_position_embeddings": config["context"],
+        "hidden_size": config["width"],
+        "num_hidden_layers": config["layers"],
+        "num_attention_heads": config["heads"],
+        "intermediate_size": config["mlp"] or 4 * config["width"],
+        "hidden_act": _ACTIVATIONS[config["activation"]],
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": False,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
 def _as_gpt2(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and settings of the GPT2LMHeadModel that computes what `rarefy.models.GPT` does."""
     named = {}
@@ -258,7 +313,7 @@ def _as_gpt2(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[di
         "n_layer": config["layers"],
         "n_head": config["heads"],
         "n_inner": config["mlp"] or 4 * config["width"],
-        "activation_function": "gelu",
+        "activation_function": _ACTIVATIONS[config.get("activation", "gelu")],
         "layer_norm_epsilon": 1e-5,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,

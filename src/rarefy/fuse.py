@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rarefy.nn import SparseLinear, gated_mlp, mlp
+from rarefy.nn import SparseLinear, SquaredReLU, gated_mlp, mlp
 from rarefy.nn.mlp import has_hooks, is_plain
 
 _TRANSFORMERS = {
@@ -47,6 +47,8 @@ def activation_of(module: nn.Module) -> str | None:
         return "silu"
     if kind is nn.ReLU:
         return "relu"
+    if kind is SquaredReLU:
+        return "squared_relu"
     return _TRANSFORMERS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
 
 

@@ -1,14 +1,16 @@
 """Keys and values of the positions that a model has seen, so that the next one costs one position.
 
-With learned absolute positions a cache holds for the positions it was made at: when the text outgrows the context,
-every position changes, and a new cache is needed (`rarefy.models.generate`). Shape letters as in `rarefy.models.gpt`,
-c features of a head.
+Keys are kept as they are at their positions, turned or with learned vectors in them, so a cache holds for the positions
+it was made at: when the text outgrows the context, every position changes, and a new cache is needed
+(`rarefy.models.generate`). Shape letters as in `rarefy.models.gpt`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rarefy.ops import token_shift
 
 
 class LayerCache:
@@ -18,6 +20,7 @@ class LayerCache:
         self.context = context
         self.length = 0
         self._both_2BHTc: Tensor | None = None
+        self._last: dict[str, Tensor] = {}
 
     def append(self, k_BHTc: Tensor, v_BHTc: Tensor) -> tuple[Tensor, Tensor]:
         """Add further positions; all keys and all values so far, as views.
@@ -35,6 +38,19 @@ class LayerCache:
         self.length = end
         return self._both_2BHTc[0, :, :, :end], self._both_2BHTc[1, :, :, :end]
 
+    def shifted(self, reader: str, x_BTC: Tensor) -> Tensor:
+        """`rarefy.ops.token_shift` of what `reader` reads of further positions, after those read before."""
+        before = self._last.get(reader)
+        self._last[reader] = x_BTC[:, -1:]
+        if before is None:
+            return token_shift(x_BTC)
+        return token_shift(torch.cat([before, x_BTC], dim=1))[:, 1:]
+
+    def clear(self) -> None:
+        """Forget all positions, and keep the memory."""
+        self.length = 0
+        self._last.clear()
+
 
 class Cache:
     """A `LayerCache` for each of a model's layers. 2 * layers * context * C numbers a sequence."""
@@ -50,4 +66,4 @@ class Cache:
     def clear(self) -> None:
         """Forget them, and keep the memory."""
         for layer in self.layers:
-            layer.length = 0
+            layer.clear()

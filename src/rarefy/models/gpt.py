@@ -1,14 +1,16 @@
-"""A GPT over bytes: pre-norm transformer, causal attention, GELU MLP, learned positions.
+"""A GPT over bytes: pre-norm transformer, causal attention with rotary positions, token shift, and
+an MLP of squared ReLUs.
 
-Layer names, for the globs of a plan: embedding, position, blocks.N.attention.qkv, blocks.N.attention.out,
-blocks.N.mlp.up, blocks.N.mlp.down, head. Shape letters: B sequences, T bytes of context, C width, H heads, V
-vocabulary.
+Layer names, for the globs of a plan: embedding, position (if positions are learned), blocks.N.attention.qkv,
+blocks.N.attention.out, blocks.N.mlp.up, blocks.N.mlp.down, head. Shape letters: B sequences, T bytes of context, C
+width, H heads, c features a head, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rarefy.models.cache import Cache, LayerCache
-from rarefy.nn import add_norm
-from rarefy.ops import causal_attention
+from rarefy.nn import SquaredReLU, add_norm
+from rarefy.ops import causal_attention, rotary_table, rotate
 from rarefy.supar import SuPar
 
 VOCABULARY = 256
 """Every byte is a token."""
+
+ACTIVATIONS = {"squared_relu": SquaredReLU, "gelu": nn.GELU}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,17 @@ class GPTConfig:
     mlp: int | None = None
     """Hidden features of the MLP; None: four times the width."""
 
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How attention knows where a byte stands: by queries and keys that turn with their positions (Su et al. 2021), or
+    by a learned vector a position, added to the embedding as in GPT-2."""
+
+    activation: Literal["squared_relu", "gelu"] = "squared_relu"
+    """Of the MLP's hidden features."""
+
+    token_shift: bool = True
+    """Whether half of the features that attention and MLP read are those of the byte before
+    (`rarefy.ops.token_shift`)."""
+
     base_width: int | None = None
     """Width of the network whose learning rate this one takes over (`rarefy.SuPar`); None: the usual first weights."""
 
@@ -63,6 +78,20 @@ class GPTConfig:
             raise ValueError(
                 f"the {self.heads} heads must share the width evenly, and {self.width} is no multiple of {self.heads}"
             )
+        if self.positions not in ("rotary", "learned"):
+            raise ValueError(f"positions must be 'rotary' or 'learned', got {self.positions!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be {' or '.join(map(repr, ACTIVATIONS))}, got {self.activation!r}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of features, and a head of {self.width} / {self.heads} = {self.head_dim} "
+                "has an odd one out: take another width or number of heads, or learned positions"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head, c."""
+        return self.width // self.heads
 
     @property
     def hidden(self) -> int:
@@ -97,11 +126,24 @@ class Attention(nn.Module):
         self.query_scale = config.query_scale
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
+        self.rotary_Tc: Tensor | None
+        table = rotary_table(config.context, config.head_dim) if config.positions == "rotary" else None
+        self.register_buffer("rotary_Tc", table, persistent=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         B, T, C = x_BTC.shape
-        mixed_BTHc = causal_attention(self._projected(x_BTC))
+        mixed_BTHc = causal_attention(self._projected(x_BTC), self._rotary(0, T))
         return self.out(mixed_BTHc.reshape(B, T, C))
+
+    def _rotary(self, begin: int, end: int) -> Tensor | None:
+        return None if self.rotary_Tc is None else self.rotary_Tc[begin:end]
+
+    def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As any module's, but a cast of the model rounds no angles, and memory that is empty is filled."""
+        super()._apply(fn, recurse)
+        if self.rotary_Tc is not None:
+            self.rotary_Tc = rotary_table(*self.rotary_Tc.shape, device=self.rotary_Tc.device)
+        return self
 
     def _projected(self, x_BTC: Tensor) -> Tensor:
         """(B, T, 3, H, c) queries, keys and values."""
@@ -114,8 +156,12 @@ class Attention(nn.Module):
     def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
         """`forward` for T further positions, which see those in `past` too and are added to it."""
         B, T, C = x_BTC.shape
-        q, k, v = self._projected(x_BTC).permute(2, 0, 3, 1, 4)
+        q_BTHc, k_BTHc, v_BTHc = self._projected(x_BTC).unbind(dim=2)
         seen = past.length
+        rotary = self._rotary(seen, seen + T)
+        if rotary is not None:
+            q_BTHc, k_BTHc = rotate(q_BTHc, rotary), rotate(k_BTHc, rotary)
+        q, k, v = (part.transpose(1, 2) for part in (q_BTHc, k_BTHc, v_BTHc))
         keys, values = past.append(k, v)
         later = None if seen == 0 or T == 1 else x_BTC.new_ones(T, seen + T, dtype=torch.bool).tril(seen)
         mixed_BHTc = F.scaled_dot_product_attention(q, keys, values, later, is_causal=seen == 0)
@@ -123,19 +169,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, GELU, down. `sparsify` makes it one call (`rarefy.fuse`)."""
+    """Up, activation, down. `sparsify` makes it one call (`rarefy.fuse`)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, config.hidden)
+        self.act = ACTIVATIONS[config.activation]()
         self.down = nn.Linear(config.hidden, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTC)))
+        return self.down(self.act(self.up(x_BTC)))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each beside a residual path that no norm touches."""
+    """Attention and MLP, each beside a residual path that no norm touches.
+
+    What the MLP adds to that path is handed on beside it: whoever reads the sum normalises it too, in the same pass.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -143,16 +193,20 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
+        self.shift = config.token_shift
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC, normed_BTC = add_norm(self.attention_norm, x_BTC)
-        x_BTC, normed_BTC = add_norm(self.mlp_norm, x_BTC, self.attention(normed_BTC))
-        return x_BTC + self.mlp(normed_BTC)
+    def forward(self, x_BTC: Tensor, added_BTC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_BTC, normed_BTC = add_norm(self.attention_norm, x_BTC, added_BTC, shift=self.shift)
+        x_BTC, normed_BTC = add_norm(self.mlp_norm, x_BTC, self.attention(normed_BTC), shift=self.shift)
+        return x_BTC, self.mlp(normed_BTC)
 
     def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
-        """`forward` for positions that follow those in `past`."""
-        x_BTC = x_BTC + self.attention.step(self.attention_norm(x_BTC), past)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        """`forward` and the last addition, for positions that follow those in `past`."""
+        x_BTC = x_BTC + self.attention.step(self._shifted("attention", self.attention_norm(x_BTC), past), past)
+        return x_BTC + self.mlp(self._shifted("mlp", self.mlp_norm(x_BTC), past))
+
+    def _shifted(self, reader: str, normed_BTC: Tensor, past: LayerCache) -> Tensor:
+        return past.shifted(reader, normed_BTC) if self.shift else normed_BTC
 
 
 class GPT(nn.Module):
@@ -170,7 +224,7 @@ class GPT(nn.Module):
         """Whether training keeps only what enters each block and runs the blocks again in the backward pass: less
         memory for activations, a forward pass more of time."""
         self.embedding = nn.Embedding(VOCABULARY, config.width)
-        self.position = nn.Embedding(config.context, config.width)
+        self.position = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
@@ -211,13 +265,17 @@ class GPT(nn.Module):
         T = tokens_BT.shape[1]
         if self.config.context < T:
             raise ValueError(f"{T} bytes are more than the context of {self.config.context}")
-        x_BTC = self.embedding(tokens_BT) + self.position.weight[:T]
+        x_BTC, added_BTC = self._embedded(tokens_BT, 0), None
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
+                x_BTC, added_BTC = checkpoint(block, x_BTC, added_BTC, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC)
-        return self.head(add_norm(self.norm, x_BTC)[1])
+                x_BTC, added_BTC = block(x_BTC, added_BTC)
+        return self.head(add_norm(self.norm, x_BTC, added_BTC)[1])
+
+    def _embedded(self, tokens_BT: Tensor, begin: int) -> Tensor:
+        x_BTC = self.embedding(tokens_BT)
+        return x_BTC if self.position is None else x_BTC + self.position.weight[begin : begin + tokens_BT.shape[1]]
 
     def step(self, tokens_BT: Tensor, past: Cache) -> Tensor:
         """(B, T) further bytes of a text -> (B, 256) logits of the byte after the last. `past` then holds them too.
@@ -230,7 +288,7 @@ class GPT(nn.Module):
         seen, T = past.length, tokens_BT.shape[1]
         if self.config.context < seen + T:
             raise ValueError(f"{seen} + {T} bytes are more than the context of {self.config.context}")
-        x_BTC = self.embedding(tokens_BT) + self.position.weight[seen : seen + T]
+        x_BTC = self._embedded(tokens_BT, seen)
         for block, layer in zip(self.blocks, past.layers, strict=True):
             assert isinstance(block, Block)
             x_BTC = block.step(x_BTC, layer)

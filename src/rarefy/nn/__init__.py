@@ -1,5 +1,6 @@
-"""Sparse modules."""
+"""Sparse modules, and the dense ones that stand between them."""
 
+from rarefy.nn.activation import SquaredReLU
 from rarefy.nn.conv import SparseConv2d
 from rarefy.nn.layer import SparseLayer
 from rarefy.nn.layer_norm import add_norm
@@ -13,6 +14,7 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "SparseLowRank",
+    "SquaredReLU",
     "add_norm",
     "gated_mlp",
     "mlp",

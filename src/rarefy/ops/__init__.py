@@ -13,6 +13,8 @@ from rarefy.ops import convolution, expanded, mlp, norm_convolution, reference, 
 from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, names_plain_torch, using
 from rarefy.ops.index import Index, index_dtype
+from rarefy.ops.layer_norm import token_shift
+from rarefy.ops.rotary import rotary_table, rotate
 
 __all__ = [
     "Index",
@@ -22,7 +24,10 @@ __all__ = [
     "index_dtype",
     "mlp",
     "norm_convolution",
+    "rotary_table",
+    "rotate",
     "sink",
+    "token_shift",
     "using",
 ]
 

@@ -33,10 +33,10 @@ _SIGNATURES = {
     "rarefy_backward_medium": (ctypes.c_int, [POINTER, *[POINTER] * 6, INT64, ctypes.c_int]),
     "rarefy_mlp_forward": (ctypes.c_int, [POINTER, *[POINTER] * 3, INT64, ctypes.c_int]),
     "rarefy_mlp_backward": (ctypes.c_int, [POINTER, *[POINTER] * 5, INT64, ctypes.c_int]),
-    "rarefy_attention": (ctypes.c_int, [*[POINTER] * 3, ctypes.c_int32, *[INT64] * 4, ctypes.c_int]),
+    "rarefy_attention": (ctypes.c_int, [*[POINTER] * 4, ctypes.c_int32, *[INT64] * 4, ctypes.c_int]),
     "rarefy_attention_backward": (
         ctypes.c_int,
-        [*[POINTER] * 5, ctypes.c_int32, *[INT64] * 4, ctypes.c_int],
+        [*[POINTER] * 6, ctypes.c_int32, *[INT64] * 4, ctypes.c_int],
     ),
     "rarefy_convolve": (ctypes.c_int, [*[POINTER] * 6, ctypes.c_int32, ctypes.c_int]),
     "rarefy_convolve_backward": (ctypes.c_int, [*[POINTER] * 8, ctypes.c_int32, ctypes.c_int]),

@@ -45,6 +45,16 @@ class TextSettings(RunSettings):
     mlp: int | None = None
     """Hidden features of the MLP. Without it: four times the width."""
 
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How attention knows where a byte stands: queries and keys turn with their positions, or each position has a
+    learned vector, as in GPT-2."""
+
+    activation: Literal["squared_relu", "gelu"] = "squared_relu"
+    """Of the MLP's hidden features."""
+
+    token_shift: bool = True
+    """Let attention and MLP read half of their features from the byte before."""
+
     context: int = 256
     """Bytes that a prediction can see."""
 
@@ -105,7 +115,15 @@ class TextSettings(RunSettings):
         """The network's shape."""
         base = {"base_width": self.base_width, "base_head": self.base_head} if self.parametrization == "mup" else {}
         return GPTConfig(
-            width=self.width, layers=self.layers, heads=self.heads, context=self.context, mlp=self.mlp, **base
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            context=self.context,
+            mlp=self.mlp,
+            positions=self.positions,
+            activation=self.activation,
+            token_shift=self.token_shift,
+            **base,
         )
 
     @property

@@ -30,7 +30,7 @@ TOKENS_TO_MEASURE = 2048
 """Layers are timed on so many rows of input, rounded up to whole windows, or on a micro-batch where that is smaller."""
 
 WIDTHS = 8
-"""The width of a narrower network is a multiple of this, and of its heads."""
+"""The width of a narrower network is a multiple of this, and of twice its heads."""
 
 
 class TextTask(Task[TextSettings]):
@@ -56,7 +56,7 @@ class TextTask(Task[TextSettings]):
 
     def narrowed(self, settings: TextSettings, nonzeros: int) -> TextSettings:
         """Of the width whose number of parameters is nearest; an MLP of a size of its own shrinks along."""
-        every = math.lcm(settings.heads, WIDTHS)
+        every = math.lcm(2 * settings.heads, WIDTHS)
 
         def at(width: int) -> TextSettings:
             mlp = None if settings.mlp is None else max(1, round(settings.mlp * width / settings.width))
