@@ -16,6 +16,10 @@ from rarefy.foresight.law import Point
 METHODS = ("static", "set")
 """Sparse runs of these count: the law knows nothing of methods, and these are the planner's."""
 
+NETWORK = {"positions": "rotary", "token_shift": True, "activation": "squared_relu"}
+"""What the planner's networks are besides their sizes: others learn at other speeds. Records from before these settings say
+nothing of them, and are of other networks."""
+
 SAME_LENGTH = 1.25
 """Runs of one network whose bytes differ by less are as long as each other: heats, or finals."""
 
@@ -41,6 +45,7 @@ def run_of(record: Mapping[str, Any]) -> Run | None:
     settings = record["settings"]
     plan = settings.get("plan")
     usual = settings.get("mlp") is None and settings.get("parametrization", "standard") == "standard"
+    usual = usual and all(settings.get(name) == value for name, value in NETWORK.items())
     if not usual or record["nonzeros"][0] != record["nonzeros"][1]:
         return None
     density, block, method, rate = 1.0, (1, 1), "dense", settings.get("dense_lr")

@@ -10,14 +10,17 @@ WIDTHS = (
 )
 """(minutes, widths of the dense ladder for budgets up to that): the best is to be among them, not at an end of them."""
 
-DENSE_RATES = (1e-3, 2e-3)
+DENSE_RATES = (1.5e-3, 3e-3)
 """Peak rates of each width of dense networks: what is best falls with the width."""
 
-DEPTHS = (2, 6)
-"""Of the network of the middle width, besides the usual depth."""
+DEPTH = 2
+"""Of all but a few: in runs of minutes what a layer costs beside its products is more than it brings."""
 
-SPARSE = ("width={wide}", "width={wide},block=4", "width={wider},layers=2,block=4", "width={wide},density=0.25")
-"""What each pattern method runs with: with two methods as many heats as dense networks have, and depth tried too."""
+DEPTHS = (3, 4)
+"""Of the network of the middle width, besides."""
+
+SPARSE = ("width={wide}", "width={wider}", "width={wide},density=0.2", "width={wide},layers=4")
+"""What each pattern method runs with, in blocks of 4x4: with two methods as many heats as dense networks have."""
 
 METHODS = ("static", "set")
 
@@ -25,7 +28,8 @@ METHODS = ("static", "set")
 def default_field(minutes: float) -> tuple[str, ...]:
     """Contenders of the heats for a budget of so many minutes each, as `rarefy compare` writes them."""
     widths = next(found for most, found in WIDTHS if minutes <= most)
-    dense = [f"dense:width={width},dense_lr={rate:g}" for width in widths for rate in DENSE_RATES]
+    dense = [f"dense:width={width},layers={DEPTH},dense_lr={rate:g}" for width in widths for rate in DENSE_RATES]
     dense += [f"dense:width={widths[1]},layers={depth},dense_lr={DENSE_RATES[0]:g}" for depth in DEPTHS]
     shapes = [text.format(wide=2 * widths[0], wider=2 * widths[1]) for text in SPARSE]
-    return (*dense, *(f"{method}:{shape}" for method in METHODS for shape in shapes))
+    shapes = [shape if "layers" in shape else f"{shape},layers={DEPTH}" for shape in shapes]
+    return (*dense, *(f"{method}:{shape},block=4" for method in METHODS for shape in shapes))

@@ -64,7 +64,7 @@ class TextSettings(RunSettings):
     accumulate: int = 1
     """Micro-batches an optimizer step."""
 
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Peak learning rate of the sparse network, but for its sparse layers."""
 
     sparse_lr: float | None = None
