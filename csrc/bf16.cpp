@@ -4,6 +4,7 @@
 
 #include "internal.h"
 
+#include "attention.h"
 #include "drive_mlp.h"
 
 namespace rarefy {
@@ -52,10 +53,32 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
   return mlp_backward_with(find_tiled, *mlp, dy, x, z, dx, *gradients, batch, threads);
 }
 
+int attention(const void *qkv, const float *rotary, void *out, float *lse, bool half, int64_t batch, int64_t tokens,
+              int64_t heads, int64_t dim, int threads) {
+  if (!half) return kernels_avx512()->attention(qkv, rotary, out, lse, half, batch, tokens, heads, dim, threads);
+  return attention_forward(static_cast<const bf16 *>(qkv), rotary, static_cast<bf16 *>(out), lse, batch, tokens, heads, dim,
+                           threads);
+}
+
+int attention_backward(const void *dout, const void *qkv, const float *rotary, const void *out, const float *lse, void *dqkv,
+                       bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int threads) {
+  if (!half) {
+    return kernels_avx512()->attention_backward(dout, qkv, rotary, out, lse, dqkv, half, batch, tokens, heads, dim, threads);
+  }
+  return attention_backward<bf16>(static_cast<const bf16 *>(dout), static_cast<const bf16 *>(qkv), rotary,
+                                  static_cast<const bf16 *>(out), lse, static_cast<bf16 *>(dqkv), batch, tokens, heads, dim,
+                                  threads);
+}
+
 }  // namespace
 
 const Kernels *kernels_avx512bf16() {
-  static const Kernels table = over_avx512("avx512bf16", spmm, backward, mlp_forward, mlp_backward);
+  static const Kernels table = [] {
+    Kernels kernels = over_avx512("avx512bf16", spmm, backward, mlp_forward, mlp_backward);
+    kernels.attention = attention;
+    kernels.attention_backward = attention_backward;
+    return kernels;
+  }();
   return &table;
 }
 

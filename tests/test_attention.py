@@ -414,7 +414,8 @@ def test_only_the_outputs_are_written_and_wholly(name, shape, dtype):
         assert room[:33].isnan().all() and room[-33:].isnan().all()
     wanted, rounding = exact(qkv, dout, table), torch.finfo(dtype).eps / EPS
     close(out.view(B, T, H, c), wanted.out, wanted.out_bound * rounding)
-    close(lse.view(B, H, T), wanted.lse, wanted.lse_bound)
+    # Turned queries and keys may be rounded to bfloat16 again, as factors of dot products.
+    close(lse.view(B, H, T), wanted.lse, wanted.lse_bound * (1 if table is None else rounding))
     close(dqkv.view_as(qkv), wanted.dqkv, wanted.dqkv_bound * rounding)
 
 
