@@ -1,8 +1,9 @@
 // Causal attention, forward and backward, straight from and into the layout of a fused projection: q, k and v are
 // qkv[token][0..2][head][dim], float32 or bfloat16, which is widened while it is packed. Products are float32's, or those of
-// bfloat16 pairs where there are dot products (products.h); softmax and sums are float32. Where there are rotary positions (Su et al. 2021) queries and keys are turned as they are packed, and their gradients turned back as
-// they are unpacked. Only what lies on or below the diagonal is computed, to the vector of keys and the tile of rows. Scores of a block of queries are kept for a strip of keys, so that their softmax sees them once; past a strip it
-// goes on online. Memory is O(tokens * dim) a thread.
+// bfloat16 pairs where there are dot products (products.h); softmax and sums are float32. Where there are rotary positions (Su
+// et al. 2021) queries and keys are turned as they are packed, and their gradients turned back as they are unpacked. Only what
+// lies on or below the diagonal is computed, to the vector of keys and the tile of rows. Scores of a block of queries are kept
+// for a strip of keys, so that their softmax sees them once; past a strip it goes on online. Memory is O(tokens * dim) a thread.
 //
 // Every element of a result is one chain of additions in the order of the keys (out, dq) or of the queries (dk, dv),
 // however the work is cut: so the bits do not depend on the number of threads.
@@ -155,7 +156,9 @@ Rows pack_factors(const Heads &h, const T *source, int64_t stride, int64_t count
       store(to.deep + r / kPair * h.width() + f, pair_up(load(plain.row(r) + f), load(plain.row(r + 1) + f)));
     }
   }
-  for (int64_t r = 0; to.rows != nullptr && r < count + spare; ++r) words_along(plain.row(r), plain_stride(h), to.rows + r * h.along());
+  for (int64_t r = 0; to.rows != nullptr && r < count + spare; ++r) {
+    words_along(plain.row(r), plain_stride(h), to.rows + r * h.along());
+  }
   return plain;
 }
 
@@ -187,7 +190,8 @@ inline int64_t alone_pairs(int64_t pairs, int threads) {
 }
 
 // Runs work(pair, team) for all pairs: those that go round evenly one to a thread, the rest one after the other with
-// every thread at work. A thread takes neighbouring heads, whose rows lie side by side. To be called by all threads of a parallel region.
+// every thread at work. A thread takes neighbouring heads, whose rows lie side by side. To be called by all threads of a
+// parallel region.
 template <class Work>
 void share_pairs(int64_t pairs, int64_t heads, int threads, int64_t *next, Work work) {
   const int rank = omp_get_thread_num();
@@ -242,7 +246,8 @@ void forward_block(const Heads &h, const ForwardBuffers &b, const T *queries, co
   float *largest_of = b.row, *sum_of = largest_of + kQueries + VL - kQueries % VL;
   float *partial = b.row + 2 * (kQueries + VL - kQueries % VL);  // VL a row
   const float k = h.scale() * kLog2E;
-  pack_factors(h, queries, 3 * h.heads * h.dim, count, kSpareRows, turns_at(rotary, q0, h.dim), b.plain, {b.queries, nullptr, nullptr});
+  pack_factors(h, queries, 3 * h.heads * h.dim, count, kSpareRows, turns_at(rotary, q0, h.dim), b.plain,
+               {b.queries, nullptr, nullptr});
   for (int64_t s0 = 0; s0 < q1; s0 += kForwardStrip) {
     const int64_t s1 = min64(s0 + kForwardStrip, q1);
     // The keys that a tile of rows [r, r + rows) sees in [begin, end), counted from begin: none if not positive.
