@@ -89,12 +89,13 @@ class Pattern:
     The arrays are int32 and must not be written to: `SparseLinear` copies what it needs.
     """
 
-    __slots__ = ("block", "col_indices", "crow_indices", "shape")
+    __slots__ = ("_units", "block", "col_indices", "crow_indices", "shape")
 
     shape: tuple[int, int]
     block: tuple[int, int]
     crow_indices: Tensor
     col_indices: Tensor
+    _units: Tensor | None
 
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int], block: Block = 1) -> None:
         block = as_block(block)
@@ -111,6 +112,7 @@ class Pattern:
         object.__setattr__(self, "block", block)
         object.__setattr__(self, "crow_indices", crow)
         object.__setattr__(self, "col_indices", cols)
+        object.__setattr__(self, "_units", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Pattern is immutable: build a new one instead of setting {name}")
@@ -216,8 +218,11 @@ class Pattern:
         return torch.repeat_interleave(rows, counts, output_size=self.num_units)
 
     def unit_indices(self) -> Tensor:
-        """(K,) int64 flat row-major index of each unit, ascending."""
-        return self.row_indices().mul_(self.num_unit_cols).add_(self.col_indices)
+        """(K,) int64 flat row-major index of each unit, ascending; made once, and not to be written to."""
+        if self._units is None:
+            units = self.row_indices().mul_(self.num_unit_cols).add_(self.col_indices)
+            object.__setattr__(self, "_units", units)
+        return self._units
 
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pointers (C + 1,), unit rows (K,) and permutation (K,) of the units in column order; see

@@ -34,6 +34,11 @@ def positions(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten()
 
 
+def num_true(mask: Tensor) -> int:
+    """How many entries are true."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether no value is infinite or NaN: least and greatest tell, as a NaN is both."""
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
@@ -54,7 +59,7 @@ def kth_lowest(score: Tensor, k: int) -> Tensor:
     sample = score[::stride].sort().values
     rank, margin = k // stride, 2 * math.isqrt(SAMPLED)
     low, high = sample[max(rank - margin, 0)], sample[min(rank + margin, sample.numel() - 1)]
-    num_lower = int((score < low).sum()) if rank >= margin else 0
+    num_lower = num_true(score < low) if rank >= margin else 0
     near = score <= high if rank + margin < sample.numel() else torch.ones_like(score, dtype=torch.bool)
     if rank >= margin:
         near &= score >= low
@@ -83,8 +88,13 @@ def lowest(score: Tensor, k: int) -> Tensor:
 
 def highest(score: Tensor, units: Tensor, k: int) -> Tensor:
     """Of candidate `units`, in any order, the k of highest score, ascending; of equal scores the lower units (6.2)."""
+    if k >= units.numel():
+        return torch.sort(units).values
+    if k:  # most fall at once: what is left to sort is little more than k
+        likely = positions(score >= -kth_lowest(-score, k))
+        score, units = score[likely], units[likely]
     units, order = torch.sort(units)
-    return units[lowest(-score[order], min(k, units.numel()))]
+    return units[lowest(-score[order], k)]
 
 
 def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -98,12 +108,37 @@ def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     return place
 
 
+def num_below(ascending: Tensor, wanted: Tensor) -> Tensor:
+    """For each of `wanted`, how many of `ascending` are lower: by binary search, or by counting where that is less."""
+    if not _counts(ascending, wanted):
+        return torch.searchsorted(ascending, wanted)
+    there = _table(ascending)
+    wanted = wanted.clamp(max=there.numel() - 1)
+    return (torch.cumsum(there, 0, dtype=torch.int32)[wanted] - there[wanted].int()).long()
+
+
 def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
-    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search."""
+    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search, or a table where that is less."""
     if not ascending.numel() or not wanted.numel():
         return torch.zeros(wanted.shape, dtype=torch.bool, device=wanted.device)
+    if _counts(ascending, wanted):
+        there = _table(ascending)
+        return there[wanted.clamp(max=there.numel() - 1)]
     at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
     return ascending[at] == wanted
+
+
+def _counts(ascending: Tensor, wanted: Tensor) -> bool:
+    """Whether a table of all numbers is quicker than searches, and no larger than what is asked about."""
+    if min(ascending.numel(), wanted.numel()) < 1 << 12:
+        return False
+    return int(ascending[-1]) < 8 * (ascending.numel() + wanted.numel())
+
+
+def _table(ascending: Tensor) -> Tensor:
+    """Of each number up to one above the last, whether it is there."""
+    there = torch.zeros(int(ascending[-1]) + 2, dtype=torch.bool, device=ascending.device)
+    return there.index_fill_(0, ascending, True)
 
 
 def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.distributions import spread
-from rarefy.selection import kth_lowest, positions
+from rarefy.selection import kth_lowest, num_true, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +72,10 @@ def split_lowest(scores: Sequence[Tensor], k: int) -> list[int]:
         return [0] * len(scores)
     every = torch.cat([score.flatten() for score in scores])
     threshold = kth_lowest(every, k)
-    counts, left = [], k - int((every < threshold).sum())
+    counts, left = [], k - num_true(every < threshold)
     for score in every.split([score.numel() for score in scores]):
-        equals = min(int((score == threshold).sum()), left)
-        counts.append(int((score < threshold).sum()) + equals)
+        equals = min(num_true(score == threshold), left)
+        counts.append(num_true(score < threshold) + equals)
         left -= equals
     return counts
 

@@ -15,7 +15,7 @@ from rarefy.nn import SparseLayer
 from rarefy.nn.layer import resize
 from rarefy.ops import Index
 from rarefy.pattern import Pattern
-from rarefy.selection import contains, positions
+from rarefy.selection import contains, num_below, positions
 
 MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 """Optimizers whose state mixes units, so that no unit's part of it can be moved."""
@@ -175,21 +175,24 @@ def exchange(
 
 
 def exchanged_units(pattern: Pattern, drop: Tensor, grown: Tensor) -> Exchanged:
-    """What `exchange` leads to. Costs a gather over the units, and searches for those that go and come only."""
+    """What `exchange` leads to; raises as it does. A gather over the units, and searches for what goes and comes."""
+    _check_grown(grown, pattern)
     before, newborn = grown, grown  # active units before each newborn
     if grown.numel():
         active = pattern.unit_indices()
-        returns = contains(active[drop], grown)
-        if bool(returns.any()):
-            drop = drop[~contains(grown, active[drop])]
-            newborn = grown[~returns]
-        before = torch.searchsorted(active, newborn)
-        _check_newborn(newborn, before, active, pattern)
+        before = num_below(active, grown)
+        held = active[before.clamp(max=active.numel() - 1)] == grown if active.numel() else grown < 0
+        if bool(held.any()):
+            back = before[held]
+            if not bool(contains(drop, back).all()):
+                raise ValueError("units to grow must not be active, unless they are dropped: `choose` gave others")
+            drop = drop[~contains(back, drop)]
+            newborn, before = grown[~held], before[~held]
     stays = torch.ones(pattern.num_units, dtype=torch.bool, device=drop.device)
     stays[drop] = False
     survivors = positions(stays)
     # A newborn's place is its rank among newborns plus the survivors before it; so are the pointers of rows.
-    born = before - torch.searchsorted(drop, before) + torch.arange(newborn.numel(), device=drop.device)
+    born = before - num_below(drop, before) + torch.arange(newborn.numel(), device=drop.device)
     rows = torch.arange(pattern.num_unit_rows + 1, device=drop.device)
     crow = pattern.crow_indices - torch.searchsorted(drop, pattern.crow_indices.long())
     crow += torch.searchsorted(newborn, rows * pattern.num_unit_cols)
@@ -205,16 +208,10 @@ def exchanged_units(pattern: Pattern, drop: Tensor, grown: Tensor) -> Exchanged:
     return Exchanged(Pattern.trusted(crow.int(), cols, pattern.shape, pattern.block), newborn, move)
 
 
-def _check_newborn(newborn: Tensor, before: Tensor, active: Tensor, pattern: Pattern) -> None:
+def _check_grown(grown: Tensor, pattern: Pattern) -> None:
     num_all = pattern.num_unit_rows * pattern.num_unit_cols
-    stay = active[before.clamp(max=active.numel() - 1)] == newborn if active.numel() else newborn < 0
-    if newborn.numel() and (
-        int(newborn[0]) < 0 or int(newborn[-1]) >= num_all or bool((newborn.diff() <= 0).any()) or bool(stay.any())
-    ):
-        raise ValueError(
-            f"units to grow must ascend, lie in [0, {num_all}) and not be active unless they are dropped: "
-            "`choose` gave others"
-        )
+    if grown.numel() and (int(grown[0]) < 0 or int(grown[-1]) >= num_all or bool((grown[1:] <= grown[:-1]).any())):
+        raise ValueError(f"units to grow must ascend and lie in [0, {num_all}): `choose` gave others")
 
 
 class BeforeChange:
