@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rarefy.ops import Index
+from rarefy.ops import Index, links
 from rarefy.pattern import Pattern
 
 Rule = Literal["ch2", "ch3"]
@@ -81,6 +81,18 @@ def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Ite
     S the shorter side, L the longer, K links: O(K (L + S) + L S) time. Memory O(K + tile): what the short side's
     pairs count for, S x S, is kept where that is at most a tile or 8 K, and else made anew for each tile, O(K S) each.
     """
+    index, short, long = grid.index, grid.num_short, grid.num_long
+    if short * short > max(tile_entries, 8 * index.num_units) or not links.available(index):
+        yield from _by_products(grid, rule, tile_entries)
+        return
+    inside, step = rule == "ch2", max(1, min(tile_entries, CACHED_ENTRIES) // max(long, 1))
+    pairs = links.link_pairs(index, inside)
+    for first in range(0, long, step):
+        yield LinkScores(first, links.link_scores(index, inside, pairs, first, min(first + step, long)))
+
+
+def _by_products(grid: Grid, rule: Rule, tile_entries: int) -> Iterator[LinkScores]:
+    """The same by products of sparse matrices with dense ones: where no kernel is, or short pairs are too many."""
     index, short, long = grid.index, grid.num_short, grid.num_long
     ones = torch.ones(index.num_units, dtype=torch.float32, device=index.crow.device)
     degree_short, degree_long = torch.diff(index.crow).float(), torch.diff(index.t_crow).float()
