@@ -219,10 +219,11 @@ class Pattern:
 
     def unit_indices(self) -> Tensor:
         """(K,) int64 flat row-major index of each unit, ascending; made once, and not to be written to."""
-        if self._units is None:
+        units = self._units
+        if units is None:
             units = self.row_indices().mul_(self.num_unit_cols).add_(self.col_indices)
             object.__setattr__(self, "_units", units)
-        return self._units
+        return units
 
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pointers (C + 1,), unit rows (K,) and permutation (K,) of the units in column order; see

@@ -89,7 +89,7 @@ def lowest(score: Tensor, k: int) -> Tensor:
 def highest(score: Tensor, units: Tensor, k: int) -> Tensor:
     """Of candidate `units`, in any order, the k of highest score, ascending; of equal scores the lower units (6.2)."""
     if k >= units.numel():
-        return torch.sort(units).values
+        return _ascending(units)
     if k:  # most fall at once: what is left to sort is little more than k
         likely = positions(score >= -kth_lowest(-score, k))
         score, units = score[likely], units[likely]
@@ -126,6 +126,14 @@ def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
         return there[wanted.clamp(max=there.numel() - 1)]
     at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
     return ascending[at] == wanted
+
+
+def _ascending(units: Tensor) -> Tensor:
+    """In order: by a table where they are many and dense."""
+    if units.numel() > 1 << 12 and int(last := units.max()) < 8 * units.numel():
+        there = torch.zeros(int(last) + 1, dtype=torch.bool, device=units.device)
+        return positions(there.index_fill_(0, units, True))
+    return torch.sort(units).values
 
 
 def _counts(ascending: Tensor, wanted: Tensor) -> bool:
