@@ -321,6 +321,28 @@ int rarefy_adamw_step(const rarefy_adamw *step, int threads) {
   return kernels->adamw(step, thread_count(threads));
 }
 
+static bool not_a_graph(const rarefy_pattern *pattern) {
+  return bad(pattern, 1, true) || pattern->block_rows != 1 || pattern->block_cols != 1;
+}
+
+int rarefy_link_pairs(const rarefy_pattern *pattern, int32_t inside, float *pairs, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (not_a_graph(pattern) || missing(pairs, pattern->out_features)) return RAREFY_BAD_ARGUMENT;
+  return kernels->link_pairs(pattern, inside != 0, pairs, thread_count(threads));
+}
+
+int rarefy_link_scores(const rarefy_pattern *pattern, int32_t inside, const float *pairs, int64_t first, int64_t last,
+                       float *scores, int threads) {
+  const Kernels *kernels = current().load();
+  if (kernels == nullptr) return RAREFY_NO_ISA;
+  if (not_a_graph(pattern) || first < 0 || last < first || last > pattern->in_features ||
+      missing(pairs, pattern->out_features) || missing(scores, (last - first) * pattern->out_features)) {
+    return RAREFY_BAD_ARGUMENT;
+  }
+  return kernels->link_scores(pattern, inside != 0, pairs, first, last, scores, thread_count(threads));
+}
+
 int rarefy_attention(const void *qkv, const float *rotary, void *out, float *lse, int32_t half, int64_t batch, int64_t tokens,
                      int64_t heads, int64_t head_dim, int threads) {
   const Kernels *kernels = current().load();

@@ -11,6 +11,10 @@
 namespace rarefy {
 namespace {
 
+// Tokens from which reordering the pattern pays for itself. Sooner in backward: following the transposed index as it is,
+// every panel would fetch the values in random order.
+constexpr int64_t kForwardTiledFrom = 3 * kWide * VL, kBackwardTiledFrom = 2 * VL + 1;
+
 // With dot products the ends of segments weigh twice as much, and longer segments are worth more than L1.
 constexpr int64_t kTileBytes = int64_t(kDotCells ? 64 : 32) << 10;    // inputs in L1
 constexpr int64_t kSumsBytes = int64_t(kDotCells ? 512 : 256) << 10;  // sums in L2

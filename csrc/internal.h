@@ -42,6 +42,9 @@ struct Kernels {
                              const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias,
                              int threads);
   int (*adamw)(const rarefy_adamw *, int threads);
+  int (*link_pairs)(const rarefy_pattern *, bool inside, float *pairs, int threads);
+  int (*link_scores)(const rarefy_pattern *, bool inside, const float *pairs, int64_t first, int64_t last, float *scores,
+                     int threads);
   int64_t (*probe)(int32_t work, void *data, int64_t bytes, int64_t repeats, int threads);
 };
 

@@ -10,14 +10,11 @@
 #include "drive_few.h"
 #include "drive_mlp.h"
 #include "layer_norm.h"
+#include "links.h"
 #include "probe.h"
 
 namespace rarefy {
 namespace {
-
-// Tokens from which reordering the pattern pays for itself. Sooner in backward: following the transposed index as it is,
-// every panel would fetch the values in random order.
-constexpr int64_t kForwardTiledFrom = 3 * kWide * VL, kBackwardTiledFrom = 2 * VL + 1;
 
 template <int BR, int BC, class Index>
 int spmm_some(const rarefy_pattern *p, const float *values, const float *x, const float *bias, float *y, int64_t batch,
@@ -233,6 +230,16 @@ int layer_norm_backward(const rarefy_layer_norm *n, const void *dy, const float 
   });
 }
 
+int link_pairs(const rarefy_pattern *p, bool inside, float *pairs, int threads) {
+  return (p->index_bytes == 2 ? link_pairs<uint16_t> : link_pairs<int32_t>)(p, inside, pairs, threads);
+}
+
+int link_scores(const rarefy_pattern *p, bool inside, const float *pairs, int64_t first, int64_t last, float *scores,
+                int threads) {
+  const auto run = p->index_bytes == 2 ? link_scores<uint16_t> : link_scores<int32_t>;
+  return run(p, inside, pairs, first, last, scores, threads);
+}
+
 #define RAREFY_TEXT(x) RAREFY_TEXT_(x)
 #define RAREFY_TEXT_(x) #x
 #define RAREFY_JOIN(a, b) RAREFY_JOIN_(a, b)
@@ -241,7 +248,7 @@ int layer_norm_backward(const rarefy_layer_norm *n, const void *dy, const float 
 constexpr Kernels kTable = {RAREFY_TEXT(RAREFY_TARGET), supports,          spmm, backward, mlp_forward, mlp_backward,
                             attention,                  attention_backward, convolve, convolve_backward,
                             norm_forward,               norm_backward,      layer_norm_forward, layer_norm_backward,
-                            adamw,                      probe};
+                            adamw,                      link_pairs,        link_scores, probe};
 
 }  // namespace
 

@@ -179,6 +179,16 @@ typedef struct {
 } rarefy_adamw;
 RAREFY_API int rarefy_adamw_step(const rarefy_adamw *step, int threads);
 
+/* Scores of the links of a bipartite graph by the three-step paths that they close: rows and columns of a 1 x 1 pattern are
+ * its nodes. What a node counts for, seen from a line with c neighbours in common, is 0 where c is 0, else
+ * (inside ? 1 + c : 1) / max(degree - c, 1).
+ * pairs (rows, rows): what row j counts for, seen from row i, at [j][i]. */
+RAREFY_API int rarefy_link_pairs(const rarefy_pattern *pattern, int32_t inside, float *pairs, int threads);
+/* scores (last - first, rows) of the columns [first, last): what the row's columns count for, seen from the column, in
+ * ascending order, plus what the column's rows count for, seen from the row; rounded to 17 bits. */
+RAREFY_API int rarefy_link_scores(const rarefy_pattern *pattern, int32_t inside, const float *pairs, int64_t first,
+                                  int64_t last, float *scores, int threads);
+
 /* Causal attention of several heads on the output of one fused projection, scores scaled by 1 / sqrt(head_dim). qkv, out and
  * their gradients hold bfloat16 if `half`, else float32; arithmetic is float32.
  * qkv (batch, tokens, 3, heads, head_dim): query, key and value of each token. out (batch, tokens, heads, head_dim);

@@ -23,6 +23,7 @@ from rarefy import (
     Momentum,
     Needs,
     NormProduct,
+    Pattern,
     Plan,
     Rewirer,
     RigL,
@@ -321,6 +322,31 @@ def test_views_are_of_the_layer_after_its_step():
     [(view, theirs)] = seen
     assert (view.name, view.step, view.pattern) == ("layer", 2, pattern)
     assert torch.equal(theirs, values) and not theirs.requires_grad
+
+
+@pytest.mark.parametrize(
+    "grow, wrong",
+    [([5, 4], "ascend"), ([4, 4], "ascend"), ([-1, 4], "lie in"), ([4, 12], "lie in"), ([1, 4], "must not be active")],
+)
+def test_a_choice_of_units_that_cannot_grow_is_refused(grow, wrong):
+    """Nothing is changed, and the error says what was wrong."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wrong(Method):
+        def choose(self, view, k, candidates):
+            return Choice(torch.tensor([0, 2]), torch.tensor(grow))
+
+    layer = SparseLinear(4, 3, density=0.25)
+    layer.set_pattern(Pattern.from_units(torch.tensor([0, 1, 2]), (3, 4)))
+    before = layer.values.detach().clone()
+    rewirer = Rewirer({"fc": layer}, Wrong(interval=1, end=1, fraction=Constant(0.7)))
+    rewirer.attach(torch.optim.SGD(layer.parameters(), lr=0.0))
+    layer(torch.randn(5, 4)).sum().backward()
+
+    with pytest.raises(ValueError, match=wrong):
+        rewirer._step()
+
+    assert layer.pattern.unit_indices().tolist() == [0, 1, 2] and torch.equal(layer.values, before)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))

@@ -68,7 +68,13 @@ def test_random_absent_draws_absent_units_only(present, data):
 
 @given(st.lists(st.integers(0, 5), max_size=30))
 def test_first_appearances_keeps_order(drawn):
-    assert first_appearances(torch.tensor(drawn, dtype=torch.int64)).tolist() == list(dict.fromkeys(drawn))
+    values, first = first_appearances(torch.tensor(drawn, dtype=torch.int64))
+
+    assert values.tolist() == sorted(set(drawn))
+    assert (
+        values[first.argsort()].tolist() == list(dict.fromkeys(drawn))
+        and [drawn[at] for at in first] == values.tolist()
+    )
 
 
 DRAW = (

@@ -496,6 +496,53 @@ void check_transpose(const Problem &p, const rarefy_pattern &pattern, int, Found
   found.same("t_perm", t_perm, p.t_perm);
 }
 
+// What a node counts for, seen from a line with so many neighbours in common.
+double link_share(double common, double degree, bool inside) {
+  return common > 0 ? (inside ? 1 + common : 1) / std::max(degree - common, 1.0) : 0.0;
+}
+
+void check_links(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
+  if (p.br != 1 || p.bc != 1 || p.c.size != Size::SMALL) return;
+  const size_t rows = p.c.rows, cols = p.c.cols, first = cols / 3;
+  Doubles linked(rows * cols), of_rows(rows * rows), of_cols(cols * cols);
+  for (size_t k = 0; k < p.unit_row.size(); ++k) linked[p.unit_row[k] * cols + p.unit_col[k]] = 1;
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t c = 0; c < cols; ++c) {
+      if (linked[r * cols + c] == 0) continue;
+      for (size_t i = 0; i < rows; ++i) of_rows[r * rows + i] += linked[i * cols + c];
+      for (size_t t = 0; t < cols; ++t) of_cols[c * cols + t] += linked[r * cols + t];
+    }
+  }
+  for (const bool inside : {false, true}) {
+    Doubles exact_pairs(rows * rows), exact((cols - first) * rows);
+    for (size_t j = 0; j < rows; ++j) {
+      for (size_t i = 0; i < rows; ++i) {
+        exact_pairs[j * rows + i] = link_share(of_rows[j * rows + i], of_rows[j * rows + j], inside);
+      }
+    }
+    for (size_t t = first; t < cols; ++t) {
+      for (size_t i = 0; i < rows; ++i) {
+        double &score = exact[(t - first) * rows + i];
+        for (size_t s = 0; s < cols; ++s) {
+          if (linked[i * cols + s] != 0) score += link_share(of_cols[s * cols + t], of_cols[s * cols + s], inside);
+        }
+        for (size_t j = 0; j < rows; ++j) {
+          if (linked[j * cols + t] != 0) score += exact_pairs[j * rows + i];
+        }
+      }
+    }
+    Doubles pair_bounds(exact_pairs), bounds(exact);  // one rounding; so many sums and 17 bits
+    for (double &bound : pair_bounds) bound *= 0x1p-23;
+    for (double &bound : bounds) bound *= 0x1p-16;
+    Guarded pairs(exact_pairs.size()), scores(exact.size());
+    found.status(rarefy_link_pairs(&pattern, inside, pairs.data(), threads));
+    found.compare("pairs", pairs.data(), exact_pairs, pair_bounds);
+    found.status(rarefy_link_scores(&pattern, inside, pairs.data(), int64_t(first), int64_t(cols), scores.data(), threads));
+    found.compare("scores", scores.data(), exact, bounds);
+    if (!pairs.intact() || !scores.intact()) found.fail("links: written outside the output");
+  }
+}
+
 void check_expand(const Problem &p, const rarefy_pattern &pattern, int threads, Found &found) {
   Floats values(p.num_values());
   for (size_t i = 0; i < values.size(); ++i) values[i] = float(i + 1);
@@ -578,7 +625,7 @@ const Check kChecks[] = {
     {"spmm", check_spmm, true},           {"spmm_t", check_spmm_t, true},       {"sddmm", check_sddmm, true},
     {"backward", check_backward, true},   {"denormals", check_denormals, true}, {"transpose", check_transpose, false},
     {"grow", check_grow, false},          {"bf16", check_bf16, true},           {"rounding", check_rounding, true},
-    {"mlp", check_mlp, true},             {"expand", check_expand, false},
+    {"mlp", check_mlp, true},             {"expand", check_expand, false},    {"links", check_links, true},
 };
 
 // --- Running them.

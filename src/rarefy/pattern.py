@@ -89,12 +89,13 @@ class Pattern:
     The arrays are int32 and must not be written to: `SparseLinear` copies what it needs.
     """
 
-    __slots__ = ("block", "col_indices", "crow_indices", "shape")
+    __slots__ = ("_units", "block", "col_indices", "crow_indices", "shape")
 
     shape: tuple[int, int]
     block: tuple[int, int]
     crow_indices: Tensor
     col_indices: Tensor
+    _units: Tensor | None
 
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int], block: Block = 1) -> None:
         block = as_block(block)
@@ -104,15 +105,28 @@ class Pattern:
                 f"a pattern holds at most 2**31 - 1 units, rows and columns, got {col_indices.numel()} units"
             )
         check_indices(crow_indices, col_indices, rows, cols)
+        self._hold(crow_indices.to(torch.int32), col_indices.to(torch.int32), shape, block)
+
+    def _hold(self, crow: Tensor, cols: Tensor, shape: Sequence[int], block: tuple[int, int]) -> None:
         object.__setattr__(self, "shape", (int(shape[0]), int(shape[1])))
         object.__setattr__(self, "block", block)
-        object.__setattr__(self, "crow_indices", crow_indices.to(torch.int32))
-        object.__setattr__(self, "col_indices", col_indices.to(torch.int32))
+        object.__setattr__(self, "crow_indices", crow)
+        object.__setattr__(self, "col_indices", cols)
+        object.__setattr__(self, "_units", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Pattern is immutable: build a new one instead of setting {name}")
 
     # -- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def trusted(
+        cls, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int], block: tuple[int, int]
+    ) -> Pattern:
+        """From int32 arrays that follow from a pattern, or are one's own: nothing is checked, and nothing copied."""
+        pattern = cls.__new__(cls)
+        pattern._hold(crow_indices, col_indices, shape, block)
+        return pattern
 
     @classmethod
     def from_units(cls, units: Tensor, shape: Sequence[int], block: Block = 1) -> Pattern:
@@ -126,17 +140,18 @@ class Pattern:
         units = torch.sort(units.long()).values
         if units.numel() and (units[0] < 0 or units[-1] >= rows * cols):
             raise ValueError(f"unit indices must lie in [0, {rows * cols}), got {int(units[0])} to {int(units[-1])}")
-        return cls.from_sorted_units(units, shape, block)
+        ordered = cls.from_sorted_units(units, shape, block)
+        return cls(ordered.crow_indices, ordered.col_indices, shape, block)  # a unit may be there twice
 
     @classmethod
     def from_sorted_units(cls, units: Tensor, shape: Sequence[int], block: Block = 1) -> Pattern:
-        """From flat row-major unit indices that are in range and ascend already."""
+        """From flat row-major unit indices that are known to be in range and to ascend: they are not checked."""
         block = as_block(block)
         rows, cols = unit_grid(shape, block)
         crow = torch.zeros(rows + 1, dtype=torch.int32, device=units.device)
         if units.numel():
             crow[1:] = torch.bincount(units // cols, minlength=rows).cumsum(0)
-        return cls(crow, units % max(cols, 1), shape, block)
+        return cls.trusted(crow, (units % max(cols, 1)).int(), shape, block)
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: Block = 1) -> Pattern:
@@ -199,11 +214,16 @@ class Pattern:
     def row_indices(self) -> Tensor:
         """(K,) int64 unit row of each unit."""
         counts = torch.diff(self.crow_indices.long())
-        return torch.repeat_interleave(torch.arange(self.num_unit_rows, device=counts.device), counts)
+        rows = torch.arange(self.num_unit_rows, device=counts.device)
+        return torch.repeat_interleave(rows, counts, output_size=self.num_units)
 
     def unit_indices(self) -> Tensor:
-        """(K,) int64 flat row-major index of each unit, ascending."""
-        return self.row_indices() * self.num_unit_cols + self.col_indices
+        """(K,) int64 flat row-major index of each unit, ascending; made once, and not to be written to."""
+        units = self._units
+        if units is None:
+            units = self.row_indices().mul_(self.num_unit_cols).add_(self.col_indices)
+            object.__setattr__(self, "_units", units)
+        return units
 
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pointers (C + 1,), unit rows (K,) and permutation (K,) of the units in column order; see
@@ -226,7 +246,7 @@ class Pattern:
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same pattern with its arrays on `device`."""
-        return Pattern(self.crow_indices.to(device), self.col_indices.to(device), self.shape, self.block)
+        return Pattern.trusted(self.crow_indices.to(device), self.col_indices.to(device), self.shape, self.block)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pattern):

@@ -53,20 +53,23 @@ def sample_without_replacement(n: int, k: int, generator: Generator = None) -> T
         keep = torch.ones(n, dtype=torch.bool)
         keep[sample_without_replacement(n, n - k, generator)] = False
         return keep.nonzero().flatten()
+    if not k:
+        return torch.empty(0, dtype=torch.int64)
     # Drawing with replacement and keeping the first k distinct values, in order of appearance, is uniform over sets.
-    distinct = torch.empty(0, dtype=torch.int64)
-    while distinct.numel() < k:
-        more = integers(n, int(1.1 * (k - distinct.numel())) + 16, generator)
-        distinct = first_appearances(torch.cat([distinct, more]))
-    return torch.sort(distinct[:k]).values
+    drawn = integers(n, int(1.1 * k) + 16, generator)
+    values, first = first_appearances(drawn)
+    while values.numel() < k:
+        drawn = torch.cat([drawn, integers(n, int(1.1 * (k - values.numel())) + 16, generator)])
+        values, first = first_appearances(drawn)
+    return values[first <= first.kthvalue(k).values]
 
 
-def first_appearances(drawn: Tensor) -> Tensor:
-    """The distinct values of `drawn`, in the order in which each first appears."""
+def first_appearances(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values of `drawn`, ascending, and where each first appears."""
     values, order = torch.sort(drawn, stable=True)
     is_first = torch.ones_like(values, dtype=torch.bool)
-    is_first[1:] = values[1:] != values[:-1]
-    return drawn[torch.sort(order[is_first]).values]
+    torch.ne(values[1:], values[:-1], out=is_first[1:])
+    return values[is_first], order[is_first]
 
 
 def repair_empty_rows(units: Tensor, rows: int, cols: int, generator: Generator = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,23 +27,74 @@ def num_to_replace(fraction: float, num_active: int, num_all: int) -> int:
     return min(round_half_up(fraction, num_active), num_all - num_active)
 
 
+def positions(mask: Tensor) -> Tensor:
+    """Ascending int64 positions of the true entries of a flat mask."""
+    if mask.device.type == "cpu":  # several times faster than torch's
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().flatten()
+
+
+def num_true(mask: Tensor) -> int:
+    """How many entries are true."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN: least and greatest tell, as a NaN is both."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+SAMPLED = 4096
+"""Scores that are sorted to learn where about the k-th lies."""
+
+
+def kth_lowest(score: Tensor, k: int) -> Tensor:
+    """The k-th lowest score, k from 1; NaN counts as the highest. O(K), most of it in comparisons.
+
+    A sample of the scores gives two between which it should lie, and few others do. If it does not, all are looked at.
+    """
+    stride = score.numel() // SAMPLED
+    if stride < 4:
+        return score.kthvalue(k).values
+    sample = score[::stride].sort().values
+    rank, margin = k // stride, 2 * math.isqrt(SAMPLED)
+    low, high = sample[max(rank - margin, 0)], sample[min(rank + margin, sample.numel() - 1)]
+    num_lower = num_true(score < low) if rank >= margin else 0
+    near = score <= high if rank + margin < sample.numel() else torch.ones_like(score, dtype=torch.bool)
+    if rank >= margin:
+        near &= score >= low
+    between = score[positions(near)]
+    if not num_lower < k <= num_lower + between.numel():
+        return score.kthvalue(k).values
+    return between.kthvalue(k - num_lower).values
+
+
 def lowest(score: Tensor, k: int) -> Tensor:
     """Ascending indices of the k lowest scores; of equal scores the lower indices (5.2). O(K): a selection, not a
     sort.
     """
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=score.device)
-    threshold = torch.kthvalue(score, k).values
-    taken = score < threshold
-    equals = (score == threshold).nonzero().flatten()
-    taken[equals[: k - int(taken.sum())]] = True
-    return taken.nonzero().flatten()
+    threshold = kth_lowest(score, k)
+    taken = positions(score <= threshold)
+    excess = taken.numel() - k
+    if excess > 0:
+        equals = positions(score[taken] == threshold)
+        kept = torch.ones_like(taken, dtype=torch.bool)
+        kept[equals[-excess:]] = False
+        taken = taken[kept]
+    return taken
 
 
 def highest(score: Tensor, units: Tensor, k: int) -> Tensor:
     """Of candidate `units`, in any order, the k of highest score, ascending; of equal scores the lower units (6.2)."""
+    if k >= units.numel():
+        return _ascending(units)
+    if k:  # most fall at once: what is left to sort is little more than k
+        likely = positions(score >= -kth_lowest(-score, k))
+        score, units = score[likely], units[likely]
     units, order = torch.sort(units)
-    return units[lowest(-score[order], min(k, units.numel()))]
+    return units[lowest(-score[order], k)]
 
 
 def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -56,12 +108,45 @@ def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     return place
 
 
+def num_below(ascending: Tensor, wanted: Tensor) -> Tensor:
+    """For each of `wanted`, how many of `ascending` are lower: by binary search, or by counting where that is less."""
+    if not _counts(ascending, wanted):
+        return torch.searchsorted(ascending, wanted)
+    there = _table(ascending)
+    wanted = wanted.clamp(max=there.numel() - 1)
+    return (torch.cumsum(there, 0, dtype=torch.int32)[wanted] - there[wanted].int()).long()
+
+
 def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
-    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search."""
-    if not ascending.numel():
+    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search, or a table where that is less."""
+    if not ascending.numel() or not wanted.numel():
         return torch.zeros(wanted.shape, dtype=torch.bool, device=wanted.device)
+    if _counts(ascending, wanted):
+        there = _table(ascending)
+        return there[wanted.clamp(max=there.numel() - 1)]
     at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
     return ascending[at] == wanted
+
+
+def _ascending(units: Tensor) -> Tensor:
+    """In order: by a table where they are many and dense."""
+    if units.numel() > 1 << 12 and int(last := units.max()) < 8 * units.numel():
+        there = torch.zeros(int(last) + 1, dtype=torch.bool, device=units.device)
+        return positions(there.index_fill_(0, units, True))
+    return torch.sort(units).values
+
+
+def _counts(ascending: Tensor, wanted: Tensor) -> bool:
+    """Whether a table of all numbers is quicker than searches, and no larger than what is asked about."""
+    if min(ascending.numel(), wanted.numel()) < 1 << 12:
+        return False
+    return int(ascending[-1]) < 8 * (ascending.numel() + wanted.numel())
+
+
+def _table(ascending: Tensor) -> Tensor:
+    """Of each number up to one above the last, whether it is there."""
+    there = torch.zeros(int(ascending[-1]) + 2, dtype=torch.bool, device=ascending.device)
+    return there.index_fill_(0, ascending, True)
 
 
 def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rarefy.ops.rows import RowScores
 from rarefy.sampling import keyed_generator
-from rarefy.selection import highest, places, random_absent
+from rarefy.selection import all_finite, highest, places, random_absent
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Scored:
         if self.returning is not None:
             units = torch.cat([units, self.active[dropped]])
             scores = torch.cat([scores, self.returning[dropped].to(scores)])
-        return highest(scores, units, k) if bool(torch.isfinite(scores).all()) else None
+        return highest(scores, units, k) if all_finite(scores) else None
 
     def part(self, first: int, last: int) -> Scored:
         """See `Candidates`."""

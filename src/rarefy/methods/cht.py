@@ -30,7 +30,7 @@ from rarefy.methods.candidates import Candidates, Choice
 from rarefy.methods.topology import Rule, grid_of, link_scores
 from rarefy.sampling import exponentials, keyed_generator
 from rarefy.schedules import Constant, Linear, Schedule
-from rarefy.selection import contains, lowest
+from rarefy.selection import all_finite, contains, kth_lowest, lowest, num_true, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +99,20 @@ class CHT(Method):
     def choose(self, view: LayerView, k: int, candidates: Candidates) -> Choice | None:
         """See `Method.choose`. Time and memory as `link_scores`."""
         score = self.drop_score(view)
-        if not bool(torch.isfinite(score).all()):
+        if not all_finite(score):
             return None
         active, pattern = view.pattern.unit_indices(), view.pattern
         goes = torch.zeros_like(active, dtype=torch.bool)
         goes[self.to_remove(score, k, view)] = True
-        useless = (self._useless(view) & ~goes).nonzero().flatten()
+        useless = positions(self._useless(view) & ~goes)
         room = pattern.num_unit_rows * pattern.num_unit_cols - active.numel() - k
         goes[useless if self.may_return else useless[:room]] = True  # as many must be able to come
-        left, removed = active[~goes], active[goes]
+        drop = positions(goes)
+        left, removed = active[positions(~goes)], active[drop]
         grown = self._predicted(view, left, removed.numel())
         overlap = float(contains(removed, grown).double().mean()) if removed.numel() else 0.0
         settled = self.stop_overlap is not None and overlap > self.stop_overlap
-        return Choice(goes.nonzero().flatten(), grown, settled)
+        return Choice(drop, grown, settled)
 
     def _predicted(self, view: LayerView, links: Tensor, k: int) -> Tensor:
         """(k,) ascending units that the graph of `links` predicts best."""
@@ -126,7 +127,7 @@ class CHT(Method):
             inside = slice(*torch.searchsorted(taken, taken.new_tensor([begins, ends])).tolist())
             wanted[taken[inside] - begins] = -1
             floor = max(floor, _bound(wanted, k))
-            found = (wanted >= max(floor, 0)).nonzero().flatten()  # equals stay: a lower unit may be among them
+            found = positions(wanted >= max(floor, 0))  # equals stay: a lower unit may be among them
             units, best = torch.cat([units, grid.to_units(found + begins)]), torch.cat([best, wanted[found]])
             if units.numel() > max(2 * k, 1 << 16):
                 units, best = _best(units, best, k)
@@ -150,7 +151,7 @@ class CHT(Method):
         return useless
 
 
-SAMPLED = 16
+SAMPLED = 64
 """One score in so many is looked at for a bound."""
 
 
@@ -163,13 +164,13 @@ def _bound(scores: Tensor, k: int) -> float:
     if not 0 < rank < sample.numel() // 2:
         return -torch.inf
     bound = sample.kthvalue(sample.numel() - rank + 1).values
-    return float(bound) if int((scores >= bound).sum()) >= k else -torch.inf
+    return float(bound) if num_true(scores >= bound) >= k else -torch.inf
 
 
 def _best(units: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k of highest score, ascending, with their scores; of equal scores the lower units (6.2)."""
     if units.numel() > k > 0:  # most fall at once: what is left to sort is little more than k
-        likely = scores >= scores.kthvalue(scores.numel() - k + 1).values
+        likely = positions(scores >= -kth_lowest(-scores, k))
         units, scores = units[likely], scores[likely]
     units, order = torch.sort(units)
     chosen = lowest(-scores[order], min(k, units.numel()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.distributions import spread
-from rarefy.selection import lowest
+from rarefy.selection import kth_lowest, num_true, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,16 @@ def split_lowest(scores: Sequence[Tensor], k: int) -> list[int]:
     """How many of the k lowest scores each layer has; of equal scores the earlier layer's, and its lower units, count
     first.
     """
-    layers = torch.repeat_interleave(torch.tensor([score.numel() for score in scores]))
-    taken = layers[lowest(torch.cat([score.flatten() for score in scores]), k).cpu()]
-    return torch.bincount(taken, minlength=len(scores)).tolist()
+    if not k:
+        return [0] * len(scores)
+    every = torch.cat([score.flatten() for score in scores])
+    threshold = kth_lowest(every, k)
+    counts, left = [], k - num_true(every < threshold)
+    for score in every.split([score.numel() for score in scores]):
+        equals = min(num_true(score == threshold), left)
+        counts.append(num_true(score < threshold) + equals)
+        left -= equals
+    return counts
 
 
 def by_global_score(scores: Sequence[Tensor], total: int) -> list[int]:
@@ -85,6 +92,6 @@ def by_global_score(scores: Sequence[Tensor], total: int) -> list[int]:
     for score in scores:
         score = score.clone()
         if score.numel():  # its best unit, the last of equals, so that no layer collapses
-            score[int((score == score.max()).nonzero()[-1])] = math.inf
+            score[positions(score.flatten() == score.max())[-1]] = math.inf
         kept.append(score)
     return [s.numel() - gone for s, gone in zip(kept, split_lowest(kept, num_dropped), strict=True)]

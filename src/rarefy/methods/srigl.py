@@ -26,7 +26,7 @@ from torch import Tensor
 from rarefy.growth import Exact
 from rarefy.methods.base import LayerView, Method, Needs, unit_mean
 from rarefy.methods.candidates import BestInRows, Candidates, Choice
-from rarefy.selection import contains, lowest, places
+from rarefy.selection import contains, lowest, places, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +98,15 @@ class SRigL(Method):
 
         goes = torch.zeros_like(rows, dtype=torch.bool)
         goes[lowest(magnitude.masked_fill(~lives[rows], -torch.inf), k)] = True
-        from_the_top = had[rows] - 1 - places(magnitude, rows, num_rows)
-        if not self.may_return:
-            goes &= from_the_top >= fan_in - (num_cols - had)[rows]  # its row could not be filled without it
-        goes |= (from_the_top >= fan_in) | ~lives[rows]
-        drop = goes.nonzero().flatten()
-        lacks = fan_in - torch.bincount(rows[~goes], minlength=num_rows)
+        # Its place in its row matters to a unit of one that has too many, or could not be filled without it.
+        least = fan_in - (num_cols - had) if not self.may_return else torch.zeros_like(had)
+        ranked = positions(((had > fan_in) | (least > 0))[rows])
+        if ranked.numel():
+            row = rows[ranked]
+            from_the_top = had[row] - 1 - places(magnitude[ranked], row, num_rows)
+            goes[ranked] = (goes[ranked] & (from_the_top >= least[row])) | (from_the_top >= fan_in)
+        drop = positions(goes | ~lives[rows])
+        lacks = fan_in - had + torch.bincount(rows[drop], minlength=num_rows)
         return Choice(drop, candidates.best_in_rows(lacks.masked_fill(~lives, 0), drop))
 
     def _living(self, view: LayerView, magnitude: Tensor, k: int, candidates: BestInRows) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rarefy.ops import Index
+from rarefy.ops import Index, links
 from rarefy.pattern import Pattern
 
 Rule = Literal["ch2", "ch3"]
@@ -68,19 +68,34 @@ class Grid(NamedTuple):
 
 def grid_of(links: Tensor, num_rows: int, num_cols: int) -> Grid:
     """From ascending row-major units of a num_rows x num_cols layer."""
-    turned = num_rows > num_cols
-    if turned:
-        links = torch.sort(links % num_cols * num_rows + links // num_cols).values
-    short, long = min(num_rows, num_cols), max(num_rows, num_cols)
-    return Grid(Index.of(Pattern.from_sorted_units(links, (short, long))), turned, short, long)
+    index = Index.of(Pattern.from_sorted_units(links, (num_rows, num_cols)))
+    if num_rows <= num_cols:
+        return Grid(index, False, num_rows, num_cols)
+    perm = torch.empty_like(index.t_perm)
+    perm[index.t_perm.long()] = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
+    turned = Index(index.t_crow, index.t_rows, index.crow, index.cols, perm, index.block)
+    return Grid(turned, True, num_cols, num_rows)
 
 
 def link_scores(grid: Grid, rule: Rule, tile_entries: int = TILE_ENTRIES) -> Iterator[LinkScores]:
     """Scores of all links, a few lines of the longer side at a time, in ascending order.
 
     S the shorter side, L the longer, K links: O(K (L + S) + L S) time. Memory O(K + tile): what the short side's
-    pairs count for, S x S, is kept where that is at most a tile or 8 K, and else made anew for each tile, O(K S) each.
+    pairs count for, S x S, is kept where that is at most a tile or 8 K, as `rarefy.ops.links` needs it, and else made
+    anew for each tile, O(K S) each.
     """
+    index, short, long = grid.index, grid.num_short, grid.num_long
+    if short * short > max(tile_entries, 8 * index.num_units) or not links.available(index):
+        yield from _by_products(grid, rule, tile_entries)
+        return
+    inside, step = rule == "ch2", max(1, min(tile_entries, CACHED_ENTRIES) // max(long, 1))
+    pairs = links.link_pairs(index, inside)
+    for first in range(0, long, step):
+        yield LinkScores(first, links.link_scores(index, inside, pairs, first, min(first + step, long)))
+
+
+def _by_products(grid: Grid, rule: Rule, tile_entries: int) -> Iterator[LinkScores]:
+    """The same by products of sparse matrices with dense ones: where no kernel is, or short pairs are too many."""
     index, short, long = grid.index, grid.num_short, grid.num_long
     ones = torch.ones(index.num_units, dtype=torch.float32, device=index.crow.device)
     degree_short, degree_long = torch.diff(index.crow).float(), torch.diff(index.t_crow).float()

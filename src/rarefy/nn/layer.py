@@ -105,7 +105,7 @@ class SparseLayer(nn.Module):
         """Where the units are, as a value: a copy that later rewires do not change."""
         self._need_pattern()
         crow, cols = self.crow_indices.clone(), self.col_indices.to(torch.int32, copy=True)
-        return Pattern(crow, cols, (self.out_features, self.in_features), self.block)
+        return Pattern.trusted(crow, cols, (self.out_features, self.in_features), self.block)
 
     def _need_pattern(self) -> None:
         if not self.has_pattern or self.values.device.type == "meta":
@@ -290,7 +290,7 @@ def resize(tensor: Tensor, content: Tensor) -> None:
     if tensor.requires_grad:
         # The last loss may still hold the node that accumulates gradients of the old size; torch makes a new one only
         # where the dtype changes.
-        tensor.data = content.to(torch.float64 if content.dtype != torch.float64 else torch.float32)
+        tensor.data = content.new_empty(0, dtype=torch.float64 if content.dtype != torch.float64 else torch.float32)
     tensor.data = content.detach()
     torch.autograd.graph.increment_version(tensor)  # a forward pass from before must not go backward now (7.5)
 

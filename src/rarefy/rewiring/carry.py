@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from rarefy.nn import SparseLayer
 from rarefy.nn.layer import resize
 from rarefy.ops import Index
 from rarefy.pattern import Pattern
-from rarefy.selection import contains
+from rarefy.selection import contains, num_below, positions
 
 MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 """Optimizers whose state mixes units, so that no unit's part of it can be moved."""
@@ -108,56 +108,110 @@ def per_unit_tensors(optimizer: Optimizer | None, values: nn.Parameter) -> list[
     return [values, *moved.values()]
 
 
-def move_units(tensor: Tensor, stays: Tensor, survives: Tensor) -> None:
-    """Along the first dimension: survivors to their new rows bitwise, newborn rows zero (7.1, 7.2).
+class Move(NamedTuple):
+    """Which unit stands where after a change, in the order of the pattern; all ascending int64."""
 
-    In place where the number of rows stays; else the same tensor object gets new memory of the new size.
+    source: Tensor
+    """(K',) position before, of each survivor; 0 of a newborn."""
+    born: Tensor
+    """Places of the newborns."""
+    gone: Tensor
+    """Positions before, of the units that left."""
 
-    Args:
-        stays: (K,) boolean, which rows leave their value to a survivor, in order.
-        survives: (K',) boolean, which rows hold a survivor afterwards; as many.
+
+class Exchanged(NamedTuple):
+    """What a change of units led to."""
+
+    pattern: Pattern
+    newborn: Tensor
+    """Units that are new, ascending."""
+    move: Move
+
+
+def moved_units(tensor: Tensor, move: Move) -> Tensor:
+    """Along the first dimension, in memory of its own: survivors bitwise in their new rows, newborn rows zero (7.1,
+    7.2).
     """
-    kept = tensor[stays]
-    if survives.numel() == tensor.shape[0]:
-        tensor.zero_()
-        tensor[survives] = kept
-        return
-    moved = tensor.new_zeros((survives.numel(), *tensor.shape[1:]))
-    moved[survives] = kept
-    resize(tensor, moved)
+    if not tensor.shape[0]:
+        return tensor.new_zeros(move.source.numel(), *tensor.shape[1:])
+    moved = tensor.index_select(0, move.source)
+    return moved.index_fill_(0, move.born, 0) if move.born.numel() else moved
+
+
+def move_units(tensor: Tensor, move: Move) -> None:
+    """The same to the tensor object itself: in place where the number of rows stays, else it gets other memory."""
+    moved = moved_units(tensor, move)
+    if moved.shape == tensor.shape:
+        tensor.copy_(moved)
+    else:
+        resize(tensor, moved)
 
 
 def exchange(
     layer: SparseLayer,
     companions: Sequence[SparseLayer],
     optimizer: Optimizer | None,
+    pattern: Pattern,
     drop: Tensor,
     grown: Tensor,
-) -> Tensor:
-    """Swap the units at positions `drop` for units `grown`, both ascending; returns those that are new, ascending (7).
+) -> Exchanged:
+    """Swap the units at positions `drop` for units `grown`, both ascending (7).
 
     A grown unit that was just dropped never left: it stays a survivor. Where more or fewer come than go, the layer's
     tensors and the optimizer's get another size; the parameter stays the same object.
+
+    Args:
+        pattern: the layer's present one.
+    Raises:
+        ValueError: units to grow that the matrix does not have, that stay active, or that do not ascend.
     """
-    active = layer.pattern.unit_indices()
-    leaving = active[drop]
-    newborn, drop = grown[~contains(leaving, grown)], drop[~contains(grown, leaving)]
-    stays = torch.ones(active.numel(), dtype=torch.bool, device=active.device)
-    stays[drop] = False
-    survivors = active[stays]
-    # Two ascending runs merge: a newborn's place is its rank among newborns plus the survivors before it.
-    born_at = torch.searchsorted(survivors, newborn) + torch.arange(newborn.numel(), device=active.device)
-    survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=active.device)
-    survives[born_at] = False
-    units = torch.empty(survives.numel(), dtype=active.dtype, device=active.device)
-    units[born_at], units[survives] = newborn, survivors
-    pattern = Pattern.from_sorted_units(units, (layer.out_features, layer.in_features), layer.block)
+    exchanged = exchanged_units(pattern, drop, grown)
     layer.values.grad = None
     for owner in (layer, *companions):
         for tensor in per_unit_tensors(optimizer if owner is layer else None, owner.values):
-            move_units(tensor, stays, survives)
-        owner.set_pattern(pattern)
-    return newborn
+            move_units(tensor, exchanged.move)
+        owner.set_pattern(exchanged.pattern)
+    return exchanged
+
+
+def exchanged_units(pattern: Pattern, drop: Tensor, grown: Tensor) -> Exchanged:
+    """What `exchange` leads to; raises as it does. A gather over the units, and searches for what goes and comes."""
+    _check_grown(grown, pattern)
+    before, newborn = grown, grown  # active units before each newborn
+    if grown.numel():
+        active = pattern.unit_indices()
+        before = num_below(active, grown)
+        held = active[before.clamp(max=active.numel() - 1)] == grown if active.numel() else grown < 0
+        if bool(held.any()):
+            back = before[held]
+            if not bool(contains(drop, back).all()):
+                raise ValueError("units to grow must not be active, unless they are dropped: `choose` gave others")
+            drop = drop[~contains(back, drop)]
+            newborn, before = grown[~held], before[~held]
+    stays = torch.ones(pattern.num_units, dtype=torch.bool, device=drop.device)
+    stays[drop] = False
+    survivors = positions(stays)
+    # A newborn's place is its rank among newborns plus the survivors before it; so are the pointers of rows.
+    born = before - num_below(drop, before) + torch.arange(newborn.numel(), device=drop.device)
+    rows = torch.arange(pattern.num_unit_rows + 1, device=drop.device)
+    crow = pattern.crow_indices - torch.searchsorted(drop, pattern.crow_indices.long())
+    crow += torch.searchsorted(newborn, rows * pattern.num_unit_cols)
+    source = survivors
+    if newborn.numel():
+        survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=drop.device)
+        survives[born] = False
+        source = survivors.new_zeros(survives.numel())
+        source[positions(survives)] = survivors
+    move = Move(source, born, drop)
+    cols = moved_units(pattern.col_indices, move)
+    cols[born] = (newborn % max(pattern.num_unit_cols, 1)).int()
+    return Exchanged(Pattern.trusted(crow.int(), cols, pattern.shape, pattern.block), newborn, move)
+
+
+def _check_grown(grown: Tensor, pattern: Pattern) -> None:
+    num_all = pattern.num_unit_rows * pattern.num_unit_cols
+    if grown.numel() and (int(grown[0]) < 0 or int(grown[-1]) >= num_all or bool((grown[1:] <= grown[:-1]).any())):
+        raise ValueError(f"units to grow must ascend and lie in [0, {num_all}): `choose` gave others")
 
 
 class BeforeChange:
@@ -166,30 +220,38 @@ class BeforeChange:
     The backward pass kept scores and a gradient for that pattern, and the rewire is of another one.
     """
 
-    def __init__(self, layer: SparseLayer) -> None:
-        self.units = layer.pattern.unit_indices()
-        """(K,) active then, ascending."""
-        self.index = Index.of(layer.pattern)
-        self._gradient = layer.values.grad
+    def __init__(self, pattern: Pattern, gradient: Tensor | None, exchanged: Exchanged) -> None:
+        self._pattern, self._gradient, self._change = pattern, gradient, exchanged
 
-    def gradient_of(self, layer: SparseLayer) -> Tensor | None:
-        """The gradient of the units that are active now; 0 of those that were not."""
-        if self._gradient is None:
-            return None
-        active = layer.pattern.unit_indices()
-        known = contains(self.units, active)
-        gradient = torch.zeros_like(layer.values)
-        gradient[known] = self._gradient[torch.searchsorted(self.units, active[known])]
-        return gradient
+    @property
+    def index(self) -> Index:
+        """Of the pattern that it was."""
+        return Index.of(self._pattern)
 
-    def newborn_in(self, layer: SparseLayer) -> Tensor | None:
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of the units that are active now; 0 of those that were not."""
+        return None if self._gradient is None else moved_units(self._gradient, self._change.move)
+
+    @property
+    def newborn(self) -> Tensor | None:
         """(K,) boolean, units that are active now and were not; None: there are none."""
-        born = ~contains(self.units, layer.pattern.unit_indices())
-        return born if bool(born.any()) else None
+        move = self._change.move
+        if not move.born.numel():
+            return None
+        born = torch.zeros(move.source.numel(), dtype=torch.bool, device=move.source.device)
+        born[move.born] = True
+        return born
 
-    def barred_in(self, layer: SparseLayer) -> Tensor:
-        """Units that were active and are not now, ascending."""
-        return self.units[~contains(layer.pattern.unit_indices(), self.units)]
+    @property
+    def num_barred(self) -> int:
+        """How many units were active and are not now."""
+        return self._change.move.gone.numel()
+
+    @property
+    def barred(self) -> Tensor:
+        """These units, ascending."""
+        return self._pattern.unit_indices()[self._change.move.gone]
 
     def candidates(self, seen: Scored) -> Scored:
         """What may grow now.
@@ -197,14 +259,13 @@ class BeforeChange:
         Args:
             seen: what was found of the pattern as it was, but `active`, the units that exist now.
         """
-        active, free = seen.active, ~contains(seen.active, seen.units)
-        units, scores = seen.units[free], seen.scores[free]
+        units, scores = seen.units, seen.scores
+        if self._change.newborn.numel():
+            free = ~contains(self._change.newborn, units)
+            units, scores = units[free], scores[free]
         if seen.returning is None:
-            return Scored(active, units, scores, None)
-        gone = ~contains(active, self.units)
-        units, scores = torch.cat([units, self.units[gone]]), torch.cat([scores, seen.returning[gone].to(scores)])
+            return Scored(seen.active, units, scores, None)
+        units = torch.cat([units, self.barred])
+        scores = torch.cat([scores, seen.returning[self._change.move.gone].to(scores)])
         # Units born at this step are not dropped at it, so no one asks for their score.
-        returning = seen.returning.new_zeros(active.numel())
-        known = contains(self.units, active)
-        returning[known] = seen.returning[torch.searchsorted(self.units, active[known])]
-        return Scored(active, units, scores, returning)
+        return Scored(seen.active, units, scores, moved_units(seen.returning, self._change.move))

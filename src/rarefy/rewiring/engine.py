@@ -24,14 +24,24 @@ from rarefy.ops import memory
 from rarefy.pattern import Pattern
 from rarefy.rewiring import density, ranks, resizing
 from rarefy.rewiring.balance import choose_in_groups
-from rarefy.rewiring.carry import BeforeChange, check_carried, check_optimizer, exchange, warn_about_decay
+from rarefy.rewiring.carry import (
+    BeforeChange,
+    Exchanged,
+    check_carried,
+    check_optimizer,
+    exchange,
+    warn_about_decay,
+)
 from rarefy.rewiring.collectors import Collectors
 from rarefy.rewiring.compute import choose_compute
 from rarefy.rewiring.guards import GUARDS, SKIPPED, Guard, RunView, Watch
 from rarefy.rewiring.hooks import StepHooks
 from rarefy.rewiring.track import Tracker
-from rarefy.selection import num_to_replace
+from rarefy.selection import all_finite, num_to_replace
 from rarefy.settings import unknown
+
+TRIMMED_UNITS = 1 << 15
+"""Holes that rewires of smaller layers leave are not worth the millisecond that returning them takes."""
 
 
 class Rewirer:
@@ -299,7 +309,7 @@ class Rewirer:
         for name in self.due(self.t):
             self._rewire(name)
         self._before = {}
-        if len(self.history) > known:
+        if any(record["num_units"] + record["changed"] > TRIMMED_UNITS for record in self.history[known:]):
             memory.trim()  # old indices and state leave holes of a layer's size, which the C library would keep
         if self.method.needs is Needs.GRADIENT:
             self._collectors.count_calls()
@@ -310,8 +320,8 @@ class Rewirer:
         layer = self.layers[name]
         gradient, newborn, before = None, None, self._before.get(name)
         if step == self.t:
-            gradient = layer.values.grad if before is None else before.gradient_of(layer)
-            newborn = None if before is None else before.newborn_in(layer)
+            gradient = layer.values.grad if before is None else before.gradient
+            newborn = None if before is None else before.newborn
         return LayerView(
             name=name,
             pattern=layer.pattern,
@@ -342,13 +352,12 @@ class Rewirer:
         assert self._optimizer is not None
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name, self.t)
-        num_before = layer.num_units
         groups, candidates = self.balance.get(name, 1), self._candidates(view)
         if groups > 1:
             choice = choose_in_groups(self.method, view, k, candidates, groups)
         else:
             choice = self.method.choose(view, k, candidates)
-        finite = choice is not None and bool(torch.isfinite(layer.values).all())
+        finite = choice is not None and all_finite(layer.values.detach())
         if ranks.any_rank(not finite, layer.values.device) or choice is None:
             self._skip(
                 name, f"the rewire of {name} at step {self.t} was skipped: its values or scores are not all finite"
@@ -358,12 +367,12 @@ class Rewirer:
         if choice.settled:
             self._settled.add(name)
         grown_by = "random" if self.method.needs is Needs.NOTHING else self.method.needs.value
-        self._exchange(name, choice, num_before, "rewire", grown_by, started)
+        self._exchange(view, choice, "rewire", grown_by, started)
 
     def _room(self, name: str) -> int:
         """Candidates of a rewire: units that exist neither now nor before this step's change of density (6.1, 2.8)."""
         layer, before = self.layers[name], self._before.get(name)
-        barred = 0 if before is None or self.method.may_return else before.barred_in(layer).numel()
+        barred = 0 if before is None or self.method.may_return else before.num_barred
         return _num_all(layer) - layer.num_units - barred
 
     def _check_choice(self, choice: Choice) -> None:
@@ -392,7 +401,7 @@ class Rewirer:
         active, before = view.pattern.unit_indices(), self._before.get(view.name)
         if method.needs is not Needs.GRADIENT or at_random:
             key = (self.seed, self.t, view.name)
-            barred = None if before is None or method.may_return else before.barred_in(layer)
+            barred = None if before is None or method.may_return else before.barred
             return AtRandom(active, _num_all(layer), key, method.may_return, barred)
         index = layer.index if before is None else before.index
         collector, score = self._collectors[view.name], self._grow_score(view.name, self.t)
@@ -402,14 +411,13 @@ class Rewirer:
         scored = Scored(active, found.units, found.scores, found.returning)
         return scored if before is None else before.candidates(scored)
 
-    def _exchange(self, name: str, choice: Choice, num_before: int, kind: str, grown_by: str, started: float) -> None:
+    def _exchange(self, view: LayerView, choice: Choice, kind: str, grown_by: str, started: float) -> Exchanged:
         """Swap the chosen units, see that ranks agree, and write the record."""
-        layer = self.layers[name]
+        name, layer, num_before = view.name, self.layers[view.name], view.pattern.num_units
         changed = max(choice.drop.numel(), choice.grow.numel())
-        newborn = exchange(
-            layer, self._companions[name], self._optimizer, choice.drop, choice.grow.to(choice.drop.device)
-        )
-        pattern = layer.pattern
+        grow = choice.grow.to(choice.drop.device)
+        exchanged = exchange(layer, self._companions[name], self._optimizer, view.pattern, choice.drop, grow)
+        pattern, newborn, _ = exchanged
         ranks.check_agreement(name, layer.values, pattern.digest() if ranks.world_size() > 1 else "")
         if kind == "rewire":
             changed = newborn.numel()
@@ -423,7 +431,7 @@ class Rewirer:
                 "num_units": layer.num_units,
                 "changed": changed,
                 "churn": changed / max(num_before, 1),
-                **self._tracker(name).rewired(pattern, newborn, keep=kind != "rewire"),
+                **self._tracker(name).rewired(pattern, newborn, layer.t_crow, keep=kind != "rewire"),
                 "seconds": time.perf_counter() - started,
                 "grown_by": grown_by,
             }
@@ -431,6 +439,7 @@ class Rewirer:
         if kind == "rewire":
             survival = self.history[-1]["newborn_survival"]
             self._watch.rewired(self.t, name, self.method, self._seen, born=newborn.numel(), survival=survival)
+        return exchanged
 
     def _after_resize(self, name: str) -> None:
         """What follows a change of a layer's number of units: it computes the faster way, and who watches its units for
@@ -456,7 +465,7 @@ class Rewirer:
             if not 1 <= k <= _num_all(self.layers[name]):
                 raise ValueError(f"resize: {name} can have 1 to {_num_all(self.layers[name])} units, not {k}")
         ranks.refuse_ddp(self.layers)
-        resizing.resize(self, num_units, "resize")
+        resizing.resize(self, num_units)
         self._before = {}
         self._arm()
 

@@ -11,7 +11,7 @@ import torch
 from rarefy.methods import Choice, LayerView, Needs
 from rarefy.rewiring import density, ranks
 from rarefy.rewiring.carry import BeforeChange, check_carried
-from rarefy.selection import lowest
+from rarefy.selection import all_finite, lowest
 
 if TYPE_CHECKING:
     from rarefy.rewiring.engine import Rewirer
@@ -25,26 +25,33 @@ def change_density(engine: Rewirer) -> None:
     views = {name: engine._view(name, engine.t) for name in budget.shapes if engine.layers[name].values.requires_grad}
     if _finite(engine, views):
         ranks.refuse_ddp(engine.layers)
-        resize(engine, density.targets(engine.method, budget, views, engine._progress(engine.t)), "density")
+        num_units = density.targets(engine.method, budget, views, engine._progress(engine.t))
+        _resize(engine, {n: view for n, view in views.items() if num_units[n] != view.pattern.num_units}, num_units)
 
 
 @torch.no_grad()
-def resize(engine: Rewirer, num_units: Mapping[str, int], kind: str) -> None:
-    """Exactly so many units in each layer, or, where a value or score is not finite, no change of any (8.3).
+def resize(engine: Rewirer, num_units: Mapping[str, int]) -> None:
+    """Exactly so many units in each layer, or, where a value or score is not finite, no change of any (8.3)."""
+    views = {n: engine._view(n, engine.t) for n, k in num_units.items() if k != engine.layers[n].num_units}
+    if _finite(engine, views):
+        _resize(engine, views, num_units, kind="resize")
+
+
+def _resize(
+    engine: Rewirer, views: Mapping[str, LayerView], num_units: Mapping[str, int], kind: str = "density"
+) -> None:
+    """Of the layers in `views`.
 
     Args:
         kind: for the history; "density" may grow by the gradient of this step, where the method does.
     """
     optimizer = engine._optimizer
     assert optimizer is not None
-    views = {n: engine._view(n, engine.t) for n, k in num_units.items() if k != engine.layers[n].num_units}
-    if not _finite(engine, views):
-        return
     for name in views:
         check_carried(optimizer, name, engine.layers[name].values)
     for name, view in views.items():
         started, layer = time.perf_counter(), engine.layers[name]
-        num_before, more = layer.num_units, num_units[name] - layer.num_units
+        more = num_units[name] - layer.num_units
         drop = lowest(engine.method.drop_score(view), max(-more, 0))
         grow, grown_by = drop[:0], "nothing"
         if more > 0:
@@ -55,8 +62,9 @@ def resize(engine: Rewirer, num_units: Mapping[str, int], kind: str) -> None:
                 at_random, best = True, engine._candidates(view, at_random=True).best(more, drop)
             assert best is not None
             grow, grown_by = best, "random" if at_random else "gradient"
-        engine._before[name] = BeforeChange(layer)
-        engine._exchange(name, Choice(drop, grow), num_before, kind, grown_by, started)
+        gradient = layer.values.grad
+        exchanged = engine._exchange(view, Choice(drop, grow), kind, grown_by, started)
+        engine._before[name] = BeforeChange(view.pattern, gradient, exchanged)
 
 
 def _finite(engine: Rewirer, views: Mapping[str, LayerView]) -> bool:
@@ -64,8 +72,7 @@ def _finite(engine: Rewirer, views: Mapping[str, LayerView]) -> bool:
     if not views:
         return True
     fine = all(
-        bool(torch.isfinite(view.values).all()) and not bool(engine.method.drop_score(view).isnan().any())
-        for view in views.values()
+        all_finite(view.values) and not bool(engine.method.drop_score(view).isnan().any()) for view in views.values()
     )
     if not ranks.any_rank(not fine, next(iter(views.values())).values.device):
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,37 +27,46 @@ class Tracker:
         self.seen = torch.zeros(sampled, cols, dtype=torch.bool)
         self._kind = torch.int32 if rows * cols <= torch.iinfo(torch.int32).max else torch.int64
         self.newborns = torch.empty(0, dtype=self._kind)
+        self._all_seen = False
         self._see(pattern)
 
     def _see(self, pattern: Pattern) -> None:
-        for at, row in enumerate(self.rows.tolist()):
-            begin, end = pattern.crow_indices[row : row + 2].tolist()
-            self.seen[at, pattern.col_indices[begin:end].long().cpu()] = True
+        if self._all_seen:
+            return
+        begins, ends = pattern.crow_indices[self.rows].cpu(), pattern.crow_indices[self.rows + 1].cpu()
+        counts = (ends - begins).numpy()
+        # Unit by unit of the sampled rows: where the row's stand among the pattern's, and where it is seen.
+        offsets = begins.numpy() - (counts.cumsum() - counts)
+        here = np.arange(counts.sum()) + np.repeat(offsets, counts)
+        cols = pattern.col_indices.cpu().numpy()[here]
+        self.seen.numpy()[np.repeat(np.arange(counts.size), counts), cols] = True
+        self._all_seen = bool(self.seen.all())
 
     @property
     def exploration(self) -> float:
         """Share of the sampled positions that were ever active."""
-        return float(self.seen.float().mean()) if self.seen.numel() else 0.0
+        return int(np.count_nonzero(self.seen.numpy())) / max(self.seen.numel(), 1)
 
-    def rewired(self, pattern: Pattern, grown: Tensor, *, keep: bool = False) -> dict[str, Any]:
+    def rewired(self, pattern: Pattern, grown: Tensor, t_crow: Tensor, *, keep: bool = False) -> dict[str, Any]:
         """Figures of a rewire that grew units `grown` and led to `pattern`.
 
         Args:
+            t_crow: (C + 1,) pointers of the pattern's unit columns.
             keep: the newborns whose survival is asked for next are those of the rewire before, and `grown` as well.
         """
         survival = None
         if self.newborns.numel():
             survival = float(contains(pattern.unit_indices().cpu(), self.newborns.long()).float().mean())
-        born = torch.cat([self.newborns, grown.cpu()]).unique() if keep else grown.cpu()
-        self.newborns = born.to(self._kind)
+        if not keep:
+            self.newborns = grown.cpu().to(self._kind)
+        elif grown.numel():
+            self.newborns = torch.cat([self.newborns, grown.cpu()]).unique().to(self._kind)
         self._see(pattern)
-        used_cols = torch.zeros(pattern.num_unit_cols, dtype=torch.bool)
-        used_cols[pattern.col_indices.long().cpu()] = True
         return {
             "exploration": self.exploration,
             "newborn_survival": survival,
             "empty_rows": int((torch.diff(pattern.crow_indices) == 0).sum()),
-            "empty_cols": int((~used_cols).sum()),
+            "empty_cols": int((torch.diff(t_crow) == 0).sum()),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -75,3 +85,4 @@ class Tracker:
         self.check(state)
         self.seen = state["seen"].bool().clone()
         self.newborns = state["newborns"].to(self._kind, copy=True)
+        self._all_seen = bool(self.seen.all())
