@@ -1,6 +1,6 @@
-// Convolutions: the kernels of tiled.h on panels that are cut out of images on the way. A panel is kWide pixels of a row of
-// the output, of VL images; its inputs at a tap are kWide pixels of a row of the input. See images.h for how images lie in
-// memory.
+// Convolutions: the kernels of tiled.h on panels that are cut out of images on the way. A panel is kPixels pixels of a row of
+// the output, of kLanes images; its inputs at a tap are kPixels pixels of a row of the input. See images.h for how images lie
+// in memory.
 //
 // A weight's matrix is (out_channels, channels * taps). Where a unit spans several of its columns, the panel holds one
 // input for each column, as if the layer were linear. Else the taps of a channel share what they read: 18 pixels of a channel
@@ -13,12 +13,20 @@
 namespace rarefy {
 namespace {
 
+constexpr int kPixels = kPanel / kLanes;            // in a panel
 constexpr int64_t kBandBytes = int64_t(768) << 10;  // of the bands of a thread, in L2
 constexpr int64_t kConvRows = 2;                    // rows of the output that share what a region reads
 // Chunks of rows that threads share out while they build a stream. Their number decides in which order taps add to a pixel,
 // so it does not follow the number of threads.
 constexpr int64_t kConvChunks = 8;
 constexpr int64_t kMostParts = 16;                  // sums of the values' gradient that exist side by side, at most
+
+// `count` elements, and what fills the last line of the cache: threads share none.
+template <class T>
+constexpr int64_t whole_lines(int64_t count) {
+  constexpr int64_t each = 64 / int64_t(sizeof(T));
+  return ceil_div(count, each) * each;
+}
 
 struct Axis {
   int64_t kernel, stride, padding, dilation, in, out;
@@ -30,8 +38,8 @@ struct Conv {
   int64_t images, channels, out_channels;
   int64_t taps() const { return y.kernel * x.kernel; }
   int64_t features() const { return channels * taps(); }
-  int64_t groups() const { return ceil_div(images, VL); }
-  int64_t row_tiles() const { return ceil_div(x.out, kWide); }
+  int64_t groups() const { return ceil_div(images, kLanes); }
+  int64_t row_tiles() const { return ceil_div(x.out, kPixels); }
 };
 
 inline Conv conv_of(const rarefy_conv &c) {
@@ -48,27 +56,30 @@ inline Images outputs_of(const Conv &c, const void *y, bool half) {
   return {const_cast<void *>(y), c.images, c.out_channels, c.y.out, c.x.out, half, nullptr, nullptr};
 }
 
-// How many rows of the output are computed while `held` bands stay where they are, or what is as large.
+// How many rows of the output are computed while bands with `held` bytes for each place stay where they are.
 inline int64_t band_rows(const Conv &c, int64_t width, int64_t held) {
-  const int64_t row_bytes = c.channels * width * VL * int64_t(sizeof(float));
-  const int64_t fit = (kBandBytes / held / max64(row_bytes, 1) - c.y.reach()) / c.y.stride + 1;
+  const int64_t row_bytes = c.channels * width * kLanes * held;
+  const int64_t fit = (kBandBytes / max64(row_bytes, 1) - c.y.reach()) / c.y.stride + 1;
   const int64_t bands = ceil_div(c.y.out, max64(2, min64(fit, c.y.out)));
   return ceil_div(c.y.out, max64(bands, 1));
 }
 
 // Bands of the inputs, and of their gradients, hold the padding, what the last tile of a row reads beyond it, and rows that
 // strides leave out.
-inline Band input_band(const Conv &c, int64_t out_rows) {
-  const int64_t width = max64(c.x.padding + c.x.in, (c.row_tiles() * kWide - 1) * c.x.stride + c.x.reach());
+template <class T>
+Band<T> input_band(const Conv &c, int64_t out_rows) {
+  const int64_t width = max64(c.x.padding + c.x.in, (c.row_tiles() * kPixels - 1) * c.x.stride + c.x.reach());
   const int64_t rows = (out_rows - 1) * c.y.stride + max64(c.y.reach(), c.y.stride) + c.y.stride - 1;
   return {nullptr, c.channels, rows, width, c.x.padding};
 }
 
-inline void carve_band(Band &band, Carver &carver, int threads) {
-  band.data = carver.take<float>(threads * ceil_div(band.floats(), 16) * 16);
+template <class T>
+void carve_band(Band<T> &band, Carver &carver, int threads) {
+  band.data = carver.take<T>(threads * whole_lines<T>(band.size()));
 }
-inline Band own_band(Band band, int thread) {
-  band.data += thread * (ceil_div(band.floats(), 16) * 16);
+template <class T>
+Band<T> own_band(Band<T> band, int thread) {
+  band.data += thread * whole_lines<T>(band.size());
   return band;
 }
 
@@ -77,9 +88,10 @@ struct Region {
   bool shared;         // by the taps of a channel; else one input for each column of the matrix
   int64_t rows, cols;  // of a channel, if shared; cols in pixels
   int32_t *columns;    // where they lie in a row of the band, in pixels from the tile's first
-  int32_t *starts;     // of each kx, which of them are read: kWide from here on
-  int64_t step(const Conv &c) const { return shared ? c.y.stride * cols * VL : 0; }  // from one output row to the next
-  int64_t channel_floats() const { return rows * cols * VL; }
+  int32_t *starts;     // of each kx, which of them are read: kPixels from here on
+  int64_t step(const Conv &c) const { return shared ? c.y.stride * cols * kLanes : 0; }  // from one output row to the next
+  int64_t channel_cells() const { return rows * cols * kLanes; }
+  int64_t channel_bytes() const { return channel_cells() * int64_t(sizeof(cell)); }
 };
 
 // Columns of the input that a tile reads, by their remainder: those of a tap lie side by side. Both may be null; the count.
@@ -94,7 +106,7 @@ inline int64_t lay_columns(const Conv &c, int32_t *columns, int32_t *starts) {
       high = step;
       if (starts != nullptr) starts[k] = int32_t(count + step - low);
     }
-    for (int64_t step = low; low >= 0 && step < high + kWide; ++step, ++count) {
+    for (int64_t step = low; low >= 0 && step < high + kPixels; ++step, ++count) {
       if (columns != nullptr) columns[count] = int32_t(step * c.x.stride + remainder);
     }
   }
@@ -111,33 +123,33 @@ inline void carve_region(const Conv &c, Region &region, Carver &carver) {
   if (carver.data != nullptr) lay_columns(c, region.columns, region.starts);
 }
 
-// Tap `tap` of a channel's inputs: floats from the first.
+// Tap `tap` of a channel's inputs: cells from the first.
 inline int64_t tap_at(const Conv &c, const Region &region, int64_t tap) {
-  return (tap / c.x.kernel * c.y.dilation * region.cols + region.starts[tap % c.x.kernel]) * VL;
+  return (tap / c.x.kernel * c.y.dilation * region.cols + region.starts[tap % c.x.kernel]) * kLanes;
 }
 
 // Columns [begin, end) of the matrix, for the tile of output pixels from (row, pixel) of the band on.
-inline void gather_columns(const Conv &c, const Band &band, int64_t row, int64_t pixel, int64_t begin, int64_t end,
-                           float *target) {
+inline void gather_columns(const Conv &c, const Band<cell> &band, int64_t row, int64_t pixel, int64_t begin, int64_t end,
+                           cell *target) {
   for (int64_t f = begin; f < end; ++f, target += kPanel) {
     const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
-    const float *from = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
+    const cell *from = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
 #pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) store(target + v * VL, load(from + v * c.x.stride * VL));
+    for (int p = 0; p < kPixels; ++p) copy_cells(target + p * kLanes, from + p * c.x.stride * kLanes);
   }
 }
 
 // The same for channels [begin, end), of which the taps share the inputs; `rows` of the band.
-inline void gather_channels(const Conv &c, const Region &region, const Band &band, int64_t row, int64_t rows, int64_t pixel,
-                            int64_t begin, int64_t end, float *target) {
+inline void gather_channels(const Conv &c, const Region &region, const Band<cell> &band, int64_t row, int64_t rows,
+                            int64_t pixel, int64_t begin, int64_t end, cell *target) {
   for (int64_t channel = begin; channel < end; ++channel) {
-    float *to = target + (channel - begin) * region.channel_floats();
-    for (int64_t r = 0; r < rows; ++r, to += region.cols * VL) {
-      const float *from = band.at(channel, row * c.y.stride + r, pixel * c.x.stride);
+    cell *to = target + (channel - begin) * region.channel_cells();
+    for (int64_t r = 0; r < rows; ++r, to += region.cols * kLanes) {
+      const cell *from = band.at(channel, row * c.y.stride + r, pixel * c.x.stride);
       if (c.x.stride == 1) {
-        for (int64_t i = 0; i < region.cols; ++i) store(to + i * VL, load(from + i * VL));
+        for (int64_t i = 0; i < region.cols; ++i) copy_cells(to + i * kLanes, from + i * kLanes);
       } else {
-        for (int64_t i = 0; i < region.cols; ++i) store(to + i * VL, load(from + region.columns[i] * VL));
+        for (int64_t i = 0; i < region.cols; ++i) copy_cells(to + i * kLanes, from + region.columns[i] * kLanes);
       }
     }
   }
@@ -146,8 +158,7 @@ inline void gather_channels(const Conv &c, const Region &region, const Band &ban
 // Columns of the matrix in a tile of the stream: about as many as fit in L1 together with what they share.
 inline int64_t conv_tile(const Conv &c, const Region &region, const rarefy_pattern *p) {
   if (!region.shared) return choose_tile(1, 1, 1, p->block_cols);
-  const int64_t channel_bytes = region.channel_floats() * int64_t(sizeof(float));
-  const int64_t wanted = max64(c.taps(), kTileBytes * 5 / 4 * c.taps() / channel_bytes);
+  const int64_t wanted = max64(c.taps(), kTileBytes * 5 / 4 * c.taps() / region.channel_bytes());
   int64_t columns = 1;
   while (columns * 2 <= wanted) columns *= 2;
   return columns;
@@ -155,38 +166,39 @@ inline int64_t conv_tile(const Conv &c, const Region &region, const rarefy_patte
 
 inline bool region_fits(const Region &region, const Conv &c, int64_t tile_cols) {
   const int64_t channels = ceil_div(tile_cols, c.taps()) + 1;
-  return !region.shared || channels * region.channel_floats() * int64_t(sizeof(float)) <= 65535 * kOffsetBytes;
+  return !region.shared || channels * region.channel_bytes() <= 65535 * kOffsetBytes;
 }
 
 // dy at the tile of output pixels from (row, pixel) on, a panel for each channel. Pixels past the row are zero.
-inline void pack_dy_tile(const Images &dy, int64_t first_image, int64_t row, int64_t pixel, float *target) {
-  for (int64_t v = 0; v < kWide; ++v) {
-    if (pixel + v < dy.width) {
-      pack_pixel_of(dy, first_image, row, pixel + v, target + v * VL, kPanel);
+inline void pack_dy_tile(const Images &dy, int64_t first_image, int64_t row, int64_t pixel, cell *target) {
+  for (int64_t p = 0; p < kPixels; ++p) {
+    if (pixel + p < dy.width) {
+      pack_pixel_of(dy, first_image, row, pixel + p, target + p * kLanes, kPanel);
     } else {
-      for (int64_t o = 0; o < dy.channels; ++o) store(target + o * kPanel + v * VL, vec{});
+      for (int64_t o = 0; o < dy.channels; ++o) clear_cells(target + o * kPanel + p * kLanes);
     }
   }
 }
 
 // The sums of each channel's panel, added to VL lanes of `totals`.
-inline void add_panels(const float *panels, int64_t channels, float *totals) {
+inline void add_panels(const cell *panels, int64_t channels, float *totals) {
   for (int64_t o = 0; o < channels; ++o) {
-    vec sum = load(totals + o * VL);
+    vec sum = load(totals + o * VL), values[kWide];
+    load_cells<kWide>(panels + o * kPanel, values);
 #pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) sum += load(panels + o * kPanel + v * VL);
+    for (int v = 0; v < kWide; ++v) sum += values[v];
     store(totals + o * VL, sum);
   }
 }
 
 // The reverse of gather_columns, adding.
-inline void add_columns(const Conv &c, const float *source, int64_t row, int64_t pixel, const Band &band) {
+inline void add_columns(const Conv &c, const float *source, int64_t row, int64_t pixel, const Band<float> &band) {
   for (int64_t f = 0; f < c.features(); ++f, source += kPanel) {
     const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
     float *to = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) {
-      float *at = to + v * c.x.stride * VL;
+      float *at = to + v / kCellVectors * c.x.stride * kLanes + v % kCellVectors * VL;
       store(at, load(at) + load(source + v * VL));
     }
   }
@@ -197,24 +209,27 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
                     const float *bias, const Images &y, int threads) {
   const int64_t rows_at_once = min64(kConvRows, c.y.out), out = c.out_channels;
   Region region = plan_region(c, p->block_cols == 1, rows_at_once);
-  Band in = input_band(c, 1);
-  const int64_t rows = band_rows(c, in.width, 2);
-  in = input_band(c, rows);
+  const int64_t rows = band_rows(c, input_band<cell>(c, 1).width, 2 * int64_t(sizeof(cell)));  // the band, and as much else
+  Band<cell> in = input_band<cell>(c, rows);
   Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, kConvChunks,
-                         conv_tile(c, region, p), p->block_rows * p->block_cols == 1, false, false);
+                         conv_tile(c, region, p), p->block_rows * p->block_cols == 1,
+                         kDotCells && p->block_cols == 1, false);
   if (!region_fits(region, c, s.tile_cols)) return RAREFY_TOO_WIDE;
   const int64_t tile_channels = ceil_div(s.tile_cols, c.taps()) + 1;
-  const int64_t tile_floats = region.shared ? tile_channels * region.channel_floats() : s.tile_cols * p->block_cols * kPanel;
-  const int64_t own = ceil_div(tile_floats + rows_at_once * out * kPanel, 16) * 16;
+  const int64_t own_cells =
+      whole_lines<cell>(region.shared ? tile_channels * region.channel_cells() : s.tile_cols * p->block_cols * kPanel);
+  const int64_t own_sums = whole_lines<float>(rows_at_once * out * kPanel);
   uint16_t *offsets = nullptr;
-  float *buffers = nullptr;
+  cell *tiles = nullptr;
+  float *all_sums = nullptr;
   int32_t *scratch = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_stream(s, carver, p->block_rows * p->block_cols);
     carve_band(in, carver, threads);
     carve_region(c, region, carver);
     offsets = carver.take<uint16_t>(c.features());
-    buffers = carver.take<float>(threads * own);
+    tiles = carver.take<cell>(threads * own_cells);
+    all_sums = carver.take<float>(threads * own_sums);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -222,28 +237,29 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   const auto first_channel = [&](int64_t t) { return min64(t * s.tile_cols / c.taps(), c.channels); };
   for (int64_t f = 0; f < c.features() / p->block_cols; ++f) {
     const int64_t tile = f >> s.tile_shift;
-    const int64_t at = region.shared ? (f / c.taps() - first_channel(tile)) * region.channel_floats() + tap_at(c, region, f % c.taps())
+    const int64_t at = region.shared ? (f / c.taps() - first_channel(tile)) * region.channel_cells() + tap_at(c, region, f % c.taps())
                                      : (f - tile * s.tile_cols) * p->block_cols * kPanel;
-    offsets[f] = uint16_t(at * int64_t(sizeof(float)) / kOffsetBytes);
+    offsets[f] = uint16_t(at * int64_t(sizeof(cell)) / kOffsetBytes);
   }
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     build_stream(s, p, false, values, scratch + thread * build_scratch(s), [&](int64_t col) { return offsets[col]; });
-    const Band input = own_band(in, thread);
-    float *tile = buffers + thread * own, *sums = tile + ceil_div(tile_floats, 16) * 16;
-    memset(input.data, 0, size_t(input.floats()) * sizeof(float));
+    const Band<cell> input = own_band(in, thread);
+    cell *tile = tiles + thread * own_cells;
+    float *sums = all_sums + thread * own_sums;
+    input.clear();
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < c.groups(); ++group) {
       int64_t kept = 0;
       for (int64_t row = 0; row < c.y.out; row += rows) {
         const int64_t live_rows = min64(rows, c.y.out - row);
-        pack_band(x, group * VL, row * c.y.stride - c.y.padding + kept, input.rows - kept, input, kept);
+        pack_band(x, group * kLanes, row * c.y.stride - c.y.padding + kept, input.rows - kept, input, kept);
         for (int64_t r0 = 0; r0 < live_rows; r0 += rows_at_once) {
           const int64_t some = min64(rows_at_once, live_rows - r0);
-          for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
+          for (int64_t pixel = 0; pixel < c.x.out; pixel += kPixels) {
             for (int64_t o = 0; o < out; ++o) {
               const vec start = bias != nullptr ? broadcast(bias[o]) : vec{};
               for (int64_t r = 0; r < some; ++r) {
@@ -269,8 +285,8 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
               }
             }
             for (int64_t r = 0; r < some; ++r) {
-              for (int64_t v = 0; v < min64(kWide, c.x.out - pixel); ++v) {
-                unpack_pixel_of(sums + r * out * kPanel + v * VL, kPanel, y, group * VL, row + r0 + r, pixel + v);
+              for (int64_t v = 0; v < min64(kPixels, c.x.out - pixel); ++v) {
+                unpack_pixel_of(sums + r * out * kPanel + v * kLanes, kPanel, y, group * kLanes, row + r0 + r, pixel + v);
               }
             }
           }
@@ -288,19 +304,19 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
                              const Images &dy, const Images &x, const Images &dx, float *dvalues, float *dbias, int threads) {
   const bool shared = p->block_cols == 1, has_dx = dx.data != nullptr;
   const int64_t entries = p->block_rows * p->block_cols, out = c.out_channels, features = c.features();
-  Band in = input_band(c, 1);
-  const int64_t rows = band_rows(c, in.width, 4);
-  in = input_band(c, rows);
-  Band gradient = in;
+  const int64_t rows = band_rows(c, input_band<cell>(c, 1).width, 2 * int64_t(sizeof(cell) + sizeof(float)));
+  Band<cell> in = input_band<cell>(c, rows);
+  Band<float> gradient = input_band<float>(c, rows);
   const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
   Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, kConvChunks,
                          choose_tile(unit_rows, unit_cols, p->num_units, p->block_rows), entries == 1 && kPairedBackward,
-                         entries == 1, true);
+                         entries == 1 || (kDotCells && p->block_rows == 1), true);
   const int64_t groups = c.groups(), parts = max64(1, min64(groups, kMostParts));
   const int64_t panel = shared ? 0 : features * kPanel, dy_panel = ceil_div(out, 4) * 4 * kPanel;
-  const int64_t own = dy_panel + 2 * panel + Dots<false>::BUFFER;
+  const int64_t own_cells = dy_panel + panel, own_floats = panel + Dots<false>::BUFFER;
   int32_t *offsets = nullptr, *scratch = nullptr;
-  float *buffers = nullptr, *in_order = nullptr, *bias_parts = nullptr;
+  cell *all_cells = nullptr;
+  float *all_floats = nullptr, *in_order = nullptr, *bias_parts = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_stream(s, carver, entries);
     carve_band(in, carver, threads);
@@ -308,7 +324,8 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
     offsets = carver.take<int32_t>(features);
     in_order = carver.take<float>(parts * s.num_places * entries);
     bias_parts = carver.take<float>(parts * out * VL);
-    buffers = carver.take<float>(threads * own);
+    all_cells = carver.take<cell>(threads * own_cells);
+    all_floats = carver.take<float>(threads * own_floats);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
@@ -322,10 +339,11 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
     const FlushDenormals flush;
     const int thread = omp_get_thread_num();
     build_stream(s, p, true, has_dx ? values : nullptr, scratch + thread * build_scratch(s), SideBySide(s, p->block_rows));
-    const Band input = own_band(in, thread), sums = own_band(gradient, thread);
-    float *dy_tile = buffers + thread * own, *x_panel = dy_tile + dy_panel, *dx_panel = x_panel + panel;
-    float *dots = dx_panel + panel;
-    memset(input.data, 0, size_t(input.floats()) * sizeof(float));
+    const Band<cell> input = own_band(in, thread);
+    const Band<float> sums = own_band(gradient, thread);
+    cell *dy_tile = all_cells + thread * own_cells, *x_panel = dy_tile + dy_panel;
+    float *dx_panel = all_floats + thread * own_floats, *dots = dx_panel + panel;
+    input.clear();
     memset(dots, 0, size_t(Dots<false>::BUFFER) * sizeof(float));
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
@@ -336,13 +354,13 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
       if (groups == 0) memset(part_values, 0, size_t(s.num_places * entries) * sizeof(float));
       for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
         int64_t kept = 0;
-        if (has_dx) memset(sums.data, 0, size_t(sums.floats()) * sizeof(float));
+        if (has_dx) sums.clear();
         for (int64_t row = 0; row < c.y.out; row += rows) {
           const int64_t live_rows = min64(rows, c.y.out - row), first = row * c.y.stride - c.y.padding;
-          pack_band(x, group * VL, first + kept, input.rows - kept, input, kept);
+          pack_band(x, group * kLanes, first + kept, input.rows - kept, input, kept);
           for (int64_t r = 0; r < live_rows; ++r) {
-            for (int64_t pixel = 0; pixel < c.x.out; pixel += kWide) {
-              pack_dy_tile(dy, group * VL, row + r, pixel, dy_tile);
+            for (int64_t pixel = 0; pixel < c.x.out; pixel += kPixels) {
+              pack_dy_tile(dy, group * kLanes, row + r, pixel, dy_tile);
               if (dbias != nullptr) add_panels(dy_tile, out, part_bias);
               const int64_t base = input.at(0, r * c.y.stride, pixel * c.x.stride) - input.data;
               if (!shared) {
@@ -350,13 +368,13 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
                 if (has_dx) memset(dx_panel, 0, size_t(panel) * sizeof(float));
               }
               for (int64_t t = 0; t < s.num_tiles; ++t) {
-                const float *tile = dy_tile + t * s.tile_cols * p->block_rows * kPanel;
+                const cell *tile = dy_tile + t * s.tile_cols * p->block_rows * kPanel;
                 for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
                   const int64_t at = chunk * s.num_tiles + t, f0 = s.first_row[chunk] * p->block_cols;
                   if (shared) {
                     const auto backward = has_dx ? kernels->scattered : kernels->scattered_values;
                     backward(s, at, tile, input.data + base, sums.data + base, dots, part_values, add,
-                             {offsets + f0, c.x.stride * VL});
+                             {offsets + f0, c.x.stride * kLanes});
                   } else {
                     Prefetch none;
                     const auto backward = has_dx ? kernels->backward : kernels->backward_values;
@@ -370,7 +388,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
           }
           const bool last = row + rows >= c.y.out;
           if (has_dx) {
-            unpack_band(sums, first, last ? sums.rows : rows * c.y.stride, dx, group * VL);
+            unpack_band(sums, first, last ? sums.rows : rows * c.y.stride, dx, group * kLanes);
             slide(sums, rows * c.y.stride, true);
           }
           slide(input, rows * c.y.stride, false);
@@ -389,6 +407,23 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
     }
   }
   return RAREFY_OK;
+}
+
+// Both for a caller's images.
+inline int convolve(const rarefy_conv &conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,
+                    void *y, bool half, int threads) {
+  const TileKernels *kernels = find_tiled(p);
+  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const Conv c = conv_of(conv);
+  return convolve(p, kernels, c, values, inputs_of(c, x, half, conv.scale, conv.shift), bias, outputs_of(c, y, half), threads);
+}
+inline int convolve_backward(const rarefy_conv &conv, const rarefy_pattern *p, const float *values, const void *dy,
+                             const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads) {
+  const TileKernels *kernels = find_tiled(p);
+  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
+  const Conv c = conv_of(conv);
+  return convolve_backward(p, kernels, c, values, outputs_of(c, dy, half), inputs_of(c, x, half, conv.scale, conv.shift),
+                           inputs_of(c, dx, half), dvalues, dbias, threads);
 }
 
 }  // namespace

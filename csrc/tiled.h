@@ -17,10 +17,11 @@ namespace {
 
 constexpr bool kPairedBackward = VL == 16;  // two rows of x and of sums take the registers that only AVX-512 has
 
-// Where a row's vectors lie: `at(row)` floats from the beginning of the chunk, `step` floats from one to the next.
+// Where a row's vectors of cells lie, and the sums of as many tokens: `at(row)` from the beginning of the chunk, `step` from
+// one to the next.
 template <int RB, int NV>
 struct InPanels {
-  static constexpr int64_t step = VL;
+  static constexpr int64_t step = kLanes;
   static constexpr int64_t at(int64_t row) { return row * (RB * NV * VL); }
 };
 struct Scattered {  // for rows of one output
