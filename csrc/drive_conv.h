@@ -19,6 +19,8 @@ constexpr int64_t kConvRows = 2;                    // rows of the output that s
 // Chunks of rows that threads share out while they build a stream. Their number decides in which order taps add to a pixel,
 // so it does not follow the number of threads.
 constexpr int64_t kConvChunks = 8;
+constexpr int64_t kChunkBytes = int64_t(24) << 10;     // x and dx of a chunk at a tile, in L1
+constexpr int64_t kDyStripBytes = int64_t(256) << 10;  // tiles of dy that all chunks go through in turn, in L2
 constexpr int64_t kMostParts = 16;                  // sums of the values' gradient that exist side by side, at most
 
 // `count` elements, and what fills the last line of the cache: threads share none.
@@ -128,18 +130,30 @@ inline int64_t tap_at(const Conv &c, const Region &region, int64_t tap) {
   return (tap / c.x.kernel * c.y.dilation * region.cols + region.starts[tap % c.x.kernel]) * kLanes;
 }
 
-// Columns [begin, end) of the matrix, for the tile of output pixels from (row, pixel) of the band on.
-inline void gather_columns(const Conv &c, const Band<cell> &band, int64_t row, int64_t pixel, int64_t begin, int64_t end,
-                           cell *target) {
-  for (int64_t f = begin; f < end; ++f, target += kPanel) {
+// Where each column of the matrix lies in a band, from the place of an output pixel's first input on.
+template <class T>
+void lay_places(const Conv &c, const Band<T> &band, int32_t *places) {
+  for (int64_t f = 0; f < c.features(); ++f) {
     const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
-    const cell *from = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
+    places[f] = int32_t(band.at(f / c.taps(), ky * c.y.dilation, kx * c.x.dilation) - band.data);
+  }
+}
+template <class T>
+T *first_input(const Conv &c, const Band<T> &band, int64_t row, int64_t pixel) {
+  return band.at(0, row * c.y.stride, pixel * c.x.stride);
+}
+
+// The inputs of a tile of output pixels at columns whose places are given: a panel for each. `from` is the first input.
+inline void gather_columns(const Conv &c, const cell *from, const int32_t *places, int64_t count, cell *target) {
+  const int64_t step = c.x.stride * kLanes;
+  for (int64_t f = 0; f < count; ++f, target += kPanel) {
+    const cell *inputs = from + places[f];
 #pragma GCC unroll 4
-    for (int p = 0; p < kPixels; ++p) copy_cells(target + p * kLanes, from + p * c.x.stride * kLanes);
+    for (int p = 0; p < kPixels; ++p) copy_cells(target + p * kLanes, inputs + p * step);
   }
 }
 
-// The same for channels [begin, end), of which the taps share the inputs; `rows` of the band.
+// The same for channels [begin, end), of which the taps share the inputs, from (row, pixel) on; `rows` of the band.
 inline void gather_channels(const Conv &c, const Region &region, const Band<cell> &band, int64_t row, int64_t rows,
                             int64_t pixel, int64_t begin, int64_t end, cell *target) {
   for (int64_t channel = begin; channel < end; ++channel) {
@@ -192,15 +206,13 @@ inline void add_panels(const cell *panels, int64_t channels, float *totals) {
 }
 
 // The reverse of gather_columns, adding.
-inline void add_columns(const Conv &c, const float *source, int64_t row, int64_t pixel, const Band<float> &band) {
-  for (int64_t f = 0; f < c.features(); ++f, source += kPanel) {
-    const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
-    float *to = band.at(f / c.taps(), row * c.y.stride + ky * c.y.dilation, pixel * c.x.stride + kx * c.x.dilation);
+inline void add_columns(const Conv &c, const float *source, const int32_t *places, int64_t count, float *to) {
+  const int64_t step = c.x.stride * kLanes;
+  for (int64_t f = 0; f < count; ++f, source += kPanel) {
+    vec sums[kWide];
 #pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) {
-      float *at = to + v / kCellVectors * c.x.stride * kLanes + v % kCellVectors * VL;
-      store(at, load(at) + load(source + v * VL));
-    }
+    for (int v = 0; v < kWide; ++v) sums[v] = load(source + v * VL);
+    add_to_row(sums, to + places[f], step);
   }
 }
 
@@ -220,6 +232,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
       whole_lines<cell>(region.shared ? tile_channels * region.channel_cells() : s.tile_cols * p->block_cols * kPanel);
   const int64_t own_sums = whole_lines<float>(rows_at_once * out * kPanel);
   uint16_t *offsets = nullptr;
+  int32_t *places = nullptr;
   cell *tiles = nullptr;
   float *all_sums = nullptr;
   int32_t *scratch = nullptr;
@@ -228,6 +241,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
     carve_band(in, carver, threads);
     carve_region(c, region, carver);
     offsets = carver.take<uint16_t>(c.features());
+    places = carver.take<int32_t>(region.shared ? 0 : c.features());
     tiles = carver.take<cell>(threads * own_cells);
     all_sums = carver.take<float>(threads * own_sums);
     scratch = carver.take<int32_t>(threads * build_scratch(s));
@@ -241,6 +255,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
                                      : (f - tile * s.tile_cols) * p->block_cols * kPanel;
     offsets[f] = uint16_t(at * int64_t(sizeof(cell)) / kOffsetBytes);
   }
+  if (!region.shared) lay_places(c, in, places);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -275,7 +290,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
               for (int64_t r = 0; r < some; ++r) {
                 if (!region.shared) {
                   const int64_t f0 = t * s.tile_cols * p->block_cols, f1 = min64(f0 + s.tile_cols * p->block_cols, c.features());
-                  gather_columns(c, input, r0 + r, pixel, f0, f1, tile);
+                  gather_columns(c, first_input(c, input, r0 + r, pixel), places + f0, f1 - f0, tile);
                 }
                 for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
                   Prefetch none;
@@ -299,6 +314,13 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   return RAREFY_OK;
 }
 
+// Rows of the transposed matrix in a chunk: their inputs at a tile, and the gradients of those, fit in L1 beside dy's.
+inline int64_t conv_chunk(const Conv &c, const rarefy_pattern *p) {
+  const int64_t pixels = c.y.reach() * ((kPixels - 1) * c.x.stride + c.x.reach());
+  const int64_t channel_bytes = pixels * kLanes * int64_t(sizeof(cell) + sizeof(float));
+  return max64(1, max64(1, kChunkBytes / channel_bytes) * c.taps() / p->block_cols);
+}
+
 // dvalues, and dx and dbias unless null. The view is W^T: an output pixel's dy meets the inputs that it was computed from.
 inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels, const Conv &c, const float *values,
                              const Images &dy, const Images &x, const Images &dx, float *dvalues, float *dbias, int threads) {
@@ -308,20 +330,22 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   Band<cell> in = input_band<cell>(c, rows);
   Band<float> gradient = input_band<float>(c, rows);
   const int64_t unit_rows = features / p->block_cols, unit_cols = out / p->block_rows;
-  Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, 65535, kConvChunks,
+  Stream s = plan_stream(p->t_crow, unit_rows, unit_cols, conv_chunk(c, p), kConvChunks,
                          choose_tile(unit_rows, unit_cols, p->num_units, p->block_rows), entries == 1 && kPairedBackward,
                          entries == 1 || (kDotCells && p->block_rows == 1), true);
   const int64_t groups = c.groups(), parts = max64(1, min64(groups, kMostParts));
-  const int64_t panel = shared ? 0 : features * kPanel, dy_panel = ceil_div(out, 4) * 4 * kPanel;
-  const int64_t own_cells = dy_panel + panel, own_floats = panel + Dots<false>::BUFFER;
-  int32_t *offsets = nullptr, *scratch = nullptr;
+  const int64_t panel = shared ? 0 : s.chunk_rows * p->block_cols * kPanel, dy_panel = ceil_div(out, 4) * 4 * kPanel;
+  const int64_t dy_row_bytes = c.row_tiles() * dy_panel * int64_t(sizeof(cell));
+  const int64_t dy_rows = max64(1, min64(rows, kDyStripBytes / max64(1, dy_row_bytes)));
+  const int64_t own_cells = dy_rows * c.row_tiles() * dy_panel + panel, own_floats = panel + Dots<false>::BUFFER;
+  int32_t *places = nullptr, *scratch = nullptr;
   cell *all_cells = nullptr;
   float *all_floats = nullptr, *in_order = nullptr, *bias_parts = nullptr;
   const Scratch memory([&](Carver &carver) {
     carve_stream(s, carver, entries);
     carve_band(in, carver, threads);
     carve_band(gradient, carver, threads);
-    offsets = carver.take<int32_t>(features);
+    places = carver.take<int32_t>(features);
     in_order = carver.take<float>(parts * s.num_places * entries);
     bias_parts = carver.take<float>(parts * out * VL);
     all_cells = carver.take<cell>(threads * own_cells);
@@ -330,10 +354,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
   cut_chunks(p->t_crow, s.num_rows, s.chunk_rows, s.parts, s.first_row);
-  for (int64_t f = 0; f < features; ++f) {
-    const int64_t tap = f % c.taps(), ky = tap / c.x.kernel, kx = tap % c.x.kernel;
-    offsets[f] = int32_t(in.at(f / c.taps(), ky * c.y.dilation, kx * c.x.dilation) - in.data);
-  }
+  lay_places(c, in, places);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -341,7 +362,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
     build_stream(s, p, true, has_dx ? values : nullptr, scratch + thread * build_scratch(s), SideBySide(s, p->block_rows));
     const Band<cell> input = own_band(in, thread);
     const Band<float> sums = own_band(gradient, thread);
-    cell *dy_tile = all_cells + thread * own_cells, *x_panel = dy_tile + dy_panel;
+    cell *dy_tiles = all_cells + thread * own_cells, *x_panel = dy_tiles + own_cells - panel;
     float *dx_panel = all_floats + thread * own_floats, *dots = dx_panel + panel;
     input.clear();
     memset(dots, 0, size_t(Dots<false>::BUFFER) * sizeof(float));
@@ -358,33 +379,41 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
         for (int64_t row = 0; row < c.y.out; row += rows) {
           const int64_t live_rows = min64(rows, c.y.out - row), first = row * c.y.stride - c.y.padding;
           pack_band(x, group * kLanes, first + kept, input.rows - kept, input, kept);
-          for (int64_t r = 0; r < live_rows; ++r) {
-            for (int64_t pixel = 0; pixel < c.x.out; pixel += kPixels) {
-              pack_dy_tile(dy, group * kLanes, row + r, pixel, dy_tile);
-              if (dbias != nullptr) add_panels(dy_tile, out, part_bias);
-              const int64_t base = input.at(0, r * c.y.stride, pixel * c.x.stride) - input.data;
-              if (!shared) {
-                gather_columns(c, input, r, pixel, 0, features, x_panel);
-                if (has_dx) memset(dx_panel, 0, size_t(panel) * sizeof(float));
-              }
-              for (int64_t t = 0; t < s.num_tiles; ++t) {
-                const cell *tile = dy_tile + t * s.tile_cols * p->block_rows * kPanel;
-                for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
-                  const int64_t at = chunk * s.num_tiles + t, f0 = s.first_row[chunk] * p->block_cols;
+          for (int64_t r0 = 0; r0 < live_rows; r0 += dy_rows) {
+            const int64_t tiles = min64(dy_rows, live_rows - r0) * c.row_tiles();
+            const auto row_of = [&](int64_t tile) { return r0 + tile / c.row_tiles(); };
+            const auto pixel_of = [&](int64_t tile) { return tile % c.row_tiles() * kPixels; };
+            for (int64_t at = 0; at < tiles; ++at) {
+              pack_dy_tile(dy, group * kLanes, row + row_of(at), pixel_of(at), dy_tiles + at * dy_panel);
+              if (dbias != nullptr) add_panels(dy_tiles + at * dy_panel, out, part_bias);
+            }
+            for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
+              const int64_t f0 = s.first_row[chunk] * p->block_cols, f1 = s.first_row[chunk + 1] * p->block_cols;
+              for (int64_t at = 0; at < tiles; ++at) {
+                const int64_t r = row_of(at), pixel = pixel_of(at);
+                const cell *x_at = first_input(c, input, r, pixel);
+                float *dx_at = first_input(c, sums, r, pixel);
+                if (!shared) {
+                  gather_columns(c, x_at, places + f0, f1 - f0, x_panel);
+                  if (has_dx) memset(dx_panel, 0, size_t((f1 - f0) * kPanel) * sizeof(float));
+                }
+                for (int64_t t = 0; t < s.num_tiles; ++t) {
+                  const cell *tile = dy_tiles + at * dy_panel + t * s.tile_cols * p->block_rows * kPanel;
+                  const int64_t segments = chunk * s.num_tiles + t;
                   if (shared) {
                     const auto backward = has_dx ? kernels->scattered : kernels->scattered_values;
-                    backward(s, at, tile, input.data + base, sums.data + base, dots, part_values, add,
-                             {offsets + f0, c.x.stride * kLanes});
+                    backward(s, segments, tile, x_at, dx_at, dots, part_values, add || at > 0,
+                             {places + f0, c.x.stride * kLanes});
                   } else {
                     Prefetch none;
                     const auto backward = has_dx ? kernels->backward : kernels->backward_values;
-                    backward(s, at, tile, x_panel + f0 * kPanel, dx_panel + f0 * kPanel, dots, part_values, add, none);
+                    backward(s, segments, tile, x_panel, dx_panel, dots, part_values, add || at > 0, none);
                   }
                 }
+                if (!shared && has_dx) add_columns(c, dx_panel, places + f0, f1 - f0, dx_at);
               }
-              add = true;
-              if (!shared && has_dx) add_columns(c, dx_panel, r, pixel, sums);
             }
+            add = true;
           }
           const bool last = row + rows >= c.y.out;
           if (has_dx) {

@@ -25,9 +25,9 @@ struct InPanels {
   static constexpr int64_t at(int64_t row) { return row * (RB * NV * VL); }
 };
 struct Scattered {  // for rows of one output
-  const int32_t *offsets;
+  const int32_t *places;
   int64_t step;
-  int64_t at(int64_t row) const { return offsets[row]; }
+  int64_t at(int64_t row) const { return places[row]; }
 };
 
 // All segments of one (chunk, tile).
