@@ -4,7 +4,7 @@
 
 #include "internal.h"
 
-#include "drive_conv.h"
+#include "drive_conv_turned.h"
 #include "drive_mlp.h"
 
 namespace rarefy {

@@ -169,27 +169,36 @@ inline void gather_channels(const Conv &c, const Region &region, const Band<cell
   }
 }
 
-// Columns of the matrix in a tile of the stream: about as many as fit in L1 together with what they share.
-inline int64_t conv_tile(const Conv &c, const Region &region, const rarefy_pattern *p) {
-  if (!region.shared) return choose_tile(1, 1, 1, p->block_cols);
-  const int64_t wanted = max64(c.taps(), kTileBytes * 5 / 4 * c.taps() / region.channel_bytes());
+// Columns of units in a tile of the stream: about as many as fit in L1 together with what they share.
+inline int64_t conv_tile(const Conv &c, const Region &region, int64_t inputs) {
+  if (!region.shared) return choose_tile(1, 1, 1, inputs);
+  const int64_t wanted = max64(c.taps(), kTileBytes * 5 / 4 * c.taps() / (region.channel_bytes() * inputs));
   int64_t columns = 1;
   while (columns * 2 <= wanted) columns *= 2;
   return columns;
 }
 
-inline bool region_fits(const Region &region, const Conv &c, int64_t tile_cols) {
-  const int64_t channels = ceil_div(tile_cols, c.taps()) + 1;
-  return !region.shared || channels * region.channel_bytes() <= 65535 * kOffsetBytes;
+// Where taps share what they read, a tile has channels [first_channel(t), end_channel(t)) for units of `inputs` channels.
+inline int64_t first_channel(const Conv &c, const Stream &s, int64_t inputs, int64_t t) {
+  return min64(t * s.tile_cols / c.taps() * inputs, c.channels);
+}
+inline int64_t end_channel(const Conv &c, const Stream &s, int64_t inputs, int64_t t) {
+  return min64(ceil_div((t + 1) * s.tile_cols, c.taps()) * inputs, c.channels);
+}
+inline int64_t most_channels(const Conv &c, const Stream &s, int64_t inputs) {
+  return (ceil_div(s.tile_cols, c.taps()) + 1) * inputs;
+}
+inline bool region_fits(const Region &region, const Conv &c, const Stream &s, int64_t inputs) {
+  return !region.shared || most_channels(c, s, inputs) * region.channel_bytes() <= 65535 * kOffsetBytes;
 }
 
-// dy at the tile of output pixels from (row, pixel) on, a panel for each channel. Pixels past the row are zero.
-inline void pack_dy_tile(const Images &dy, int64_t first_image, int64_t row, int64_t pixel, cell *target) {
+// Images at the tile of pixels from (row, pixel) on, a panel for each channel. Pixels past the row are zero.
+inline void pack_tile(const Images &images, int64_t first_image, int64_t row, int64_t pixel, cell *target) {
   for (int64_t p = 0; p < kPixels; ++p) {
-    if (pixel + p < dy.width) {
-      pack_pixel_of(dy, first_image, row, pixel + p, target + p * kLanes, kPanel);
+    if (pixel + p < images.width) {
+      pack_pixel_of(images, first_image, row, pixel + p, target + p * kLanes, kPanel);
     } else {
-      for (int64_t o = 0; o < dy.channels; ++o) clear_cells(target + o * kPanel + p * kLanes);
+      for (int64_t o = 0; o < images.channels; ++o) clear_cells(target + o * kPanel + p * kLanes);
     }
   }
 }
@@ -224,12 +233,11 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   const int64_t rows = band_rows(c, input_band<cell>(c, 1).width, 2 * int64_t(sizeof(cell)));  // the band, and as much else
   Band<cell> in = input_band<cell>(c, rows);
   Stream s = plan_stream(p->crow, out / p->block_rows, c.features() / p->block_cols, 65535, kConvChunks,
-                         conv_tile(c, region, p), p->block_rows * p->block_cols == 1,
+                         conv_tile(c, region, p->block_cols), p->block_rows * p->block_cols == 1,
                          kDotCells && p->block_cols == 1, false);
-  if (!region_fits(region, c, s.tile_cols)) return RAREFY_TOO_WIDE;
-  const int64_t tile_channels = ceil_div(s.tile_cols, c.taps()) + 1;
-  const int64_t own_cells =
-      whole_lines<cell>(region.shared ? tile_channels * region.channel_cells() : s.tile_cols * p->block_cols * kPanel);
+  if (!region_fits(region, c, s, 1)) return RAREFY_TOO_WIDE;
+  const int64_t own_cells = whole_lines<cell>(region.shared ? most_channels(c, s, 1) * region.channel_cells()
+                                                            : s.tile_cols * p->block_cols * kPanel);
   const int64_t own_sums = whole_lines<float>(rows_at_once * out * kPanel);
   uint16_t *offsets = nullptr;
   int32_t *places = nullptr;
@@ -248,10 +256,9 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
   });
   if (memory.failed()) return RAREFY_NO_MEMORY;
   cut_chunks(p->crow, s.num_rows, s.chunk_rows, s.parts, s.first_row);
-  const auto first_channel = [&](int64_t t) { return min64(t * s.tile_cols / c.taps(), c.channels); };
   for (int64_t f = 0; f < c.features() / p->block_cols; ++f) {
-    const int64_t tile = f >> s.tile_shift;
-    const int64_t at = region.shared ? (f / c.taps() - first_channel(tile)) * region.channel_cells() + tap_at(c, region, f % c.taps())
+    const int64_t tile = f >> s.tile_shift, channel = f / c.taps() - first_channel(c, s, 1, tile);
+    const int64_t at = region.shared ? channel * region.channel_cells() + tap_at(c, region, f % c.taps())
                                      : (f - tile * s.tile_cols) * p->block_cols * kPanel;
     offsets[f] = uint16_t(at * int64_t(sizeof(cell)) / kOffsetBytes);
   }
@@ -284,8 +291,8 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
             }
             for (int64_t t = 0; t < s.num_tiles; ++t) {
               if (region.shared) {
-                const int64_t c0 = first_channel(t), c1 = min64(ceil_div((t + 1) * s.tile_cols, c.taps()), c.channels);
-                gather_channels(c, region, input, r0, (some - 1) * c.y.stride + c.y.reach(), pixel, c0, c1, tile);
+                gather_channels(c, region, input, r0, (some - 1) * c.y.stride + c.y.reach(), pixel,
+                                first_channel(c, s, 1, t), end_channel(c, s, 1, t), tile);
               }
               for (int64_t r = 0; r < some; ++r) {
                 if (!region.shared) {
@@ -312,6 +319,18 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
     }
   }
   return RAREFY_OK;
+}
+
+// To be called by all threads: the bias' gradient from `parts` sums of VL lanes a channel.
+inline void add_bias_parts(const float *sums, int64_t parts, int64_t channels, float *dbias) {
+#pragma omp for schedule(static)
+  for (int64_t o = 0; o < channels; ++o) {
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t lane = 0; lane < VL; ++lane) sum += sums[(part * channels + o) * VL + lane];
+    }
+    dbias[o] = sum;
+  }
 }
 
 // Rows of the transposed matrix in a chunk: their inputs at a tile, and the gradients of those, fit in L1 beside dy's.
@@ -384,7 +403,7 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
             const auto row_of = [&](int64_t tile) { return r0 + tile / c.row_tiles(); };
             const auto pixel_of = [&](int64_t tile) { return tile % c.row_tiles() * kPixels; };
             for (int64_t at = 0; at < tiles; ++at) {
-              pack_dy_tile(dy, group * kLanes, row + row_of(at), pixel_of(at), dy_tiles + at * dy_panel);
+              pack_tile(dy, group * kLanes, row + row_of(at), pixel_of(at), dy_tiles + at * dy_panel);
               if (dbias != nullptr) add_panels(dy_tiles + at * dy_panel, out, part_bias);
             }
             for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
@@ -426,33 +445,9 @@ inline int convolve_backward(const rarefy_pattern *p, const TileKernels *kernels
       }
     }
     put_in_order(s, entries, parts, in_order, dvalues);
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < (dbias != nullptr ? out : 0); ++o) {
-      float sum = 0.0f;
-      for (int64_t part = 0; part < parts; ++part) {
-        for (int64_t lane = 0; lane < VL; ++lane) sum += bias_parts[(part * out + o) * VL + lane];
-      }
-      dbias[o] = sum;
-    }
+    if (dbias != nullptr) add_bias_parts(bias_parts, parts, out, dbias);
   }
   return RAREFY_OK;
-}
-
-// Both for a caller's images.
-inline int convolve(const rarefy_conv &conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,
-                    void *y, bool half, int threads) {
-  const TileKernels *kernels = find_tiled(p);
-  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
-  const Conv c = conv_of(conv);
-  return convolve(p, kernels, c, values, inputs_of(c, x, half, conv.scale, conv.shift), bias, outputs_of(c, y, half), threads);
-}
-inline int convolve_backward(const rarefy_conv &conv, const rarefy_pattern *p, const float *values, const void *dy,
-                             const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads) {
-  const TileKernels *kernels = find_tiled(p);
-  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
-  const Conv c = conv_of(conv);
-  return convolve_backward(p, kernels, c, values, outputs_of(c, dy, half), inputs_of(c, x, half, conv.scale, conv.shift),
-                           inputs_of(c, dx, half), dvalues, dbias, threads);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include "adamw.h"
 #include "attention.h"
-#include "drive_conv.h"
+#include "drive_conv_turned.h"
 #include "drive_direct.h"
 #include "drive_few.h"
 #include "drive_mlp.h"

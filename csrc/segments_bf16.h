@@ -107,7 +107,9 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
     for (int64_t k = 0; k < length; ++k) {
       const cell *dy = input_at(tile, offsets[k]);
 #pragma GCC unroll 8
-      for (int i = 0; i < BR; i += 2) product(0, (k * BR + i) / 2, dy + i * (NV * VL), dy + (i + 1) * (NV * VL));
+      for (int i = 0; i < BR; i += 2) {
+        product(0, (k * BR + i) / 2, dy + i * places.input_step, dy + (i + 1) * places.input_step);
+      }
     }
   } else {
     for (int64_t k = 0; k < length / 2; ++k) {
