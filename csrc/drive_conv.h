@@ -203,6 +203,13 @@ inline void pack_tile(const Images &images, int64_t first_image, int64_t row, in
   }
 }
 
+// The reverse, from sums.
+inline void unpack_tile(const float *sums, const Images &images, int64_t first_image, int64_t row, int64_t pixel) {
+  for (int64_t p = 0; p < min64(kPixels, images.width - pixel); ++p) {
+    unpack_pixel_of(sums + p * kLanes, kPanel, images, first_image, row, pixel + p);
+  }
+}
+
 // The sums of each channel's panel, added to VL lanes of `totals`.
 inline void add_panels(const cell *panels, int64_t channels, float *totals) {
   for (int64_t o = 0; o < channels; ++o) {
@@ -307,9 +314,7 @@ inline int convolve(const rarefy_pattern *p, const TileKernels *kernels, const C
               }
             }
             for (int64_t r = 0; r < some; ++r) {
-              for (int64_t v = 0; v < min64(kPixels, c.x.out - pixel); ++v) {
-                unpack_pixel_of(sums + r * out * kPanel + v * kLanes, kPanel, y, group * kLanes, row + r0 + r, pixel + v);
-              }
+              unpack_tile(sums + r * out * kPanel, y, group * kLanes, row + r0 + r, pixel);
             }
           }
         }

@@ -1,6 +1,6 @@
-// Both gradients of a convolution with a stride of 1 and units of one column, as a convolution of dy: the taps turned round, x's
-// channels for outputs. A channel's x and dx are touched once for all its taps, where the way of drive_conv.h touches them once
-// for each: much, where few of a tap's values are there to share it.
+// Both gradients of a convolution with a stride of 1 and units of one column, as a convolution of dy: the taps turned round,
+// x's channels for outputs. A channel's x and dx are touched once for all its taps, where the way of drive_conv.h touches them
+// once for each: much, where few of a tap's values are there to share it.
 #pragma once
 
 #include "drive_conv.h"
@@ -21,7 +21,7 @@ inline Conv turned(const Conv &c) {
   return {axis(c.y), axis(c.x), c.images, c.out_channels, c.channels};
 }
 
-// The pattern as units of (channel, outputs and taps): in each channel's row by outputs, and by taps as the convolution has them.
+// The pattern as rows of channels, and columns of (outputs of a unit, tap), taps as the convolution has them.
 struct TurnedIndex {
   int32_t *ptr, *cols, *perm;
 };
@@ -57,9 +57,9 @@ inline void add_rows(const Band<cell> &band, int64_t first, int64_t count, float
 }
 
 // As convolve_backward.
-inline int convolve_backward_turned(const rarefy_pattern *p, const TileKernels *kernels, const Conv &original, const float *values,
-                                    const Images &dy, const Images &x, const Images &dx, float *dvalues, float *dbias,
-                                    int threads) {
+inline int convolve_backward_turned(const rarefy_pattern *p, const TileKernels *kernels, const Conv &original,
+                                    const float *values, const Images &dy, const Images &x, const Images &dx, float *dvalues,
+                                    float *dbias, int threads) {
   const Conv c = turned(original);
   const bool has_dx = dx.data != nullptr;
   const int64_t rows_at_once = min64(kConvRows, c.y.out), out = c.out_channels, inputs = p->block_rows;
@@ -113,8 +113,9 @@ inline int convolve_backward_turned(const rarefy_pattern *p, const TileKernels *
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t chunk = 0; chunk < s.num_chunks; ++chunk) {
-      build_chunk(s, View<int32_t>{out, columns, index.ptr, index.cols, index.perm}, has_dx ? values : nullptr, Unit{1, inputs, true},
-                  chunk, [&](int64_t col) { return offsets[col]; }, scratch + thread * build_scratch(s));
+      build_chunk(s, View<int32_t>{out, columns, index.ptr, index.cols, index.perm}, has_dx ? values : nullptr,
+                  Unit{1, inputs, true}, chunk, [&](int64_t col) { return offsets[col]; },
+                  scratch + thread * build_scratch(s));
     }
     const Band<cell> input = own_band(in, thread);
     cell *tile = all_cells + thread * own_cells, *x_panels = tile + tile_cells;
@@ -155,9 +156,7 @@ inline int convolve_backward_turned(const rarefy_pattern *p, const TileKernels *
               }
               add = true;
               for (int64_t r = 0; has_dx && r < some; ++r) {
-                for (int64_t v = 0; v < min64(kPixels, c.x.out - pixel); ++v) {
-                  unpack_pixel_of(sums + r * out * kPanel + v * kLanes, kPanel, dx, group * kLanes, row + r0 + r, pixel + v);
-                }
+                unpack_tile(sums + r * out * kPanel, dx, group * kLanes, row + r0 + r, pixel);
               }
             }
           }

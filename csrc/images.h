@@ -1,6 +1,6 @@
 // Images in bands: kLanes images side by side for each pixel, so that a nonzero of a convolution works on whole vectors, and a
-// tap is a shift by whole vectors, whatever a cell is. band[channel][row][pixel][kLanes], in cells (float32 for gradients), with
-// the padding around the pixels as zeros; lanes past the last image are zero.
+// tap is a shift by whole vectors, whatever a cell is. band[channel][row][pixel][kLanes], in cells (float32 for gradients),
+// with the padding around the pixels as zeros; lanes past the last image are zero.
 // A band slides down the images: what the next rows need again moves up, and only new rows are packed.
 #pragma once
 

@@ -121,8 +121,8 @@ typedef struct {
 enum { RAREFY_FLOAT32 = 0, RAREFY_BFLOAT16 = 1, RAREFY_MEDIUM = 2 };
 
 /* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. Images are (images, height, width,
- * channels), in what `activations` says; values, bias and their gradients are float32. RAREFY_TOO_WIDE: what a few pixels of one
- * channel read would not fit into a cache, for taps spread too far. */
+ * channels), in what `activations` says; values, bias and their gradients are float32. RAREFY_TOO_WIDE: what a few pixels of
+ * one channel read would not fit into a cache, for taps spread too far. */
 RAREFY_API int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
                                const void *x, const float *bias, void *y, int32_t activations, int threads);
 /* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. dx is the gradient of what is convolved. */
