@@ -5,6 +5,7 @@
 #include "internal.h"
 
 #include "attention.h"
+#include "drive_conv_turned.h"
 #include "drive_mlp.h"
 
 namespace rarefy {
@@ -70,6 +71,23 @@ int attention_backward(const void *dout, const void *qkv, const float *rotary, c
                                   threads);
 }
 
+// With few images AVX-512's kernels, whose panels have half as many.
+bool takes(const rarefy_conv *conv, Activations activations) { return activations != FLOAT32 && conv->images > kLanes / 2; }
+
+int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias, void *y,
+             Activations activations, int threads) {
+  if (!takes(conv, activations)) return kernels_avx512()->convolve(conv, p, values, x, bias, y, activations, threads);
+  return rarefy::convolve(*conv, p, values, x, bias, y, activations == BFLOAT16, threads);
+}
+
+int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *dy, const void *x,
+                      void *dx, float *dvalues, float *dbias, Activations activations, int threads) {
+  if (!takes(conv, activations)) {
+    return kernels_avx512()->convolve_backward(conv, p, values, dy, x, dx, dvalues, dbias, activations, threads);
+  }
+  return rarefy::convolve_backward(*conv, p, values, dy, x, dx, dvalues, dbias, activations == BFLOAT16, threads);
+}
+
 }  // namespace
 
 const Kernels *kernels_avx512bf16() {
@@ -77,6 +95,8 @@ const Kernels *kernels_avx512bf16() {
     Kernels kernels = over_avx512("avx512bf16", spmm, backward, mlp_forward, mlp_backward);
     kernels.attention = attention;
     kernels.attention_backward = attention_backward;
+    kernels.convolve = convolve;
+    kernels.convolve_backward = convolve_backward;
     return kernels;
   }();
   return &table;

@@ -24,6 +24,8 @@ constexpr bool kDotCells = false;
 constexpr int kCellVectors = 1;
 #endif
 
+constexpr int kLanes = kCellVectors * VL;  // tokens that a vector of cells holds
+
 #if defined(RAREFY_DOT_CELLS)
 
 // Both vectors of 16 tokens, rounded (to nearest, ties to even), as 32 cells.
@@ -37,11 +39,15 @@ inline void load_some(const cell *from, vec *values) {
   values[0] = vec(_mm512_unpacklo_epi16(zero, cells));
   values[1] = vec(_mm512_unpackhi_epi16(zero, cells));
 }
+inline void copy_cells(cell *to, const cell *from) { _mm512_store_si512(to, _mm512_load_si512(from)); }  // one vector
+inline void clear_cells(cell *to) { _mm512_store_si512(to, _mm512_setzero_si512()); }
 
 #else
 
 inline void store_some(cell *to, const vec *values) { store(to, *values); }
 inline void load_some(const cell *from, vec *values) { *values = load(from); }
+inline void copy_cells(cell *to, const cell *from) { store(to, load(from)); }
+inline void clear_cells(cell *to) { store(to, vec{}); }
 
 #endif
 

@@ -236,25 +236,30 @@ static bool bad(const rarefy_conv *c, const rarefy_pattern *p) {
 static int64_t inputs(const rarefy_conv *c) { return c->images * c->channels * c->in_size[0] * c->in_size[1]; }
 static int64_t outputs(const rarefy_conv *c) { return c->images * c->out_channels * c->out_size[0] * c->out_size[1]; }
 
+static bool known(int32_t activations) { return activations >= FLOAT32 && activations <= MEDIUM; }
+
 int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const void *x,
-                    const float *bias, void *y, int32_t half, int threads) {
+                    const float *bias, void *y, int32_t activations, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (bad(conv, pattern) || missing(values, pattern->num_units) || missing(x, inputs(conv)) || missing(y, outputs(conv))) {
+  if (bad(conv, pattern) || missing(values, pattern->num_units) || missing(x, inputs(conv)) || missing(y, outputs(conv)) ||
+      !known(activations)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->convolve(conv, pattern, values, x, bias, y, half != 0, thread_count(threads));
+  return kernels->convolve(conv, pattern, values, x, bias, y, Activations(activations), thread_count(threads));
 }
 
 int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values, const void *dy,
-                             const void *x, void *dx, float *dvalues, float *dbias, int32_t half, int threads) {
+                             const void *x, void *dx, float *dvalues, float *dbias, int32_t activations, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
   if (bad(conv, pattern) || missing(values, dx != nullptr ? pattern->num_units : 0) ||
-      missing(dvalues, pattern->num_units) || missing(dy, outputs(conv)) || missing(x, inputs(conv))) {
+      missing(dvalues, pattern->num_units) || missing(dy, outputs(conv)) || missing(x, inputs(conv)) ||
+      !known(activations)) {
     return RAREFY_BAD_ARGUMENT;
   }
-  return kernels->convolve_backward(conv, pattern, values, dy, x, dx, dvalues, dbias, half != 0, thread_count(threads));
+  return kernels->convolve_backward(conv, pattern, values, dy, x, dx, dvalues, dbias, Activations(activations),
+                                    thread_count(threads));
 }
 
 static bool bad(const rarefy_norm *n) {

@@ -1,5 +1,6 @@
-// Images in bands: VL images side by side for each pixel, so that a nonzero of a convolution works on whole vectors.
-// band[channel][row][pixel][VL], float32, with the padding around the pixels as zeros; lanes past the last image are zero.
+// Images in bands: kLanes images side by side for each pixel, so that a nonzero of a convolution works on whole vectors, and a
+// tap is a shift by whole vectors, whatever a cell is. band[channel][row][pixel][kLanes], in cells (float32 for gradients),
+// with the padding around the pixels as zeros; lanes past the last image are zero.
 // A band slides down the images: what the next rows need again moves up, and only new rows are packed.
 #pragma once
 
@@ -18,18 +19,22 @@ struct Images {
   int64_t at(int64_t image, int64_t row, int64_t pixel) const {
     return ((image * height + row) * width + pixel) * channels;
   }
-  int64_t live(int64_t first_image) const { return min64(VL, count - first_image); }
+  int64_t live(int64_t first_image) const { return min64(kLanes, count - first_image); }
 };
 
+// T: cell, or float for sums.
+template <class T>
 struct Band {
-  float *data;
+  T *data;
   int64_t channels, rows, width;  // width in pixels, padding included
   int64_t left;                   // pixels of padding before a row
-  float *at(int64_t c, int64_t row, int64_t pixel) const { return data + ((c * rows + row) * width + pixel) * VL; }
-  int64_t floats() const { return channels * rows * width * VL; }
-  int64_t channel_step() const { return rows * width * VL; }
+  T *at(int64_t c, int64_t row, int64_t pixel) const { return data + ((c * rows + row) * width + pixel) * kLanes; }
+  int64_t size() const { return channels * rows * width * kLanes; }
+  int64_t channel_step() const { return rows * width * kLanes; }
+  void clear() const { memset(data, 0, size_t(size()) * sizeof(T)); }
 };
 
+#if !defined(RAREFY_DOT_CELLS)
 // The channels of one pixel of `live` images, `stride` elements apart: out[c * step] holds VL lanes. What is past the last
 // whole block of channels is read together with channels before it, or, if there are none, from a copy.
 template <bool ACT, class T>
@@ -72,7 +77,9 @@ void pack_pixel(const T *pixel, int64_t stride, int64_t live, int64_t channels, 
   }
 }
 
-// The reverse. Channels before the last block may be written twice, to the same.
+#endif
+
+// The reverse, from sums of VL images. Channels before the last block may be written twice, to the same.
 template <class T>
 void unpack_pixel(const float *in, int64_t step, int64_t stride, int64_t live, int64_t channels, T *pixel) {
   for (int64_t from = 0; from < channels; from += VL) {
@@ -99,14 +106,14 @@ void unpack_pixel(const float *in, int64_t step, int64_t stride, int64_t live, i
 
 // One pixel of the images from `first_image` on: out[c * step].
 template <class T>
-void pack_pixel_of(const T *pixels, const Images &images, int64_t live, float *out, int64_t step) {
+void pack_pixel_of(const T *pixels, const Images &images, int64_t live, cell *out, int64_t step) {
   if (images.scale != nullptr) {
     pack_pixel<true>(pixels, images.image_stride(), live, images.channels, images.scale, images.shift, out, step);
   } else {
     pack_pixel<false>(pixels, images.image_stride(), live, images.channels, nullptr, nullptr, out, step);
   }
 }
-inline void pack_pixel_of(const Images &images, int64_t first_image, int64_t row, int64_t pixel, float *out, int64_t step) {
+inline void pack_pixel_of(const Images &images, int64_t first_image, int64_t row, int64_t pixel, cell *out, int64_t step) {
   const int64_t at = images.at(first_image, row, pixel), live = images.live(first_image);
   if (images.half) {
     pack_pixel_of(static_cast<const bf16 *>(images.data) + at, images, live, out, step);
@@ -114,23 +121,26 @@ inline void pack_pixel_of(const Images &images, int64_t first_image, int64_t row
     pack_pixel_of(static_cast<const float *>(images.data) + at, images, live, out, step);
   }
 }
+// The reverse, from sums.
 inline void unpack_pixel_of(const float *in, int64_t step, const Images &images, int64_t first_image, int64_t row,
                             int64_t pixel) {
-  const int64_t at = images.at(first_image, row, pixel), live = images.live(first_image);
-  if (images.half) {
-    unpack_pixel(in, step, images.image_stride(), live, images.channels, static_cast<bf16 *>(images.data) + at);
-  } else {
-    unpack_pixel(in, step, images.image_stride(), live, images.channels, static_cast<float *>(images.data) + at);
+  for (int lane = 0; lane < kLanes && first_image + lane < images.count; lane += VL) {
+    const int64_t at = images.at(first_image + lane, row, pixel), live = min64(VL, images.live(first_image) - lane);
+    if (images.half) {
+      unpack_pixel(in + lane, step, images.image_stride(), live, images.channels, static_cast<bf16 *>(images.data) + at);
+    } else {
+      unpack_pixel(in + lane, step, images.image_stride(), live, images.channels, static_cast<float *>(images.data) + at);
+    }
   }
 }
 
 // Rows [row, row + count) of the images, which may lie outside them and are zero there, to `count` rows of the band.
-inline void pack_band(const Images &images, int64_t first_image, int64_t row, int64_t count, const Band &band,
+inline void pack_band(const Images &images, int64_t first_image, int64_t row, int64_t count, const Band<cell> &band,
                       int64_t band_row) {
   for (int64_t r = 0; r < count; ++r) {
     if (row + r < 0 || row + r >= images.height) {
       for (int64_t c = 0; c < band.channels; ++c) {
-        memset(band.at(c, band_row + r, 0), 0, size_t(band.width * VL) * sizeof(float));
+        memset(band.at(c, band_row + r, 0), 0, size_t(band.width * kLanes) * sizeof(cell));
       }
       continue;
     }
@@ -141,7 +151,7 @@ inline void pack_band(const Images &images, int64_t first_image, int64_t row, in
 }
 
 // `count` rows of the band to rows [row, row + count) of the images; those outside are left out.
-inline void unpack_band(const Band &band, int64_t row, int64_t count, const Images &images, int64_t first_image) {
+inline void unpack_band(const Band<float> &band, int64_t row, int64_t count, const Images &images, int64_t first_image) {
   for (int64_t r = max64(0, -row); r < min64(count, images.height - row); ++r) {
     for (int64_t p = 0; p < images.width; ++p) {
       unpack_pixel_of(band.at(0, r, band.left + p), band.channel_step(), images, first_image, row + r, p);
@@ -150,11 +160,12 @@ inline void unpack_band(const Band &band, int64_t row, int64_t count, const Imag
 }
 
 // Rows [from, rows) move to the top; the rest are zeroed if `zero`.
-inline void slide(const Band &band, int64_t from, bool zero) {
-  const int64_t kept = max64(0, band.rows - from);
+template <class T>
+void slide(const Band<T> &band, int64_t from, bool zero) {
+  const int64_t kept = max64(0, band.rows - from), row_bytes = band.width * kLanes * int64_t(sizeof(T));
   for (int64_t c = 0; c < band.channels; ++c) {
-    if (kept > 0) memmove(band.at(c, 0, 0), band.at(c, from, 0), size_t(kept * band.width * VL) * sizeof(float));
-    if (zero) memset(band.at(c, kept, 0), 0, size_t((band.rows - kept) * band.width * VL) * sizeof(float));
+    if (kept > 0) memmove(band.at(c, 0, 0), band.at(c, from, 0), size_t(kept * row_bytes));
+    if (zero) memset(band.at(c, kept, 0), 0, size_t((band.rows - kept) * row_bytes));
   }
 }
 

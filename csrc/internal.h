@@ -10,7 +10,7 @@
 namespace rarefy {
 
 // What x, y, dy and dx hold. MEDIUM: float32, and a product may round its factors to bfloat16.
-enum Activations { FLOAT32, BFLOAT16, MEDIUM };
+enum Activations { FLOAT32 = RAREFY_FLOAT32, BFLOAT16 = RAREFY_BFLOAT16, MEDIUM = RAREFY_MEDIUM };
 
 // One instruction set's entry points. Arguments are as in rarefy.h, already checked; threads >= 1.
 struct Kernels {
@@ -30,9 +30,9 @@ struct Kernels {
                             void *dqkv, bool half, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                             int threads);
   int (*convolve)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *x, const float *bias,
-                  void *y, bool half, int threads);
+                  void *y, Activations, int threads);
   int (*convolve_backward)(const rarefy_conv *, const rarefy_pattern *, const float *values, const void *dy,
-                           const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads);
+                           const void *x, void *dx, float *dvalues, float *dbias, Activations, int threads);
   int (*norm_forward)(const rarefy_norm *, const void *x, const void *residual, void *y, int threads);
   int (*norm_backward)(const rarefy_norm *, const void *dy, const void *x, const void *y, void *dx, void *dresidual,
                        float *dweight, float *dbias, int threads);

@@ -5,7 +5,7 @@
 
 #include "adamw.h"
 #include "attention.h"
-#include "drive_conv.h"
+#include "drive_conv_turned.h"
 #include "drive_direct.h"
 #include "drive_few.h"
 #include "drive_mlp.h"
@@ -138,22 +138,13 @@ int mlp_backward(const rarefy_mlp *mlp, const void *dy, const void *x, const voi
 }
 
 int convolve(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *x, const float *bias,
-             void *y, bool half, int threads) {
-  const TileKernels *kernels = find_tiled(p);
-  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
-  const Conv c = conv_of(*conv);
-  return rarefy::convolve(p, kernels, c, values, inputs_of(c, x, half, conv->scale, conv->shift), bias,
-                          outputs_of(c, y, half), threads);
+             void *y, Activations activations, int threads) {
+  return rarefy::convolve(*conv, p, values, x, bias, y, activations == BFLOAT16, threads);
 }
 
 int convolve_backward(const rarefy_conv *conv, const rarefy_pattern *p, const float *values, const void *dy,
-                      const void *x, void *dx, float *dvalues, float *dbias, bool half, int threads) {
-  const TileKernels *kernels = find_tiled(p);
-  if (kernels == nullptr) return RAREFY_UNSUPPORTED_BLOCK;
-  const Conv c = conv_of(*conv);
-  return rarefy::convolve_backward(p, kernels, c, values, outputs_of(c, dy, half),
-                                   inputs_of(c, x, half, conv->scale, conv->shift), inputs_of(c, dx, half), dvalues, dbias,
-                                   threads);
+                      const void *x, void *dx, float *dvalues, float *dbias, Activations activations, int threads) {
+  return rarefy::convolve_backward(*conv, p, values, dy, x, dx, dvalues, dbias, activations == BFLOAT16, threads);
 }
 
 int attention(const void *qkv, const float *rotary, void *out, float *lse, bool half, int64_t batch, int64_t tokens,

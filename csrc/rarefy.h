@@ -117,15 +117,18 @@ typedef struct {
   const float *scale, *shift; /* (channels), or NULL: what is convolved is ReLU(x * scale + shift), and padding zero */
 } rarefy_conv;
 
+/* What images hold; MEDIUM: float32, where products may round their factors to bfloat16, and dbias what it adds. */
+enum { RAREFY_FLOAT32 = 0, RAREFY_BFLOAT16 = 1, RAREFY_MEDIUM = 2 };
+
 /* y = the convolution of x, + bias (out_channels), which may be NULL. All of y is written. Images are (images, height, width,
- * channels), in bfloat16 if `half`, else float32; values, bias and their gradients are float32. RAREFY_TOO_WIDE: what a few
- * pixels of one channel read would not fit into a cache, for taps spread too far. */
+ * channels), in what `activations` says; values, bias and their gradients are float32. RAREFY_TOO_WIDE: what a few pixels of
+ * one channel read would not fit into a cache, for taps spread too far. */
 RAREFY_API int rarefy_convolve(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
-                               const void *x, const float *bias, void *y, int32_t half, int threads);
+                               const void *x, const float *bias, void *y, int32_t activations, int threads);
 /* dvalues, dx and dbias, the last two unless NULL, in one pass over dy. dx is the gradient of what is convolved. */
 RAREFY_API int rarefy_convolve_backward(const rarefy_conv *conv, const rarefy_pattern *pattern, const float *values,
                                         const void *dy, const void *x, void *dx, float *dvalues, float *dbias,
-                                        int32_t half, int threads);
+                                        int32_t activations, int threads);
 
 /* Batch normalisation over rows (rows, channels), then a residual added and ReLU, where asked for:
  * y = act((x - mean) / sqrt(var + eps) * weight + bias + residual). */

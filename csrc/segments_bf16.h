@@ -59,7 +59,7 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
       }
 #pragma GCC unroll 4
       for (int s = 0; s < ROWS; ++s) {
-        float *out = sums + places.at(segments[s].row) + r0 * P + v0 * places.step;
+        float *out = sums + places.at(segments[s].row) + r0 * P + v0 / 2 * places.step;
 #pragma GCC unroll 16
         for (int r = 0; r < RT; ++r) add_to_row(sum[s][r], out + r * P, places.step);
       }
@@ -78,7 +78,7 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
 #pragma GCC unroll 4
   for (int s = 0; s < ROWS; ++s) {
 #pragma GCC unroll 8
-    for (int v = 0; v < HV; ++v) own[s][v] = cells_at(x + places.at(segments[s].row) + 2 * v * places.step);
+    for (int v = 0; v < HV; ++v) own[s][v] = cells_at(x + places.at(segments[s].row) + v * places.step);
   }
   // A pair of inputs for row s: both gradients, where `at` is its place in the pairs of the stream.
   auto product = [&](int s, int64_t at, const cell *first, const cell *second) __attribute__((always_inline)) {
@@ -107,7 +107,9 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
     for (int64_t k = 0; k < length; ++k) {
       const cell *dy = input_at(tile, offsets[k]);
 #pragma GCC unroll 8
-      for (int i = 0; i < BR; i += 2) product(0, (k * BR + i) / 2, dy + i * (NV * VL), dy + (i + 1) * (NV * VL));
+      for (int i = 0; i < BR; i += 2) {
+        product(0, (k * BR + i) / 2, dy + i * places.input_step, dy + (i + 1) * places.input_step);
+      }
     }
   } else {
     for (int64_t k = 0; k < length / 2; ++k) {
@@ -138,7 +140,7 @@ inline void unit_dots(const cell *dy, const cell *x, int64_t x_step, Dots<false>
         __m512i columns[RJ];
 #pragma GCC unroll 4
         for (int j = 0; j < RJ; ++j) {
-          columns[j] = cells_at(x + (j0 + j) * P + v * x_step);
+          columns[j] = cells_at(x + (j0 + j) * P + v / 2 * x_step);
           pin(columns[j]);
         }
 #pragma GCC unroll 16

@@ -85,7 +85,8 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
 #pragma GCC unroll 8
       for (int i = 0; i < BR; i += 2) {
         const weight *value = values + k * BR + i;
-        const vec a = product(0, dy + i * (NV * VL), value), b = product(0, dy + (i + 1) * (NV * VL), value + 1);
+        const vec a = product(0, dy + i * places.input_step, value);
+        const vec b = product(0, dy + (i + 1) * places.input_step, value + 1);
         store(out + (k * BR + i) / 2 * VL, join<1>(a, b));
       }
     }

@@ -239,11 +239,14 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
   }
 }
 
-// Sums that leave their registers: added to memory, a vector every `step` floats.
+// Sums that leave their registers: added to memory, kLanes of them every `step` floats.
 template <int NV>
 __attribute__((always_inline)) inline void add_to_row(const vec (&sums)[NV], float *row, int64_t step) {
 #pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) store(row + v * step, load(row + v * step) + sums[v]);
+  for (int v = 0; v < NV; ++v) {
+    float *at = row + v / kCellVectors * step + v % kCellVectors * VL;
+    store(at, load(at) + sums[v]);
+  }
 }
 
 inline const cell *input_at(const cell *tile, uint16_t offset) {

@@ -17,16 +17,28 @@ namespace {
 
 constexpr bool kPairedBackward = VL == 16;  // two rows of x and of sums take the registers that only AVX-512 has
 
-// Where a row's vectors lie: `at(row)` floats from the beginning of the chunk, `step` floats from one to the next.
+// Where a row's vectors of cells lie, and the sums of as many tokens: `at(row)` from the beginning of the chunk, `step` from
+// one to the next. The inputs of a unit lie `input_step` apart.
 template <int RB, int NV>
 struct InPanels {
-  static constexpr int64_t step = VL;
+  static constexpr int64_t step = kLanes;
+  static constexpr int64_t input_step = NV * VL;
   static constexpr int64_t at(int64_t row) { return row * (RB * NV * VL); }
 };
+
+constexpr int kWide = 4;           // vectors in a panel when there are tokens enough to fill it
+constexpr int kPanel = kWide * VL;  // its tokens
+
 struct Scattered {  // for rows of one output
-  const int32_t *offsets;
+  const int32_t *places;
   int64_t step;
-  int64_t at(int64_t row) const { return offsets[row]; }
+  static constexpr int64_t input_step = kPanel;
+  int64_t at(int64_t row) const { return places[row]; }
+};
+struct Apart {  // panels, but for the inputs
+  int64_t input_step;
+  static constexpr int64_t step = kLanes;
+  static constexpr int64_t at(int64_t row) { return row * kPanel; }
 };
 
 // All segments of one (chunk, tile).
@@ -119,10 +131,11 @@ struct TileKernels {
   using ScatteredBackward = void(const Stream &, int64_t at, const cell *tile, const cell *x, float *dx_sums,
                                  float *dots_buffer, float *dvalues, bool add, Scattered);
   ScatteredBackward *scattered, *scattered_values;
+  // The same with the inputs of a unit apart; null where kApart is not.
+  using ApartBackward = void(const Stream &, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
+                             float *dvalues, bool add, Apart);
+  ApartBackward *apart, *apart_values;
 };
-
-constexpr int kWide = 4;           // vectors in a panel when there are tokens enough to fill it
-constexpr int kPanel = kWide * VL;  // its tokens
 
 template <int RB, int CB, bool WT>
 void multiply_panel_tile(const Stream &s, int64_t at, const cell *tile, float *sums, Prefetch &prefetch) {
@@ -133,12 +146,16 @@ void backward_panel_tile(const Stream &s, int64_t at, const cell *tile, const ce
                          float *dvalues, bool add, Prefetch &prefetch) {
   backward_tile<BR, BC, kWide, DX>(s, at, tile, x, dx_sums, dots_buffer, dvalues, add, prefetch, InPanels<BC, kWide>());
 }
-template <int BR, bool DX>
-void backward_scattered_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, float *dx_sums,
-                             float *dots_buffer, float *dvalues, bool add, Scattered places) {
+template <int BR, bool DX, class Places>
+void backward_placed_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
+                          float *dvalues, bool add, Places places) {
   Prefetch none;
   backward_tile<BR, 1, kWide, DX>(s, at, tile, x, dx_sums, dots_buffer, dvalues, add, none, places);
 }
+
+// Units whose inputs may lie apart. With float32 cells taller ones lose a few percent by it (drive_conv_turned.h).
+template <int BR, int BC>
+constexpr bool kApart = BC == 1 && (BR == 1 || kDotCells);
 
 // Block shapes with a kernel. Each costs some seconds of compilation per target, so the list holds what is used.
 #define RAREFY_BLOCKS(OF) OF<1, 1>, OF<4, 1>, OF<8, 1>, OF<4, 4>, OF<8, 8>, OF<16, 16>
@@ -148,8 +165,10 @@ constexpr TileKernels kTileKernels = {multiply_panel_tile<BR, BC, false>,
                                       multiply_panel_tile<BC, BR, true>,
                                       backward_panel_tile<BR, BC, true>,
                                       backward_panel_tile<BR, BC, false>,
-                                      BC == 1 ? backward_scattered_tile<(BC == 1 ? BR : 1), true> : nullptr,
-                                      BC == 1 ? backward_scattered_tile<(BC == 1 ? BR : 1), false> : nullptr};
+                                      BC == 1 ? backward_placed_tile<(BC == 1 ? BR : 1), true, Scattered> : nullptr,
+                                      BC == 1 ? backward_placed_tile<(BC == 1 ? BR : 1), false, Scattered> : nullptr,
+                                      kApart<BR, BC> ? backward_placed_tile<(kApart<BR, BC> ? BR : 1), true, Apart> : nullptr,
+                                      kApart<BR, BC> ? backward_placed_tile<(kApart<BR, BC> ? BR : 1), false, Apart> : nullptr};
 
 struct TiledBlock {
   int64_t rows, cols;

@@ -191,6 +191,45 @@ def wide_conv_units(gradient: torch.Tensor, conv: SparseConv2d) -> torch.Tensor:
     return blocks[pattern.unit_indices()].view(conv.values.shape)
 
 
+@pytest.mark.parametrize("block", [1, (4, 1), 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [name for name in available() if name not in ("reference", "tiled")])
+def test_norm_relu_conv_where_products_round_their_factors(backend, dtype, block):
+    norm, conv = drawn_norm(36).eval(), SparseConv2d(36, 8, 3, padding=1, density=0.5, block=block, bias=False)
+    x = images(40, 36, 5, 4, dtype=dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with using(backend):
+            y = norm_relu_conv(norm, conv, x)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            (dvalues,) = torch.autograd.grad(y, [conv.values], dy)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    scaled, shift = x.double() * scale.view(-1, 1, 1), norm.bias.double() - norm.running_mean.double() * scale
+    z = F.relu(scaled + shift.view(-1, 1, 1))
+    reach = scaled.abs() + (norm.bias.double().abs() + (norm.running_mean.double() * scale).abs()).view(-1, 1, 1)
+    wide = conv.to_dense().double()
+    weight = wide.weight.detach()
+
+    def gradient(images: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        dense = torch.zeros_like(weight, requires_grad=True)
+        (found,) = torch.autograd.grad(F.conv2d(images, dense, padding=1), [dense], dy)
+        return wide_conv_units(found, conv)
+
+    sums = 2**-23 * (dy.numel() + 8)  # of fp32: more than has any of these sums
+    for found, exact, size, affine in (
+        (y, F.conv2d(z, weight, padding=1), *(F.conv2d(a, weight.abs(), padding=1) for a in (z, reach))),
+        (dvalues, gradient(z, dy.double()), *(gradient(a, dy.double().abs()) for a in (z, reach))),
+    ):
+        # Both factors, and the result; of what ReLU left, and of what it took its choice by.
+        bound = ((1 + 2**-8) ** 3 - 1 + sums) * size + 2**-21 * affine
+        assert ((found.double() - exact).abs() <= bound).all()
+
+
 def test_fused_and_apart_in_bf16_with_hooks_and_compiled():
     norm, conv = drawn_norm(8), SparseConv2d(8, 8, 3, padding=1, density=0.5)
     x = images(16, 8, 6, 6, dtype=torch.bfloat16)

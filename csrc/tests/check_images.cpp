@@ -20,6 +20,13 @@ const Case kCases[] = {
     {4, 8, 8, {6, 30}, {2, 2}, {1, 1}, {3, 2}, {1, 1}, 8, 8, 0.5},
     {20, 40, 24, {4, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, 0.1},
     {3, 5, 4, {5, 5}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 1, 1, 0.0},
+    {33, 35, 10, {5, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, 0.2},
+    {32, 5, 20, {3, 7}, {3, 2}, {1, 3}, {1, 1}, {1, 2}, 4, 1, 0.4},
+    {70, 3, 16, {4, 4}, {3, 3}, {2, 1}, {1, 1}, {1, 1}, 8, 1, 0.5},
+    {24, 8, 12, {5, 6}, {3, 3}, {1, 2}, {1, 1}, {1, 1}, 4, 4, 0.3},
+    {40, 8, 16, {4, 3}, {2, 2}, {1, 1}, {1, 0}, {1, 1}, 8, 8, 0.5},
+    {48, 16, 32, {3, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 16, 16, 0.4},
+    {65, 32, 4, {2, 2}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, 1.0},
 };
 
 Floats copy(const Guarded &from) { return Floats(from.data(), from.data() + from.size()); }
@@ -96,62 +103,96 @@ struct Conv {
   Floats values, x, dy, bias;
 };
 
-void check_convolution(const Case &c, uint64_t seed, Tally &forward, Tally &backward, Tally &halves) {
-  Conv p(c, seed);
-  const auto count = [](const Floats &floats) { return int64_t(floats.size()); };
-  Truth y(count(p.dy)), dx(count(p.x)), dvalues(count(p.values)), dbias(count(p.bias));
-  for (int64_t i = 0; i < count(p.dy); ++i) {
-    y.add(i, double(p.bias[i % c.out]));
-    dbias.add(i % c.out, double(p.dy[i]));
+constexpr double kRounding = 0x1p-8;  // of a number that becomes bfloat16, in parts of it
+
+// Of `roundings` factors of a product, in parts of it.
+double rounded(int roundings) { return pow(1.0 + kRounding, roundings) - 1.0; }
+
+// Whether bfloat16 images' products, and those under medium precision, round their factors.
+bool rounds_factors(const Conv &p) { return strcmp(rarefy_isa(), "avx512bf16") == 0 && p.shape.images > 16; }
+
+// What a convolution and its gradients should be.
+struct Truths {
+  Truths(const Conv &p, const Floats &x, const Floats &dy)
+      : y(int64_t(dy.size())), dx(int64_t(x.size())), dvalues(int64_t(p.values.size())), dbias(int64_t(p.bias.size())) {
+    const int64_t outputs = dbias.exact.size();
+    for (int64_t i = 0; i < int64_t(dy.size()); ++i) {
+      y.add(i, double(p.bias[i % outputs]));
+      dbias.add(i % outputs, double(dy[i]));
+    }
+    p.products([&](int64_t value, int64_t in, int64_t out) {
+      y.add(out, double(p.values[value]) * x[in]);
+      dx.add(in, double(p.values[value]) * dy[out]);
+      dvalues.add(value, double(dy[out]) * x[in]);
+    });
   }
-  p.products([&](int64_t value, int64_t in, int64_t out) {
-    y.add(out, double(p.values[value]) * p.x[in]);
-    dx.add(in, double(p.values[value]) * p.dy[out]);
-    dvalues.add(value, double(p.dy[out]) * p.x[in]);
-  });
+  Truth y, dx, dvalues, dbias;
+};
+
+// Errors beyond those of float32 sums, in parts of the magnitudes.
+struct Roundings {
+  double images;  // of y and dx
+  double dvalues, dbias;
+};
+
+Floats wide(const Guarded &from) { return copy(from); }
+Floats wide(const GuardedHalves &from) { return from.floats(); }
+
+// Images: what y and dx are.
+template <class Images, class T>
+void check_images(const Conv &p, const Truths &truths, const T *x, const T *dy, int32_t activations, const Roundings &roundings,
+                  Tally &forward, Tally &backward) {
   Floats first_y, first_dx, first_dvalues;
   for (const int threads : {1, 1, 2, 3}) {
-    Guarded found(p.dy.size()), found_dx(p.x.size()), found_dvalues(p.values.size()), found_dbias(p.bias.size());
-    const bool ran = rarefy_convolve(&p.shape, &p.pattern, p.values.data(), p.x.data(), p.bias.data(), found.data(), 0,
-                                     threads) == RAREFY_OK;
-    forward.check(copy(found), y, 0.0, ran && found.intact());
-    const bool back = rarefy_convolve_backward(&p.shape, &p.pattern, p.values.data(), p.dy.data(), p.x.data(),
-                                               found_dx.data(), found_dvalues.data(), found_dbias.data(), 0,
-                                               threads) == RAREFY_OK;
-    backward.check(copy(found_dx), dx, 0.0, back && found_dx.intact());
-    backward.check(copy(found_dvalues), dvalues, 0.0, found_dvalues.intact());
-    backward.check(copy(found_dbias), dbias, 0.0, found_dbias.intact());
+    Images y(p.dy.size()), dx(p.x.size());
+    Guarded dvalues(p.values.size()), dbias(p.bias.size()), only_values(p.values.size());
+    const bool ran = rarefy_convolve(&p.shape, &p.pattern, p.values.data(), x, p.bias.data(), y.data(), activations, threads) ==
+                     RAREFY_OK;
+    forward.check(wide(y), truths.y, roundings.images, ran && y.intact());
+    const bool back = rarefy_convolve_backward(&p.shape, &p.pattern, p.values.data(), dy, x, dx.data(), dvalues.data(),
+                                               dbias.data(), activations, threads) == RAREFY_OK;
+    backward.check(wide(dx), truths.dx, roundings.images, back && dx.intact());
+    backward.check(copy(dvalues), truths.dvalues, roundings.dvalues, dvalues.intact());
+    backward.check(copy(dbias), truths.dbias, roundings.dbias, dbias.intact());
     if (first_y.empty()) {
-      first_y = copy(found);
-      first_dx = copy(found_dx);
-      first_dvalues = copy(found_dvalues);
-    } else if (first_y != copy(found) || first_dx != copy(found_dx) || first_dvalues != copy(found_dvalues)) {
+      first_y = wide(y);
+      first_dx = wide(dx);
+      first_dvalues = copy(dvalues);
+    } else if (first_y != wide(y) || first_dx != wide(dx) || first_dvalues != copy(dvalues)) {
       ++backward.failures;  // other bits with other threads
     }
-    Guarded only_values(p.values.size());
-    const bool without = rarefy_convolve_backward(&p.shape, &p.pattern, p.values.data(), p.dy.data(), p.x.data(), nullptr,
-                                                  only_values.data(), nullptr, 0, threads) == RAREFY_OK;
-    backward.check(copy(only_values), dvalues, 0.0, without && only_values.intact());
+    const bool without = rarefy_convolve_backward(&p.shape, &p.pattern, p.values.data(), dy, x, nullptr, only_values.data(),
+                                                  nullptr, activations, threads) == RAREFY_OK;
+    backward.check(copy(only_values), truths.dvalues, roundings.dvalues, without && only_values.intact());
   }
-  // The truth of rounded images, but for the rounding of the result.
-  const Halves narrow_x = narrow(p.x);
-  const Floats rounded = widen(narrow_x);
-  Truth y_half(count(p.dy));
-  for (int64_t i = 0; i < count(p.dy); ++i) y_half.add(i, double(p.bias[i % c.out]));
-  p.products([&](int64_t value, int64_t in, int64_t out) { y_half.add(out, double(p.values[value]) * rounded[in]); });
-  GuardedHalves found(p.dy.size());
-  const bool ran = rarefy_convolve(&p.shape, &p.pattern, p.values.data(), narrow_x.data(), p.bias.data(), found.data(), 1,
-                                   2) == RAREFY_OK;
-  halves.check(found.floats(), y_half, 0x1p-8, ran && found.intact());
+}
+
+struct Tallied {
+  Tally forward, backward, halves, medium;
+};
+
+void check_convolution(const Case &c, uint64_t seed, Tallied &to) {
+  const Conv p(c, seed);
+  const Truths truths(p, p.x, p.dy);
+  check_images<Guarded>(p, truths, p.x.data(), p.dy.data(), RAREFY_FLOAT32, {}, to.forward, to.backward);
+  const bool rounds = rounds_factors(p);
+  const Roundings medium = {rounded(rounds ? 2 : 0), rounded(rounds ? 2 : 0), rounded(rounds ? 1 : 0)};
+  check_images<Guarded>(p, truths, p.x.data(), p.dy.data(), RAREFY_MEDIUM, medium, to.medium, to.medium);
+  const Halves x = narrow(p.x), dy = narrow(p.dy);
+  check_images<GuardedHalves>(p, Truths(p, widen(x), widen(dy)), x.data(), dy.data(), RAREFY_BFLOAT16,
+                              {rounded(rounds ? 2 : 1), 0.0, 0.0}, to.halves, to.halves);  // of the value, and of the result
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
   return on_every_isa(argc, argv, [] {
-    Tally forward, backward, halves;
+    Tallied tallied;
     uint64_t seed = 0;
-    for (const Case &c : kCases) check_convolution(c, ++seed, forward, backward, halves);
-    return Tallies{{"convolve", forward}, {"backward", backward}, {"bfloat16", halves}};
+    for (const Case &c : kCases) check_convolution(c, ++seed, tallied);
+    return Tallies{{"convolve", tallied.forward},
+                   {"backward", tallied.backward},
+                   {"bfloat16", tallied.halves},
+                   {"medium", tallied.medium}};
   });
 }

@@ -44,6 +44,13 @@ def _images(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().to(dtype).contiguous(memory_format=torch.channels_last) for tensor in tensors]
 
 
+def _activations(images: Tensor) -> int:
+    """Of csrc/rarefy.h: RAREFY_BFLOAT16, RAREFY_MEDIUM or RAREFY_FLOAT32."""
+    if images.dtype is torch.bfloat16:
+        return 1
+    return 2 if torch.get_float32_matmul_precision() == "medium" else 0
+
+
 def _new_images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Channels_last, in memory that is reused."""
     count, channels, height, width = shape
@@ -71,8 +78,7 @@ def convolve(
     library = load()
     assert isinstance(library, ctypes.CDLL)
     pointers = (values.data_ptr(), images.data_ptr(), None if offset is None else offset.data_ptr(), y.data_ptr())
-    half = images.dtype is torch.bfloat16
-    arguments = (ctypes.byref(conv), ctypes.byref(pattern), *pointers, half, torch.get_num_threads())
+    arguments = (ctypes.byref(conv), ctypes.byref(pattern), *pointers, _activations(images), torch.get_num_threads())
     code = library.rarefy_convolve(*arguments)
     if code == _TOO_WIDE:
         return None
@@ -97,7 +103,13 @@ def convolve_backward(
     conv, pattern = _c_conv(tuple(x.shape), tuple(dy.shape), geometry, affine), c_pattern(index)
     outputs = (None if dx is None else dx.data_ptr(), dvalues.data_ptr(), None if dbias is None else dbias.data_ptr())
     inputs = (wide.data_ptr(), dy_images.data_ptr(), x_images.data_ptr())
-    half = x_images.dtype is torch.bfloat16
-    arguments = (ctypes.byref(conv), ctypes.byref(pattern), *inputs, *outputs, half, torch.get_num_threads())
+    arguments = (
+        ctypes.byref(conv),
+        ctypes.byref(pattern),
+        *inputs,
+        *outputs,
+        _activations(x_images),
+        torch.get_num_threads(),
+    )
     call("rarefy_convolve_backward", *arguments)
     return dx, dvalues, dbias
