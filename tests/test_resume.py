@@ -133,7 +133,7 @@ def half(tmp_path, straight) -> Path:
     [
         (["--density", "0.2"], "plan.density 0.1, and 0.2"),
         (["--width", "64"], "width 32, and 64"),
-        (["--lr", "0.5"], "lr 0.002, and 0.5"),
+        (["--lr", "0.5"], "lr 0.004, and 0.5"),
         (["--seed", "4"], "seed 3, and 4"),
         (["--no-twin"], "twin True, and False"),
         (["--steps", "90"], f"has {STEPS} steps, and its schedules depend on that"),

@@ -15,7 +15,7 @@ import fit_scaling
 from rarefy.foresight import Law, Point, shipped_law
 from rarefy.foresight.fitting import Run, fit, left_out, relative_errors
 from rarefy.foresight.law import PAPER, density_factor
-from rarefy.foresight.records import run_of, tuned
+from rarefy.foresight.records import NETWORK, run_of, tuned
 
 TRUE: dict[str, Any] = {"E": 0.6, "A": 120.0, "B": 90.0}
 
@@ -128,7 +128,7 @@ def test_the_law_that_comes_along_says_where_it_is_from():
 
 def record(method: str | None, rate: float, loss: float, steps: int = 100, **plan) -> dict:
     """As `rarefy.compare.records` writes it, as far as it is looked at."""
-    settings = {"width": 64, "layers": 2, "context": 32, "batch": 4, "accumulate": 1, "dense_lr": rate}
+    settings = {"width": 64, "layers": 2, "context": 32, "batch": 4, "accumulate": 1, "dense_lr": rate, **NETWORK}
     if method is not None:
         usual = {"method": {"name": method}, "block": 1, "distribution": "uniform", "low_rank": 0}
         settings |= {"plan": {**usual, **plan}, "lr": rate, "sparse_lr": rate, "ramp": 0}
@@ -147,6 +147,10 @@ def test_a_record_becomes_a_run():
     assert run_of(record("rigl", 1e-3, 1.5)) is None and run_of(record("set", 1e-3, 1.5, low_rank=2)) is None
     assert run_of({**record("set", 1e-3, 1.5), "state": "diverged"}) is None
     assert run_of({**record("set", 1e-3, 1.5), "nonzeros": [900, 800]}) is None
+    for name in NETWORK:  # of another network, or from before there was a choice
+        other = record("set", 1e-3, 1.5)
+        del other["settings"][name]
+        assert run_of(other) is None
 
 
 def test_of_several_rates_the_best_counts_length_by_length():

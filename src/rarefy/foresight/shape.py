@@ -54,9 +54,9 @@ class Shape:
 
     @property
     def fits(self) -> bool:
-        """Whether heads share the width, and units divide all layers."""
+        """Whether heads share the width, in pairs that rotary positions turn, and units divide all layers."""
         divides = self.dense or all(not (out % self.block[0] or inp % self.block[1]) for out, inp in self.linears)
-        return self.width % self.heads == 0 and divides
+        return self.width % (2 * self.heads) == 0 and divides
 
     def parameters(self) -> list[tuple[int, int]]:
         """(leading indices, numbers) of every trained tensor."""
@@ -65,7 +65,7 @@ class Shape:
         for shape in self.linears:
             leading = shape[0] if self.dense else self.units(shape)
             block += [(leading, self.weights(shape)), (shape[0], shape[0])]
-        outside = [(VOCABULARY, VOCABULARY * C)] * 2 + [(self.context, self.context * C), (C, C), (C, C)]
+        outside = [(VOCABULARY, VOCABULARY * C)] * 2 + [(C, C), (C, C)]
         return outside + block * self.layers
 
     @property
