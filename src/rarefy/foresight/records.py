@@ -17,8 +17,8 @@ METHODS = ("static", "set")
 """Sparse runs of these count: the law knows nothing of methods, and these are the planner's."""
 
 NETWORK = {"positions": "rotary", "token_shift": True, "activation": "squared_relu"}
-"""What the planner's networks are besides their sizes: others learn at other speeds. Records from before there were these
-settings are of other networks."""
+"""What the planner's networks are besides their sizes: others learn at other speeds. Records from before there were
+these settings are of other networks."""
 
 SAME_LENGTH = 1.25
 """Runs of one network whose bytes differ by less are as long as each other: heats, or finals."""
