@@ -14,12 +14,17 @@ DENSE_RATES = (1.5e-3, 3e-3)
 """Peak rates of each width of dense networks: what is best falls with the width."""
 
 DEPTH = 2
-"""Of all but a few: in runs of minutes what a layer costs beside its products is more than it brings."""
+"""Of all but a few: in heats of half a minute two layers beat four and six (docs/log.md)."""
 
 DEPTHS = (3, 4)
 """Of the network of the middle width, besides."""
 
-SPARSE = ("width={wide}", "width={wider}", "width={wide},density=0.2", "width={wide},layers=4")
+SPARSE = (
+    f"width={{wide}},layers={DEPTH}",
+    f"width={{wider}},layers={DEPTH}",
+    f"width={{wide}},layers={DEPTH},density=0.2",
+    "width={wide},layers=4",
+)
 """What each pattern method runs with, in blocks of 4x4: with two methods as many heats as dense networks have."""
 
 METHODS = ("static", "set")
@@ -31,5 +36,4 @@ def default_field(minutes: float) -> tuple[str, ...]:
     dense = [f"dense:width={width},layers={DEPTH},dense_lr={rate:g}" for width in widths for rate in DENSE_RATES]
     dense += [f"dense:width={widths[1]},layers={depth},dense_lr={DENSE_RATES[0]:g}" for depth in DEPTHS]
     shapes = [text.format(wide=2 * widths[0], wider=2 * widths[1]) for text in SPARSE]
-    shapes = [shape if "layers" in shape else f"{shape},layers={DEPTH}" for shape in shapes]
     return (*dense, *(f"{method}:{shape},block=4" for method in METHODS for shape in shapes))
