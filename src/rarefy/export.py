@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -245,6 +245,9 @@ _GPT2_NAMES = {
 """Part of a name in `rarefy.models.GPT` -> in transformers' GPT2LMHeadModel. Both split qkv into thirds, then heads."""
 
 
+_BYTES = {"vocab_size": 256, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+"""What transformers is told of tokens that are bytes, in either of its models."""
+
 _ACTIVATIONS = {"gelu": "gelu", "squared_relu": "relu2"}
 """As transformers calls them."""
 
@@ -265,6 +268,10 @@ _GPT_NEOX_NAMES = {
 """For transformers' GPTNeoXForCausalLM, whose rows of query_key_value are split into heads first, then into thirds."""
 
 
+def _renamed(parts: Sequence[str], names: Mapping[str, str]) -> str:
+    return ".".join(names.get(part, part) for part in parts)
+
+
 def _as_gpt_neox(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and settings of the GPTNeoXForCausalLM that computes what `rarefy.models.GPT` does."""
     named = {}
@@ -273,11 +280,10 @@ def _as_gpt_neox(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tupl
         if "qkv" in parts:
             thirds = tensor.unflatten(0, (3, config["heads"], config["width"] // config["heads"]))
             tensor = thirds.transpose(0, 1).reshape(tensor.shape).contiguous()
-        named[".".join(_GPT_NEOX_NAMES.get(part, part) for part in parts)] = tensor
+        named[_renamed(parts, _GPT_NEOX_NAMES)] = tensor
     return named, {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
-        "vocab_size": state["embedding.weight"].shape[0],
         "max_position_embeddings": config["context"],
         "hidden_size": config["width"],
         "num_hidden_layers": config["layers"],
@@ -291,9 +297,7 @@ def _as_gpt_neox(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tupl
         "attention_bias": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        **_BYTES,
     }
 
 
@@ -303,11 +307,10 @@ def _as_gpt2(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[di
     for name, tensor in state.items():
         parts = name.split(".")
         conv1d = parts[-1] == "weight" and parts[-2] in ("qkv", "out", "up", "down")
-        named[".".join(_GPT2_NAMES.get(part, part) for part in parts)] = tensor.T if conv1d else tensor
+        named[_renamed(parts, _GPT2_NAMES)] = tensor.T if conv1d else tensor
     return named, {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": state["embedding.weight"].shape[0],
         "n_positions": config["context"],
         "n_embd": config["width"],
         "n_layer": config["layers"],
@@ -318,7 +321,5 @@ def _as_gpt2(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[di
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        **_BYTES,
     }
