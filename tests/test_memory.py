@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -100,3 +103,31 @@ def test_a_layers_output_is_reused_from_step_to_step():
     x = torch.randn(2048, 64)
     places = {layer(x).data_ptr() for _ in range(4)}
     assert len(places) == 1
+
+
+FAULTS_AGAIN = """
+import resource
+import torch
+from rarefy.ops import memory
+{wish}
+def use():
+    return [torch.empty(1 << 19).fill_(1) for _ in range(16)]
+for _ in range(3):
+    use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to keep")
+def test_what_a_step_frees_serves_the_next_one():
+    def faults(wish: str) -> int:
+        code = FAULTS_AGAIN.format(wish=wish)
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+    pages = 5 * 16 * 2 * 512  # of what is used, 4 KiB each
+    if faults("") < pages // 100:
+        pytest.skip("here glibc keeps it by itself, or the system's pages are large")
+    assert faults("memory.keep_freed()") < pages // 100

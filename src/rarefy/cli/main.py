@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rarefy.ops.memory import keep_freed
 from rarefy.settings import unknown
 
 COMMANDS = {
@@ -34,6 +35,7 @@ Task = tuple[type[Any], Callable[[Any], None]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (None: this process's). Exit status: 0, 2 for what the user can mend, 130 for a stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_freed()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rarefy.compare.jobs import Job
 from rarefy.compare.run import run_job
+from rarefy.ops.memory import keep_freed
 from rarefy.recipes.images import ImagesTask
 from rarefy.recipes.task import Task
 from rarefy.recipes.text import TextTask
@@ -67,6 +68,7 @@ class Orphan:
 
 def main() -> int:
     """Make the run that the input describes. Exit status: 0 with a record written, `INTERRUPTED`, or 1."""
+    keep_freed()
     with StopRequest() as stop:
         wish = json.load(sys.stdin)
         kind = TASKS[wish["task"]]
