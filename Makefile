@@ -25,8 +25,9 @@ help:           ## this list
 demo: .venv/rarefy  ## train a language model sparse, beside its dense twin: three minutes, then a table and a report
 	@$(BIN)/rarefy train text $(ARGS)
 
+# Several processes share the cores, so a thread that waits for others sleeps.
 test: .venv/dev     ## all tests
-	@$(BIN)/python -m pytest -q --durations=15 $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal --durations=15 $(ARGS)
 
 test-gpu: .venv/dev ## the Triton kernels' tests on this machine's NVIDIA GPU, compiled, not interpreted
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no NVIDIA GPU here"; exit 1; }
