@@ -19,9 +19,8 @@ def finalists(
     Args:
         records: label -> record of its heat; who did not finish is out.
     """
-    sign = -1 if task.metric.higher_is_better else 1
     done = [one for one in contenders if records[one.label]["state"] == FINISHED]
-    done.sort(key=lambda one: sign * records[one.label]["final"])
+    done.sort(key=lambda one: task.metric.sign * records[one.label]["final"])
     chosen = [one for one in done if one.dense][:each]
     sparse = [one for one in done if not one.dense]
     chosen += [one for one in sparse if not _rewires(one)][:each]
@@ -30,9 +29,11 @@ def finalists(
 
 def control(task: Task, chosen: Sequence[Contender], records: Mapping[str, Mapping[str, Any]]) -> list[Contender]:
     """A dense network of as many weights as the best sparse finalist, if there is one."""
-    sign = -1 if task.metric.higher_is_better else 1
     sparse = [one for one in chosen if not one.dense]
-    return [_small_dense(task, min(sparse, key=lambda one: sign * records[one.label]["final"]))] if sparse else []
+    if not sparse:
+        return []
+    best = min(sparse, key=lambda one: task.metric.sign * records[one.label]["final"])
+    return [_small_dense(task, best)]
 
 
 def _rewires(contender: Contender) -> bool:
