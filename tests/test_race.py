@@ -15,7 +15,7 @@ import torch
 
 from rarefy.cli.main import main
 from rarefy.cli.race import minutes_of
-from rarefy.compare import TextTask
+from rarefy.compare import TextTask, pace
 from rarefy.compare.contenders import parse_contender, parse_contenders
 from rarefy.compare.jobs import jobs
 from rarefy.compare.run import Run
@@ -191,6 +191,20 @@ def test_a_race_cut_short_goes_on_to_the_same_end(text, tmp_path, number):
     assert not unclocked(out)
     assert main(arguments(text, out, *more)) == 0
     assert unclocked(out) == unclocked(straight) and len(unclocked(out)) == 2
+
+
+def test_what_was_rehearsed_at_length_is_kept(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pace, "LEAST_S", 0.0)
+    monkeypatch.setattr(pace, "REHEARSED", 0.5)
+    more = ["--contenders", "dense", "set:interval=3", "--budget", "1s", "--no-report", "--json"]
+    given = arguments(text, tmp_path, *more)
+    assert main(given) == 0
+    first = json.loads(capsys.readouterr().out)
+    keys = list(json.loads((tmp_path / "pace.json").read_text())["paces"])
+    assert len(keys) == 4 and [key.endswith("-0.5s") for key in keys] == [False, False, True, True]
+    monkeypatch.setattr(pace, "rehearse", None)
+    assert main(given) == 0
+    assert json.loads(capsys.readouterr().out) == first
 
 
 def test_heats_choose_the_finalists(text, tmp_path, capsys):
