@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import check_report  # pyright: ignore[reportMissingImports]  (tools/, which pytest puts on the path)
 from pictures import write_pictures
 from rarefy.cli.main import main
 from rarefy.cli.options import parse
@@ -254,6 +255,20 @@ def test_a_race_from_heats_to_the_page(tmp_path, capsys):
     page.unlink()
     assert main(["report", str(out)]) == 0
     assert page.read_text() == written
+
+
+@pytest.mark.skipif(check_report.find_browser() is None, reason=check_report.INSTALL)
+@pytest.mark.browser
+def test_a_browser_opens_the_page_in_silence(images, tmp_path):
+    path, out = check_report.find_browser(), tmp_path / "out"
+    assert path is not None
+    field = ["dense:hidden=[16]", "set:hidden=[16],interval=3"]
+    assert main(arguments(images, out, "--contenders", *field, "--budget", "0.2s", "--seeds", "0", "1")) == 0
+    with check_report.browser(path) as one:
+        looks = [("narrow", "light"), ("wide", "dark")]
+        findings = check_report.check_page(one, out / "race.html", tmp_path, looks=looks)
+    assert findings.problems == []
+    assert findings.plots == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -85,13 +85,12 @@ def _task(command: str, rest: list[str]) -> tuple[type[Any], Callable[[Any], Non
     if tasks is None:
         return getattr(module, command.capitalize()), module.run, command, rest
     usual: str | None = getattr(module, "USUAL", None)
-    asks = bool(rest) and rest[0] in ("-h", "--help")
-    if asks or (not rest and usual is None):
+    if rest[:1] in (["-h"], ["--help"]) or (not rest and usual is None):
         _list_tasks(command, tasks, usual)
+        if usual is None:
+            raise SystemExit(0 if rest else 2)
     if usual is not None and (not rest or rest[0].startswith("-")):
         return *tasks[usual], command, rest
-    if asks or not rest:
-        raise SystemExit(0 if asks else 2)
     if rest[0] not in tasks:
         raise ValueError(f"{command}: {unknown(rest[0], list(tasks))}; rarefy {command} --help lists them")
     return *tasks[rest[0]], f"{command} {rest[0]}", rest[1:]
@@ -105,8 +104,9 @@ def _list_tasks(command: str, tasks: dict[str, Task], usual: str | None) -> None
     for name, (cls, _) in tasks.items():
         about = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
         print(f"  {name.ljust(width)}  {about}{' The usual one.' if name == usual else ''}")
-    print(f"\nrarefy {command} WHAT --help lists the options{'' if usual is None else f'; those of {usual}:'}", end="")
-    print("." if usual is None else "\n")
+    print(f"\nrarefy {command} WHAT --help lists the options.")
+    if usual is not None:
+        print(f"Those of {usual}:\n")
 
 
 def _one_line(error: Exception) -> str:
