@@ -70,11 +70,11 @@ LADDERS = {
             Rung(up_to=FOREVER, widths=(512, 1024, 2048), depth=3, depths=(2, 4)),
         ),
         rates=(1e-3, 3e-3),
-        sparse_rate=1e-3,
+        sparse_rate=2e-3,
         sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), ("wider", 0.1, "[4,1]"), ("wider", 0.05, "1")),
     ),
-    # A wrn of 22 layers sees CIFAR-10 once in three minutes on two cores, one of 10 some four times. The rates are the
-    # best of 400 steps for either side (docs/log.md), and half of it, as longer runs want less.
+    # A wrn of 22 layers sees CIFAR-10 once in three minutes on two cores, one of 10 some four times. In 400 steps
+    # dense ones want 1e-2 and sparse ones 2e-2 (docs/log.md); longer runs want less.
     "wrn": Ladder(
         shape=_wide,
         rungs=(
@@ -83,7 +83,7 @@ LADDERS = {
             Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, depths=(16, 28)),
         ),
         rates=(5e-3, 1e-2),
-        sparse_rate=1e-2,
+        sparse_rate=1.5e-2,
         sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), ("wider", 0.1, "[4,1]"), ("wide", 0.2, "[4,1]")),
     ),
     # Its narrowest stage has 64 channels times the width: a ResNet-18 of full width takes seconds a step on two cores.
@@ -117,9 +117,8 @@ def image_field(settings: ImageSettings, minutes: float) -> tuple[str, ...]:
     dense = [f"dense:{shape},dense_lr={rate:g}" for shape in shapes for rate in rates]
     dense += [f"dense:{ladder.shape(middle, depth)},dense_lr={rates[0]:g}" for depth in rung.depths]
     wide = {"wide": ladder.shape(2 * narrowest, rung.depth), "wider": ladder.shape(2 * middle, rung.depth)}
-    sparse = [
-        f"{wide[size]},density={density:g},block={block},lr={sparse_rate:g}" for size, density, block in ladder.sparse
-    ]
+    rate_said = "" if sparse_rate == settings.lr else f",lr={sparse_rate:g}"
+    sparse = [f"{wide[size]},density={density:g},block={block}{rate_said}" for size, density, block in ladder.sparse]
     return (*dense, *(f"{method}:{shape}" for method in METHODS for shape in sparse))
 
 
