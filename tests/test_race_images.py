@@ -18,10 +18,11 @@ from rarefy.cli.main import main
 from rarefy.cli.options import parse
 from rarefy.cli.race import Images
 from rarefy.compare import ImagesTask, TextTask
-from rarefy.compare.contenders import parse_contender, parse_contenders
+from rarefy.compare.contenders import nonzeros, parse_contender, parse_contenders
 from rarefy.compare.jobs import jobs, make_job
+from rarefy.compare.records import num_nonzeros
 from rarefy.race import modes
-from rarefy.race.heats import finalists
+from rarefy.race.heats import control, finalists
 from rarefy.race.verdict import verdict
 from rarefy.recipes.images import AllImages, ImageSettings
 from rarefy.recipes.images.field import LADDERS
@@ -135,8 +136,13 @@ def test_the_best_finalists_are_the_most_accurate(task):
     field = parse_contenders(["dense", "dense:lr=0.01,dense_lr=0.01", "static", "static:block=[4,1]", "set"], task)
     finals = dict(zip((one.label for one in field), (0.5, 0.7, 0.4, 0.3, 0.2), strict=True))
     records = {label: {"state": "finished", "final": final} for label, final in finals.items()}
-    found = [one.label for one in finalists(task, field, records, each=1)]
-    assert found == [field[1].label, "static", "set"]
+    found = finalists(task, field, records, each=1)
+    assert [one.label for one in found] == [field[1].label, "static", "set"]
+    (small,) = control(task, found, records)
+    assert (small.label, small.dense, small.settings.dense_lr) == ("small-dense of static", True, 0.01)
+    assert num_nonzeros(task.make(small.settled(0, 9), dense=True)) == pytest.approx(
+        nonzeros(task, found[1].settings), rel=0.02
+    )
 
 
 def test_every_contender_has_its_modes_timed(task, tmp_path, monkeypatch):
