@@ -22,12 +22,14 @@ from rarefy.compare.contenders import parse_contender, parse_contenders
 from rarefy.compare.jobs import Job, jobs, make_job
 from rarefy.compare.pace import Pace, num_rewires, steps_of
 from rarefy.compare.records import flops_at, num_nonzeros
+from rarefy.compare.rehearsal import REHEARSAL, TURNS
 from rarefy.compare.table import make_table, mean_and_spread
 from rarefy.methods import SET
 from rarefy.recipes.images import ImageSettings
 from rarefy.report.comparison import best, build_comparison, disturbed, headline
 from rarefy.report.comparison_figures import mean_curve
 from rarefy.schedules import Constant
+from rarefy.training.twin import Twin
 from tiny import SHAPE, one_thread, settings, start, write_images, write_text
 
 __all__ = ["one_thread"]
@@ -259,6 +261,57 @@ def test_a_rehearsal_times_everybody_and_counts_flops(task):
     assert (found["static"].rewire_s, found["dense"].rewire_flops, found["static"].rewire_flops) == (0, 0, 0)
     sizes = [32 * 96, 32 * 32, 32 * 128, 128 * 32]
     assert found["rigl"].rewire_flops == pytest.approx(2 * 32 * sum(sizes) / 4) and found["rigl"].layers == 4
+
+
+def test_rehearsals_grow_with_a_budget_of_time_and_are_kept_by_length(task, tmp_path, monkeypatch):
+    assert Equal(by="minutes", amount=10).rehearsed_s == pytest.approx(18)
+    assert Equal(by="minutes", amount=1).rehearsed_s == 0 == Equal(by="flops", amount=1e15).rehearsed_s
+    asked: list[dict[str, int | None]] = []
+
+    def rehearse(task, contenders, steps=None):
+        asked.append({c.label: None if steps is None else steps[c.label] for c in contenders})
+        busy = float(len(asked))
+        each = {"static": 0.01, "set": 0.5, "rigl": 0.02}
+        return {
+            c.label: Pace(step_s=busy * each[c.label], rewire_s=0, step_flops=1, rewire_flops=0, layers=1)
+            for c in contenders
+        }
+
+    def found(labels: list[str], seconds: float) -> dict[str, float]:
+        kept = pace.paces(tmp_path, task, parse_contenders(labels, task), lambda line: None, seconds=seconds)
+        return {label: one.step_s for label, one in kept.items()}
+
+    monkeypatch.setattr(pace, "rehearse", rehearse)
+    long = found(["static", "set"], 18)
+    assert asked == [{"static": None, "set": None}, {"static": 1800, "set": REHEARSAL}]
+    assert long == {"static": 0.02, "set": 1.0}
+    assert found(["static", "set"], 18) == long and len(asked) == 2
+    assert found(["static", "set"], 0) == {"static": 0.01, "set": 0.5} and len(asked) == 2
+    assert found(["static", "set"], 36) == {"static": 0.03, "set": 1.5} and len(asked) == 3
+    assert found(["static", "set"], 18) == long and len(asked) == 3  # other budgets change nothing
+    joined = found(["rigl", "static"], 18)
+    assert asked[3:] == [{"rigl": None, "static": None}, {"rigl": 900, "static": 1800}]
+    assert joined == {"rigl": pytest.approx(0.04), "static": 0.02}  # as fast as it would have been with the others
+
+
+def test_rehearsals_take_turns_and_rewire_as_often_whatever_their_length(task, monkeypatch):
+    steps = {"set": 96, "dense": 480}
+    taken = {"sparse": 0, "dense": 0}
+    rewired: list[int] = []
+    true = Twin.train_step
+
+    def train_step(twin, *given, **more):
+        result = true(twin, *given, **more)
+        taken[twin.name] += 1
+        rewired.extend([twin.step] if result.rewires else [])
+        assert abs(taken["sparse"] / steps["set"] - taken["dense"] / steps["dense"]) <= 1 / TURNS + 1e-9
+        return result
+
+    monkeypatch.setattr(Twin, "train_step", train_step)
+    found = pace.rehearse(task, parse_contenders(list(steps), task), steps)
+    assert taken == {"sparse": 96, "dense": 480}
+    assert rewired == [8 * n for n in range(1, 9)]  # before three quarters of its steps
+    assert found["set"].step_s > 0 and found["set"].layers == 4
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------

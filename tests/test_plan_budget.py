@@ -14,7 +14,7 @@ from rarefy.cli import plan_words as words
 from rarefy.cli.main import main
 from rarefy.cli.options import parse
 from rarefy.cli.plan_budget import bytes_of
-from rarefy.cli.race import Race
+from rarefy.cli.race import Text
 from rarefy.cli.train import TASKS
 from rarefy.compare import TextTask
 from rarefy.compare.contenders import parse_contenders
@@ -115,7 +115,7 @@ def test_the_commands_train_the_networks_that_were_chosen(text, block):
     race = words.race_command(choice, data=str(text), budget="3m", method="set")
     train = words.train_command(choice, data=str(text), method="set")
     assert race is not None and train is not None
-    asked = parse(Race, shlex.split(race)[2:], prog="rarefy race")
+    asked = parse(Text, shlex.split(race)[2:], prog="rarefy race")
     assert asked.asked().minutes == 3.0 and asked.asked().heat_minutes == 0
     task = TextTask(plan_budget_settings(text))
     field = parse_contenders(asked.contenders, task)

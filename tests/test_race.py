@@ -15,17 +15,17 @@ import torch
 
 from rarefy.cli.main import main
 from rarefy.cli.race import minutes_of
-from rarefy.compare import TextTask
+from rarefy.compare import TextTask, pace
 from rarefy.compare.contenders import parse_contender, parse_contenders
 from rarefy.compare.jobs import jobs
 from rarefy.compare.run import Run
 from rarefy.race import modes
 from rarefy.race.course import SLICES, run_together
-from rarefy.race.field import default_field
 from rarefy.race.verdict import reached_s, verdict
 from rarefy.recipes.execution import make_twin
 from rarefy.recipes.text.networks import make_dense, make_sparse
 from rarefy.report.race import sentences
+from rarefy.training.subject import Metric
 from tiny import one_thread, settings, start, write_text
 
 __all__ = ["one_thread"]
@@ -70,7 +70,7 @@ def test_times_are_read(said, minutes):
 
 @pytest.mark.parametrize("budget", [1, 3, 10, 30, 90])
 def test_both_sides_have_as_many_heats(task, budget):
-    field = parse_contenders(default_field(budget), task)
+    field = parse_contenders(task.field(budget), task)
     assert sum(one.dense for one in field) == sum(not one.dense for one in field)
     for one in field:
         assert one.settings.gpt().width % one.settings.heads == 0
@@ -193,6 +193,20 @@ def test_a_race_cut_short_goes_on_to_the_same_end(text, tmp_path, number):
     assert unclocked(out) == unclocked(straight) and len(unclocked(out)) == 2
 
 
+def test_what_was_rehearsed_at_length_is_kept(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pace, "LEAST_S", 0.0)
+    monkeypatch.setattr(pace, "REHEARSED", 0.5)
+    more = ["--contenders", "dense", "set:interval=3", "--budget", "1s", "--no-report", "--json"]
+    given = arguments(text, tmp_path, *more)
+    assert main(given) == 0
+    first = json.loads(capsys.readouterr().out)
+    keys = list(json.loads((tmp_path / "pace.json").read_text())["paces"])
+    assert len(keys) == 4 and [key.endswith("-0.5s") for key in keys] == [False, False, True, True]
+    monkeypatch.setattr(pace, "rehearse", None)
+    assert main(given) == 0
+    assert json.loads(capsys.readouterr().out) == first
+
+
 def test_heats_choose_the_finalists(text, tmp_path, capsys):
     out = tmp_path / "out"
     field = ["dense:width=16", "dense", "static", "static:block=4", "set:interval=3", "set:interval=5"]
@@ -223,6 +237,9 @@ def test_heats_choose_the_finalists(text, tmp_path, capsys):
 # -- who wins ----------------------------------------------------------------------------------------------------------
 
 
+BITS, POINTS = Metric("bits", "bits", higher_is_better=False), Metric("bits", "bits", higher_is_better=True)
+
+
 def record(dense: bool, seed: int, curve: list[tuple[float, float | None]], state: str = "finished") -> dict[str, Any]:
     return {
         "dense": dense, "seed": seed, "state": state, "final": curve[-1][1], "curve": {"bits": [y for _, y in curve]},
@@ -242,13 +259,19 @@ def record(dense: bool, seed: int, curve: list[tuple[float, float | None]], stat
     ],
 )
 def test_when_a_loss_was_reached(curve, target, seconds):
-    assert reached_s(record(False, 0, curve), "bits", target, 1.0) == seconds
+    assert reached_s(record(False, 0, curve), BITS, target) == seconds
     flipped = [(x, None if y is None else -y) for x, y in curve]
-    assert reached_s(record(False, 0, flipped), "bits", -target, -1.0) == seconds
+    assert reached_s(record(False, 0, flipped), POINTS, -target) == seconds
+
+
+def test_a_curve_of_a_part_is_moved_to_where_all_have_its_end():
+    of_all = {**record(False, 0, [(10, 3.0), (20, 2.0)]), "final": 2.5}
+    assert reached_s(of_all, BITS, 3.0) == 15 and reached_s(of_all, BITS, 2.5) == 20
+    assert reached_s(of_all, BITS, 2.4) is None
 
 
 def won(runs: dict[str, list[dict[str, Any]]]):
-    return verdict(runs, "bits", higher_is_better=False)
+    return verdict(runs, BITS)
 
 
 def test_sparse_wins_by_so_much():
@@ -296,15 +319,25 @@ def test_what_has_fewer_seeds_is_not_the_best():
     [
         (
             {"d": [record(True, 0, [(50, 3.0), (100, 2.0)])], "s": [record(False, 0, [(50, 2.0), (100, 1.5)])]},
-            ["Sparse wins here: s is as good as the best dense network, d, in 0.50 of its time.",
+            ["Sparse wins here: s is as good as the best dense network, d, in 0.50 of its time, "
+             "and ends 0.500 bits ahead.",
              "s ends at 1.500, d at 2.000 bits; difference -0.500."],
         ),
         (
             {"d": [record(True, 0, [(50, 2.0), (100, 1.0)])], "s": [record(False, 0, [(50, 2.5), (100, 1.5)])]},
-            ["Dense wins here: d is as good as the best sparse network, s, in 0.75 of its time.",
+            ["Dense wins here: d is as good as the best sparse network, s, in 0.75 of its time, "
+             "and ends 0.500 bits ahead.",
              "s ends at 1.500, d at 1.000 bits; difference +0.500."],
         ),
+        (
+            {"d": [record(True, 0, [(100, 1.0)])], "s": [record(False, 0, [(100, 1.0)])]},
+            ["Neither wins here: s and d end level.", "s ends at 1.000, d at 1.000 bits; difference +0.000."],
+        ),
         ({"d": [record(True, 0, [(100, 1.0)])]}, ["No verdict: no sparse network finished."]),
+        (
+            {"d": [record(True, 0, [(100, 1.0)])], "s": [record(False, 1, [(100, 1.0)])]},
+            ["No verdict: s and d have no seed that both finished."],
+        ),
     ],
 )  # fmt: skip
 def test_the_verdict_in_words(runs, said):

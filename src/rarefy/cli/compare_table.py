@@ -11,8 +11,8 @@ from rich.text import Text
 
 from rarefy.report.comparison import cells, columns, disturbed, legend
 
-WIDE = 140
-"""Columns of text that a pipe gets."""
+WIDE, WIDEST = 140, 1000
+"""Columns of text that a pipe gets: at least, and at most, where a table needs them."""
 
 
 def show(data: Mapping[str, Any], console: Console) -> None:
@@ -35,13 +35,14 @@ def show_table(
         rows: cells, the label first.
         legend: what the columns mean.
     """
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for at, (name, under) in enumerate(columns):
         drawn.add_column(f"{name}\n{under}" if under else name, justify="right" if at else "left", no_wrap=True)
     for label, *rest in rows:
         drawn.add_row(Text(label, style="bold"), *(Text(cell) for cell in rest))
+    if not console.is_terminal:  # whoever reads a file can scroll
+        needed = console.measure(drawn, options=console.options.update(max_width=WIDEST)).maximum
+        console.width = min(WIDEST, max(console.width, WIDE, needed))
     console.print(drawn)
     for row in data["table"]["rows"]:
         for message in row["messages"]:

@@ -1,8 +1,8 @@
 """`rarefy COMMAND ...`: finds the command, reads its options, and turns errors that the user can mend into one line.
 
 A command is a module here with a frozen dataclass of settings, named after it (`bench.Bench`), and `run(settings)`. A
-command that does several things has `TASKS` instead: name -> (settings class, run). Only the module of the command
-asked for is loaded.
+command that does several things has `TASKS` instead: name -> (settings class, run), and may have `USUAL`, the name of
+the one that need not be named. Only the module of the command asked for is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rarefy.settings import unknown
 COMMANDS = {
     "train": "train a network sparse from its first step: rarefy train text|images",
     "compare": "ways of finding the pattern, seed by seed, at equal steps, time or FLOPs: rarefy compare text|images",
-    "race": "dense and sparse networks under one clock on your text: who wins here, and by how much",
+    "race": "dense and sparse networks under one clock, who wins here, and by how much: rarefy race [text|images]",
     "generate": "have a trained network write text",
     "report": "one HTML file about a run, or several beside each other",
     "plan": "what would become sparse, and what that costs and saves, before anything is trained",
@@ -86,18 +86,29 @@ def _task(command: str, rest: list[str]) -> tuple[type[Any], Callable[[Any], Non
     tasks: dict[str, Task] | None = getattr(module, "TASKS", None)
     if tasks is None:
         return getattr(module, command.capitalize()), module.run, command, rest
-    if not rest or rest[0] in ("-h", "--help"):
-        lines = [f"  {name}  {(cls.__doc__ or '').strip().splitlines()[0]}" for name, (cls, _) in tasks.items()]
-        print(
-            f"usage: rarefy {command} WHAT [OPTIONS]\n",
-            *lines,
-            f"\nrarefy {command} WHAT --help lists the options.",
-            sep="\n",
-        )
-        raise SystemExit(0 if rest else 2)
+    usual: str | None = getattr(module, "USUAL", None)
+    if rest[:1] in (["-h"], ["--help"]) or (not rest and usual is None):
+        _list_tasks(command, tasks, usual)
+        if usual is None:
+            raise SystemExit(0 if rest else 2)
+    if usual is not None and (not rest or rest[0].startswith("-")):
+        return *tasks[usual], command, rest
     if rest[0] not in tasks:
         raise ValueError(f"{command}: {unknown(rest[0], list(tasks))}; rarefy {command} --help lists them")
     return *tasks[rest[0]], f"{command} {rest[0]}", rest[1:]
+
+
+def _list_tasks(command: str, tasks: dict[str, Task], usual: str | None) -> None:
+    """What a command can be about; of the usual one all options follow."""
+    width = max(map(len, tasks))
+    what = "WHAT" if usual is None else "[WHAT]"
+    print(f"usage: rarefy {command} {what} [OPTIONS]\n")
+    for name, (cls, _) in tasks.items():
+        about = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        print(f"  {name.ljust(width)}  {about}{' The usual one.' if name == usual else ''}")
+    print(f"\nrarefy {command} WHAT --help lists the options.")
+    if usual is not None:
+        print(f"Those of {usual}:\n")
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rarefy.foresight.choice import Candidate, Choice
 from rarefy.foresight.law import Law, block_name
-from rarefy.race.field import DENSE_RATES
+from rarefy.recipes.text.field import DENSE_RATES
 from rarefy.report import numbers as say
 
 BITS = 1 / math.log(2)

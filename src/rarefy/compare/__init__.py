@@ -3,6 +3,7 @@
 contenders  who competes: plan files, method names with settings, dense, small-dense
 jobs        the runs, each known by a digest of all that defines it
 pace        equal time or equal FLOPs become numbers of steps
+rehearsal   what a step of each takes, all in turn
 run         one run, from its last checkpoint to its record
 schedule    all of them, one after the other or several at once
 records     the small JSON file that is kept of a run

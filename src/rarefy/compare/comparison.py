@@ -96,8 +96,9 @@ def compare(
         atomic_write(folder / SETTINGS, yaml.safe_dump(_as_asked(task, asked), sort_keys=False).encode())
         for place in (folder, folder / RECORDS):
             remove_leftovers(place)
-        known = {} if asked.budget.by == "steps" else paces(folder, task, contenders, say)
-        found = jobs(task, contenders, asked.seeds, lambda one: steps_of(asked.budget, known, one))
+        equal = asked.budget
+        known = {} if equal.by == "steps" else paces(folder, task, contenders, say, seconds=equal.rehearsed_s)
+        found = jobs(task, contenders, asked.seeds, lambda one: steps_of(equal, known, one))
         records = make_all(task, found, folder, listener, at_once=asked.at_once)
         data = summary(task, asked, found, records)
         atomic_write(folder / FILE, (json.dumps(data, indent=1) + "\n").encode())
@@ -117,6 +118,7 @@ def summary(
             "higher_is_better": task.metric.higher_is_better,
             "percent": task.metric.percent,
         },
+        "judged": task.judged(),
         "budget": {"by": asked.budget.by, "amount": asked.budget.amount},
         "seeds": list(asked.seeds),
         "settings": _shared(task),

@@ -97,6 +97,8 @@ def make_job(task: Task, contender: Contender, seed: int, steps: int) -> Job:
         "dense": contender.dense,
         "settings": without_none({name: value for name, value in named.items() if name not in left_out}),
     }
+    if task.all_held_out(settings) is not None:
+        defines["judged"] = "all"  # where it goes without saying, records from before runs had two judges are as good
     return Job(contender.label, seed, contender.dense, settings, defines)
 
 

@@ -1,37 +1,26 @@
-"""How many steps each contender gets: by steps, by a FLOP budget, or by time, measured once for all in turn.
-
-A rehearsal is a contender's whole run in `REHEARSAL` steps, so that one whose density moves passes through all of its
-densities. Rehearsals take their steps in turn, so that whatever disturbs the machine disturbs all alike.
-"""
+"""How many steps each contender gets: by steps, by a FLOP budget, or by time, rehearsed once for all in turn."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from rarefy.compare.contenders import Contender
 from rarefy.compare.jobs import make_job
+from rarefy.compare.rehearsal import REHEARSAL, Pace, rehearse
 from rarefy.files import atomic_write
 from rarefy.recipes.task import Task
-from rarefy.training.calibrate import lower_quartile
 from rarefy.training.machine import machine
-from rarefy.training.twin import Diverged, Twin
 
 FILE = "pace.json"
 
-REHEARSAL = 48
-"""Steps of a rehearsal; its layers rewire together after every `REWIRE_EVERY`."""
-REWIRE_EVERY = 4
-WARM_UP = 3
-"""First steps, which allocate and warm caches up: not timed."""
-PARTS = 4
-"""A rehearsal's time is the mean over so many parts of the lower quartile in each."""
+REHEARSED, LEAST_S = 0.03, 3.0
+"""Of a budget of time each contender rehearses so large a share, if it is so long: a machine is faster in one minute
+than in the next, and 48 steps know one of them. A shorter run has one minute itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +35,11 @@ class Equal:
         if not self.amount > 0:
             raise ValueError(f"{self.by} must be positive, got {self.amount:g}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """What a rehearsal found. FLOPs follow from the settings alone, times from the machine."""
-
-    step_s: float
-    """Mean seconds of a step without a rewire."""
-    rewire_s: float
-    """Mean seconds that the rewire of one layer adds, growth scan included."""
-    step_flops: float
-    """Mean FLOPs of a step without a rewire."""
-    rewire_flops: float
-    """Mean FLOPs of the dense gradient that the rewire of one layer scans; 0 where growth needs none."""
-    layers: int
-    """Sparse layers."""
+    @property
+    def rehearsed_s(self) -> float:
+        """Seconds of each contender's rehearsal; 0: `REHEARSAL` steps, however long they take."""
+        found = REHEARSED * 60 * self.amount if self.by == "minutes" else 0.0
+        return found if found >= LEAST_S else 0.0
 
 
 def steps_of(budget: Equal, paces: Mapping[str, Pace], contender: Contender) -> int:
@@ -98,118 +77,73 @@ def num_rewires(contender: Contender, steps: int, layers: int) -> int:
 # -- kept ---------------------------------------------------------------------------------------------------------
 
 
-def paces(folder: Path, task: Task, contenders: Sequence[Contender], say: Callable[[str], None]) -> dict[str, Pace]:
+def paces(
+    folder: Path, task: Task, contenders: Sequence[Contender], say: Callable[[str], None], *, seconds: float = 0.0
+) -> dict[str, Pace]:
     """Label -> pace: what the folder has kept, and the others measured and kept now.
 
     Whoever joins later is measured in turn with the first that is known, and scaled by what that one was measured at:
-    a machine that is busier today than then gives a newcomer neither more nor fewer steps.
+    a machine that is busier today than then gives a newcomer neither more nor fewer steps. Rehearsals of different
+    lengths are kept beside each other, so that a budget has the same steps whatever else the folder is used for.
 
+    Args:
+        seconds: about what each rehearsal is to take, `Equal.rehearsed_s`; 48 steps of everybody say how many steps
+            that are, and are enough where it is 0.
     Raises:
         ValueError: pace.json is damaged.
     """
-    kept = _read(folder / FILE)
-    keys = {contender.label: _key(task, contender) for contender in contenders}
-    missing = [contender for contender in contenders if keys[contender.label] not in kept["paces"]]
-    if missing:
-        known = next((c for c in contenders if keys[c.label] in kept["paces"]), None)
-        say(f"timing {REHEARSAL} steps of {', '.join(c.label for c in missing)}, in turn ...")
-        found = rehearse(task, [*missing, *([known] if known else [])])
-        scale = 1.0
-        if known is not None:
-            scale = kept["paces"][keys[known.label]].step_s / found[known.label].step_s
-        for contender in missing:
-            pace = found[contender.label]
-            scaled = dataclasses.replace(pace, step_s=scale * pace.step_s, rewire_s=scale * pace.rewire_s)
-            kept["paces"][keys[contender.label]] = scaled
-        kept["machine"] = kept["machine"] or machine()
-        plain = {"machine": kept["machine"], "paces": {k: dataclasses.asdict(p) for k, p in kept["paces"].items()}}
-        atomic_write(folder / FILE, (json.dumps(plain, indent=1) + "\n").encode())
-    return {label: kept["paces"][key] for label, key in keys.items()}
+    kept = _Kept(folder / FILE, task)
+    steps = kept.completed(contenders, say, f"timing {REHEARSAL} steps", "", lambda some: rehearse(task, some))
+    if not seconds:
+        return steps
+
+    def at_length(some: Sequence[Contender]) -> dict[str, Pace]:
+        wanted = {one.label: max(REHEARSAL, round(seconds / steps[one.label].step_s)) for one in some}
+        return rehearse(task, some, wanted)
+
+    return kept.completed(contenders, say, f"timing {seconds:.0f} s", f"-{seconds:g}s", at_length)
 
 
-def _key(task: Task, contender: Contender) -> str:
-    """Names what is timed; the length of the run and the seed are no part of it."""
-    return make_job(task, contender, 0, REHEARSAL).digest
+class _Kept:
+    """pace.json: key -> pace. A key names what is timed and how long; the run's length and seed are no part of it."""
 
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {"machine": None, "paces": {}}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"machine": found["machine"], "paces": {key: Pace(**pace) for key, pace in found["paces"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and everybody is timed again") from error
-
-
-# -- measured -----------------------------------------------------------------------------------------------------
-
-
-class _Rehearsal:
-    """One contender's, step by step."""
-
-    def __init__(self, task: Task, contender: Contender) -> None:
-        settings = contender.settled(0, REHEARSAL)
-        if not contender.dense:
-            method = dataclasses.replace(settings.plan.method, interval=REWIRE_EVERY, begin=0, end=None, stagger=False)
-            settings = dataclasses.replace(settings, plan=dataclasses.replace(settings.plan, method=method))
-        self.task, self.loop = task, settings.loop()
-        self.twin: Twin = task.make(settings, dense=contender.dense)
-        self.data, _ = task.feed(settings)
-        self.plain: list[tuple[int, float]] = []
-        self.rewired: list[tuple[int, float, int]] = []
-        """(step, seconds, layers)."""
-        self.scans = False
-        """Whether growth looked at dense gradients."""
-        self.flops: list[int] = []
-        self.over = False
-
-    def step(self) -> None:
-        if self.over:
+    def __init__(self, path: Path, task: Task) -> None:
+        self._path, self._task = path, task
+        self._machine: dict[str, Any] | None = None
+        self._paces: dict[str, Pace] = {}
+        if not path.is_file():
             return
-        before = self.twin.clock.train_s
-        self.flops.append(self.loop.tokens_per_step * self.task.flops_per_token(self.twin.model))
         try:
-            result = self.twin.train_step(
-                self.data, rate=self.loop.rate(self.twin.step + 1), accumulate=self.loop.accumulate, clip=self.loop.clip
-            )
-        except Diverged:  # its runs will say so; what it took until then is its pace
-            self.over = True
-            return
-        taken, step = self.twin.clock.train_s - before, self.twin.step
-        if result.rewires:
-            self.rewired.append((step, taken, len(result.rewires)))
-            self.scans |= any(record.get("grown_by") == "gradient" for record in result.rewires)
-        else:
-            self.plain.append((step, taken))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self._machine = found["machine"]
+            self._paces = {key: Pace(**pace) for key, pace in found["paces"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and everybody is timed again") from error
 
-    def pace(self) -> Pace:
-        timed = [(step, taken) for step, taken in self.plain if step > WARM_UP] or self.plain or [(1, 1.0)]
-        size = -(-REHEARSAL // PARTS)
-        parts = [[taken for step, taken in timed if (step - 1) // size == part] for part in range(PARTS)]
-        by_part = [lower_quartile(times) for times in parts]
-        step_s = fmean(time for time in by_part if time)
-        extra = [(t - (by_part[(step - 1) // size] or step_s)) / n for step, t, n in self.rewired if step > WARM_UP]
-        layers = list(self.twin.rewirer.layers.values()) if self.twin.rewirer else []
-        scanned = 0.0
-        if self.scans:
-            size_all = fmean(layer.out_features * layer.in_features for layer in layers)
-            scanned = 2 * size_all * self.loop.tokens_per_step
-        return Pace(
-            step_s=step_s,
-            rewire_s=max(0.0, lower_quartile(extra)),
-            step_flops=fmean(self.flops),
-            rewire_flops=scanned,
-            layers=len(layers),
-        )
+    def completed(
+        self,
+        contenders: Sequence[Contender],
+        say: Callable[[str], None],
+        what: str,
+        length: str,
+        measure: Callable[[Sequence[Contender]], dict[str, Pace]],
+    ) -> dict[str, Pace]:
+        """Label -> pace of rehearsals of a length, those that are missing measured and kept."""
+        keys = {one.label: make_job(self._task, one, 0, REHEARSAL).digest + length for one in contenders}
+        missing = [one for one in contenders if keys[one.label] not in self._paces]
+        if missing:
+            known = next((one for one in contenders if keys[one.label] in self._paces), None)
+            say(f"{what} of {', '.join(one.label for one in missing)}, in turn ...")
+            found = measure([*missing, *([known] if known else [])])
+            scale = 1.0 if known is None else self._paces[keys[known.label]].step_s / found[known.label].step_s
+            for one in missing:
+                pace = found[one.label]
+                scaled = dataclasses.replace(pace, step_s=scale * pace.step_s, rewire_s=scale * pace.rewire_s)
+                self._paces[keys[one.label]] = scaled
+            self._write()
+        return {label: self._paces[key] for label, key in keys.items()}
 
-
-def rehearse(task: Task, contenders: Sequence[Contender]) -> dict[str, Pace]:
-    """Label -> pace, all measured in turn, a step each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong with so short a run says nothing of the real one
-        rehearsals = {contender.label: _Rehearsal(task, contender) for contender in contenders}
-        for _ in range(REHEARSAL):
-            for rehearsal in rehearsals.values():
-                rehearsal.step()
-    return {label: rehearsal.pace() for label, rehearsal in rehearsals.items()}
+    def _write(self) -> None:
+        self._machine = self._machine or machine()
+        plain = {"machine": self._machine, "paces": {k: dataclasses.asdict(p) for k, p in self._paces.items()}}
+        atomic_write(self._path, (json.dumps(plain, indent=1) + "\n").encode())

@@ -60,6 +60,7 @@ def make_record(
     state: str,
     message: str = "",
     file_bytes: int | None = None,
+    judged: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The record of a run that has ended.
 
@@ -69,6 +70,7 @@ def make_record(
         twin: as it is now.
         state: FINISHED or DIVERGED.
         file_bytes: of the network, saved.
+        judged: what was found on all held-out data, where that is more than evaluations look at.
     """
     tokens = job.settings.tokens_per_step
     evals = [record for record in log if record["kind"] == "eval"]
@@ -87,7 +89,7 @@ def make_record(
         "file_bytes": file_bytes,
         "flops": flops[-1],
         "rewire_flops": scanned,
-        "final": evals[-1][key] if evals and state == FINISHED else None,
+        "final": (judged or evals[-1])[key] if evals and state == FINISHED else None,
         "curve": {
             "step": [record["step"] for record in evals],
             "flops": flops[:-1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -129,13 +130,16 @@ class Run:
         assert self._loop is not None
         self._loop.log.close()
         twin, log = self._loop.twins[0], _read_log(self._here)
+        everything = self._task.all_held_out(self.job.settings) if state == FINISHED else None
+        judged = None if everything is None else twin.assess(everything)
         last = [record["loss"] for record in log if record["kind"] == "eval"][-1:]
-        if state == FINISHED and last == [None]:  # the log has no name for what is not a number
+        lost = last == [None] or (judged is not None and not math.isfinite(judged["loss"]))
+        if state == FINISHED and lost:  # the log has no name for what is not a number
             state, message = DIVERGED, f"the loss on held-out data is not a number at step {twin.step:,}"
         network = self._here / "network.safetensors"
         save(twin.model, network)
         size = network.stat().st_size
-        ended = {"state": state, "message": message, "file_bytes": size}
+        ended = {"state": state, "message": message, "file_bytes": size, "judged": judged}
         self._keep(make_record(self._task, self.job, self._start, log, twin, **ended))
 
     def _keep(self, record: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Dense and sparse networks under one clock: who reaches which loss when, and who wins.
+"""Dense and sparse networks under one clock: who is how good when, and who wins.
 
 A race is a comparison at equal time whose runs go on together, a slice each in turn, so that whatever disturbs the
-machine disturbs all alike. Contenders, paces, runs and records are those of `rarefy.compare`.
+machine disturbs all alike. Contenders, paces, runs and records are those of `rarefy.compare`; what is learned, what it
+is judged by and who runs unless the user says are the task's (`rarefy.recipes.task`).
 
-field     who runs, unless the user says: a ladder of dense networks, and as many sparse ones
 modes     in which precision, and compiled or not, each network is fastest here
 heats     short races, to choose the finalists
 course    the runs on their way together

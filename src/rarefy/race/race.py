@@ -19,7 +19,6 @@ from rarefy.compare.records import RECORDS
 from rarefy.compare.schedule import Listener, alone_in
 from rarefy.files import atomic_write, remove_leftovers
 from rarefy.race.course import run_together
-from rarefy.race.field import default_field
 from rarefy.race.heats import control, finalists
 from rarefy.race.modes import in_fastest_mode
 from rarefy.race.verdict import Verdict, verdict
@@ -36,7 +35,7 @@ class Race:
     minutes: float
     """Training time of each finalist; evaluations come on top."""
     contenders: tuple[str, ...] = ()
-    """Who runs, as `rarefy compare` writes them; none: the default field."""
+    """Who runs, as `rarefy compare` writes them; none: the task's own field."""
     seeds: tuple[int, ...] = (0,)
     """Of the final. Heats are run with the first."""
     heat_minutes: float = 0.0
@@ -79,7 +78,7 @@ def race(task: Task, asked: Race, listener: Listener, *, say: Callable[[str], No
     check_device(task.base.device)
     if task.base.threads is not None:
         torch.set_num_threads(task.base.threads)
-    field = parse_contenders(asked.contenders or default_field(asked.minutes), task)
+    field = parse_contenders(asked.contenders or task.field(asked.minutes), task)
     jobs(task, field, asked.seeds, lambda _: 100)  # refuses what it refuses before anything is timed
     folder = asked.out if asked.out is not None else Path("runs") / f"race-{identity(task)}"
     if folder.exists() and not folder.is_dir():
@@ -127,7 +126,7 @@ class _Stage:
 
     def __call__(self, contenders: Sequence[Contender], seeds: Sequence[int], minutes: float) -> _Made:
         equal = Equal(by="minutes", amount=minutes)
-        known = paces(self.folder, self.task, contenders, self.say)
+        known = paces(self.folder, self.task, contenders, self.say, seconds=equal.rehearsed_s)
         found = jobs(self.task, contenders, seeds, lambda one: steps_of(equal, known, one))
         records: dict[str, dict[str, Any]] = {}
         for seed in seeds:  # what differs is to meet the same machine; seeds need not
@@ -141,4 +140,4 @@ def _verdict(task: Task, found: Sequence[Job], records: Mapping[str, Mapping[str
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for job in found:
         runs.setdefault(job.label, []).append(records[job.digest])
-    return verdict(runs, task.metric.key, higher_is_better=task.metric.higher_is_better)
+    return verdict(runs, task.metric)

@@ -88,6 +88,12 @@ class Task(ABC, Generic[S]):
         """The settings of a dense network of about so many parameters."""
 
     @abstractmethod
+    def field(self, minutes: float) -> tuple[str, ...]:
+        """Who runs in a race of so many minutes each, unless the user says: as `rarefy compare` writes contenders, as
+        many dense as sparse ones.
+        """
+
+    @abstractmethod
     def sample(self, settings: S) -> tuple[nn.Module, Tensor]:
         """The dense network on the CPU, and a batch to time its layers with."""
 
@@ -108,6 +114,14 @@ class Task(ABC, Generic[S]):
         Raises:
             OSError: a file could not be written.
         """
+
+    def all_held_out(self, settings: S) -> Iterable[tuple[Tensor, Tensor]] | None:
+        """All held-out data, where a finished network is judged by them and `feed` has a part; None: by `feed`'s."""
+        return None
+
+    def judged(self) -> str:
+        """A sentence for people where `all_held_out` are more than what evaluations look at; empty otherwise."""
+        return ""
 
     def about(self) -> dict[str, Any]:
         """What the run's record says besides what all records say; text runs say nothing, and were there first."""

@@ -57,7 +57,7 @@ def _curves(data: Data, runs: Mapping[str, Sequence[Data]]) -> Figure | None:
         "Means over seeds at each evaluation on held-out data; the band is one standard deviation to either side. "
         "Against seconds, speed counts; against FLOPs, only arithmetic does."
     )
-    return Figure("curves", "Curves", caption, views)
+    return Figure("curves", "Curves", f"{caption} {data.get('judged', '')}".rstrip(), views)
 
 
 def _curve_view(

@@ -59,7 +59,7 @@ def build_race(folder: Path, data: Data, records: Mapping[str, Data], out: Path 
 
 
 def race_page(name: str, data: Data, records: Mapping[str, Data]) -> str:
-    """The page as text: the verdict, loss against time, every seed's result, the table, the heats, what was asked."""
+    """The page as text: the verdict, curves, every seed's result, the table, the heats, what was asked."""
     sizes = sizes_of(data, records)
     verdict = data["verdict"]
     best = {verdict["best_dense"], verdict["best_sparse"]}
@@ -105,8 +105,7 @@ def columns(data: Data) -> list[tuple[str, str]]:
     """Heads of the table, with a second line each."""
     return [
         ("contender", ""), ("weights", "that exist"), ("steps", ""), ("ms", "a step"), ("seconds", "training"),
-        (data["metric"]["title"], "mean ± spread"), ("as good as dense", "share of its time"), ("memory", "training"),
-        ("file", ""),
+        comparing.final_column(data), ("as good as dense", "share of its time"), ("memory", "training"), ("file", ""),
     ]  # fmt: skip
 
 
@@ -131,12 +130,13 @@ def ratio(found: Mapping[str, Any]) -> str:
 
 def legend(data: Data) -> list[str]:
     """What the columns mean."""
-    lines = comparing.legend(data)[:1]
+    lines = comparing.rule(data)
     dense = data["verdict"]["best_dense"]
     if dense is not None:
         lines.append(
             f"as good as dense: training time until the network was as good on held-out data as {dense} at its end, "
             "over that one's time, on straight lines between evaluations."
+            + (" A curve is moved to end where its network does by all of them." if data.get("judged") else "")
         )
     lines.append(
         "All take turns, a two-hundredth of their run each. Times leave evaluations and checkpoints out and nothing "
@@ -154,26 +154,38 @@ def sentences(data: Data) -> list[str]:
     dense, sparse = verdict["best_dense"], verdict["best_sparse"]
     rows = {row["label"]: row for row in data["table"]["rows"]}
     if verdict["winner"] == "open":
-        missing = " and ".join(side for side, label in (("dense", dense), ("sparse", sparse)) if label is None)
-        return [f"No verdict: no {missing} network finished."]
-    unit = data["metric"]["title"]
+        missing = [side for side, label in (("dense", dense), ("sparse", sparse)) if label is None]
+        if not missing:
+            return [f"No verdict: {sparse} and {dense} have no seed that both finished."]
+        return [f"No verdict: no {' and '.join(missing)} network finished."]
+    difference, mark = verdict["difference"], _mark(data)
     ends = (
-        f"{sparse} ends at {comparing.spread(data, rows[sparse]['final'])}, {dense} at "
-        f"{comparing.spread(data, rows[dense]['final'])} {unit}; difference "
-        f"{comparing.spread(data, verdict['difference'], signed=True)}."
+        f"{sparse} ends at {comparing.spread(data, rows[sparse]['final'])}{mark}, {dense} at "
+        f"{comparing.spread(data, rows[dense]['final'])}{mark} {data['metric']['title']}; difference "
+        f"{comparing.spread(data, difference, signed=True)}."
     )
+    by = comparing.margin(data, difference["mean"])
     share, reverse = verdict["shares"].get(sparse), verdict["reverse"]
     if verdict["winner"] == "sparse":
-        return [_won("Sparse", f"{sparse}", "dense", f"{dense}", share), ends]
+        return [_won("Sparse", f"{sparse}", "dense", f"{dense}", share, by), ends]
     if verdict["winner"] == "dense":
-        return [_won("Dense", f"{dense}", "sparse", f"{sparse}", reverse), ends]
-    return [f"Neither wins here: {sparse} and {dense} end within the spread of their difference.", ends]
+        return [_won("Dense", f"{dense}", "sparse", f"{sparse}", reverse, by), ends]
+    where = "level" if difference["spread"] is None else "within the spread of their difference"
+    return [f"Neither wins here: {sparse} and {dense} end {where}.", ends]
 
 
-def _won(side: str, winner: str, other: str, loser: str, share: Mapping[str, Any] | None) -> str:
+def _mark(data: Data) -> str:
+    """After a figure of the metric."""
+    return "%" if data["metric"]["percent"] else ""
+
+
+def _won(side: str, winner: str, other: str, loser: str, share: Mapping[str, Any] | None, by: str) -> str:
     if share is None:  # ahead on average, and not with every seed
-        return f"{side} wins here: {winner} ends ahead of the best {other} network, {loser}."
-    return f"{side} wins here: {winner} is as good as the best {other} network, {loser}, in {ratio(share)} of its time."
+        return f"{side} wins here: {winner} ends {by} ahead of the best {other} network, {loser}."
+    return (
+        f"{side} wins here: {winner} is as good as the best {other} network, {loser}, in {ratio(share)} of its time, "
+        f"and ends {by} ahead."
+    )
 
 
 def heats_in_words(data: Data) -> list[str]:
@@ -184,7 +196,7 @@ def heats_in_words(data: Data) -> list[str]:
     rows = [row for row in heats["table"]["rows"] if row["final"] is not None]
     sign = -1 if data["metric"]["higher_is_better"] else 1
     rows.sort(key=lambda row: sign * row["final"]["mean"])
-    listed = "; ".join(f"{row['label']} {comparing.figure(data, row['final']['mean'])}" for row in rows)
+    listed = "; ".join(f"{row['label']} {comparing.figure(data, row['final']['mean'])}{_mark(data)}" for row in rows)
     num_dense = sum(row["dense"] for row in heats["table"]["rows"])
     return [
         f"Finalists were chosen by heats of {comparing.budget(heats)}, {num_dense} dense and "

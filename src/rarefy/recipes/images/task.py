@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rarefy.recipes.images.batches import AllImages, ImageBatches
 from rarefy.recipes.images.data import load_images
+from rarefy.recipes.images.field import image_field
 from rarefy.recipes.images.findings import connections, findings, in_words, write_findings
 from rarefy.recipes.images.networks import flops_per_image, make, make_model, num_parameters
 from rarefy.recipes.images.settings import ImageSettings
@@ -55,7 +56,26 @@ class ImagesTask(Task[ImageSettings]):
             shift=settings.shift or 0,
             flip=bool(settings.flip),
         )
-        return training, AllImages(data=self._set.valid, scale=self._scale, wanted=settings.eval_images)
+        return training, self._held_out(settings.eval_images)
+
+    def _held_out(self, wanted: int | None) -> AllImages:
+        return AllImages(data=self._set.valid, scale=self._scale, wanted=wanted)
+
+    def all_held_out(self, settings: ImageSettings) -> AllImages | None:
+        everything = self._held_out(None)
+        return everything if self._held_out(settings.eval_images).count < everything.count else None
+
+    def judged(self) -> str:
+        some, everything = self._held_out(self.base.eval_images).count, self._held_out(None).count
+        if some == everything:
+            return ""
+        return (
+            f"At the end a network is judged by all {everything:,} held-out images; curves are of {some:,} of them, "
+            "always the same."
+        )
+
+    def field(self, minutes: float) -> tuple[str, ...]:
+        return image_field(self.base, minutes)
 
     def flops_per_token(self, model: nn.Module) -> int:
         return flops_per_image(model, self._set.shape)

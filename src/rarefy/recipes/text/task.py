@@ -14,6 +14,7 @@ from rarefy.files import atomic_write
 from rarefy.models import GPT, generate
 from rarefy.recipes.run import load_twin, read_run_settings
 from rarefy.recipes.task import SPARSE, DataName, Ending, Task, name_of_data
+from rarefy.recipes.text.field import text_field
 from rarefy.recipes.text.networks import flops_per_token, make_dense, make_sparse
 from rarefy.recipes.text.settings import TextSettings
 from rarefy.training.batches import Batches, Windows
@@ -64,6 +65,9 @@ class TextTask(Task[TextSettings]):
 
         widths = range(every, max(every, settings.width) + 1, every)
         return at(min(widths, key=lambda width: abs(num_parameters(at(width)) - nonzeros)))
+
+    def field(self, minutes: float) -> tuple[str, ...]:
+        return text_field(minutes)
 
     def sample(self, settings: TextSettings) -> tuple[nn.Module, Tensor]:
         rows = min(settings.batch, -(-TOKENS_TO_MEASURE // settings.context))

@@ -1,4 +1,4 @@
-"""Who runs, unless the user says: a ladder of dense networks with their rates, and as many sparse ones."""
+"""Who races on text, unless the user says: a ladder of dense networks with their rates, and as many sparse ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPARSE = (
 METHODS = ("static", "set")
 
 
-def default_field(minutes: float) -> tuple[str, ...]:
+def text_field(minutes: float) -> tuple[str, ...]:
     """Contenders of the heats for a budget of so many minutes each, as `rarefy compare` writes them."""
     widths = next(found for most, found in WIDTHS if minutes <= most)
     dense = [f"dense:width={width},layers={DEPTH},dense_lr={rate:g}" for width in widths for rate in DENSE_RATES]
