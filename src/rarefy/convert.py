@@ -87,7 +87,8 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
         budget = plan.budget({name: d.dims for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
     fused = fuse(model)
     tokens = {d.name: d.tokens or ASSUMED_TOKENS for d in decisions}
-    dense_above = thresholds(layers, plan.dense_above, tokens)
+    convolutions = {d.name: d.convolution for d in decisions if d.convolution is not None}
+    dense_above = thresholds(layers, plan.dense_above, tokens, convolutions=convolutions)
     for name, layer in layers.items():
         choose_compute(layer, dense_above.get(name))
     return Rewirer(

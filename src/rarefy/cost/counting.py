@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.cost.convolution import Convolution
 from rarefy.nn import SparseConv2d, SparseLayer
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.ops import index_dtype
@@ -51,7 +52,7 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
 
     def count(name: str, module: nn.Module, x: Tensor) -> None:
         if isinstance(module, nn.Conv2d | SparseConv2d):
-            tokens[name] += _pixels(module, x)
+            tokens[name] += Convolution.of(module, x.shape).pixels
         elif x.dim() and x.shape[-1]:
             tokens[name] += x.numel() // x.shape[-1]
 
@@ -59,16 +60,17 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     return tokens
 
 
-def images_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """(N, C, H, W) that each named convolution sees in one forward of `sample`, at its first call if it has several.
+def convolutions_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, Convolution]:
+    """What each named convolution does in one forward of `sample`, at its first call if it has several.
 
     Args:
         sample: as for `watch_inputs`.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Convolution] = {}
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
-        found.setdefault(name, tuple([*(1,) * (4 - x.dim()), *x.shape]))
+        assert isinstance(module, nn.Conv2d | SparseConv2d)
+        found.setdefault(name, Convolution.of(module, x.shape))
 
     watch_inputs(model, sample, names, note)
     return found
@@ -107,21 +109,6 @@ def watch_inputs(
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-def _pixels(conv: nn.Conv2d | SparseConv2d, x: Tensor) -> int:
-    """Of its output, over all images."""
-    sizes = [*(1,) * (4 - x.dim()), *x.shape]
-    padding = conv.padding
-    count = sizes[0]
-    for axis in (0, 1):
-        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        if padding == "same":
-            count *= sizes[2 + axis]
-            continue
-        both = 0 if isinstance(padding, str) else 2 * padding[axis]
-        count *= max(0, (sizes[2 + axis] + both - reach - 1) // conv.stride[axis] + 1)
-    return count
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rarefy.cost import LayerCost, layer_bytes, layer_flops
+from rarefy.cost import Convolution, LayerCost, layer_bytes, layer_flops
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.plan.layers import dims
 from rarefy.plan.precisions import Option, best, options
@@ -37,6 +37,8 @@ class Decision:
     """Of a convolution."""
     computes_dense: bool = False
     """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
+    convolution: Convolution | None = None
+    """What a convolution does in the sample; None: there is none, or it is a linear layer."""
 
     @property
     def dims(self) -> tuple[int, ...]:

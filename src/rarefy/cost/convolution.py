@@ -1,0 +1,84 @@
+"""A convolution as it is called: images, and how its kernel meets them. Numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+
+from rarefy.nn import SparseConv2d
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """All but its weight. Pairs are (height, width)."""
+
+    images: tuple[int, int, int, int]
+    """(N, C, H, W) of its input."""
+    kernel: Pair
+    stride: Pair = (1, 1)
+    border: Pair = (0, 0)
+    """Zeros around the images, those of both sides together."""
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d | SparseConv2d, images: Sequence[int]) -> Self:
+        """A layer's, on images (N, C, H, W), or (C, H, W)."""
+        count, channels, height, width = (*(1,) * (4 - len(images)), *images)
+        kernel, stride, dilation = (_pair(given) for given in (conv.kernel_size, conv.stride, conv.dilation))
+        if conv.padding == "same":
+            border = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
+        else:
+            padding = (0, 0) if isinstance(conv.padding, str) else _pair(conv.padding)
+            border = (2 * padding[0], 2 * padding[1])
+        groups = conv.groups if isinstance(conv, nn.Conv2d) else 1
+        return cls((count, channels, height, width), kernel, stride, border, dilation, groups)
+
+    @property
+    def size(self) -> Pair:
+        """(h, w) of its output; 0 where the kernel does not fit."""
+        return self._out(0), self._out(1)
+
+    def _out(self, axis: int) -> int:
+        room = self.images[2 + axis] + self.border[axis] - self.reach[axis]
+        return max(0, room // self.stride[axis] + 1)
+
+    @property
+    def reach(self) -> Pair:
+        """Pixels of the input from the first tap to the last."""
+        return (self.kernel[0] - 1) * self.dilation[0] + 1, (self.kernel[1] - 1) * self.dilation[1] + 1
+
+    @property
+    def taps(self) -> int:
+        """Inputs of each channel that an output reads."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def pixels(self) -> int:
+        """Of its output, over all images: what rows of input are to a linear layer."""
+        return self.images[0] * self.size[0] * self.size[1]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the sparse layer runs as a linear one on its pixels (`rarefy.ops.geometry`)."""
+        return self.taps == 1 and self.stride == (1, 1) and self.border == (0, 0)
+
+    @property
+    def dense_kernel(self) -> tuple[Pair, Pair, Pair | str, Pair]:
+        """Kernel, stride, padding and dilation as nn.Conv2d takes them."""
+        odd = self.border[0] % 2 or self.border[1] % 2
+        padding = "same" if odd else (self.border[0] // 2, self.border[1] // 2)
+        return self.kernel, self.stride, padding, self.dilation
+
+    def matrix(self, out_channels: int) -> Pair:
+        """Shape of the matrix that its weight is."""
+        return out_channels, self.images[1] // self.groups * self.taps
+
+
+def _pair(given: Sequence[int]) -> Pair:
+    return int(given[0]), int(given[1])
