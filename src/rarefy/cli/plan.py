@@ -77,7 +77,7 @@ class Plan:
     """Time each layer shape, sparse and dense, and leave dense what sparse would slow down on this machine."""
 
     predict: bool = False
-    """Take the times from the cost model instead, calibrated once in under a minute: nothing else is timed."""
+    """Take the times from the cost model instead, calibrated once in about a minute: nothing else is timed."""
 
     calibrate: bool = False
     """Calibrate the cost model of this machine anew, and stop."""

@@ -27,25 +27,33 @@ def sparse_conv_terms(work: Work, which: Pass, l2_bytes: int, batching: Batching
     conv, out = work.conv, work.shape[0]
     count, channels, height, width = conv.images
     images, pixels = batching.whole(count, work.precision), batching.panel(count, work.precision)
+    place_bytes = 4 * batching.lanes  # of a pixel of the images side by side: float32, or twice as many in bfloat16
+    by_column = work.block[1] > 1  # a panel then holds an input for each column of the matrix
+
     ahead = images * conv.size[0] * _whole(conv.size[1], pixels)
-    by_column = work.block[1] > 1  # the panel then holds an input for each column of the matrix
+    packed = images * channels * height * width
+    band = channels * _band_places(conv, pixels) * place_bytes
+    far_packed = packed * _outside(band, l2_bytes)
     cut = channels * ahead * (conv.taps if by_column else _share(conv, conv.stride, conv.size[0], pixels))
-    places, scattered, products, parts = 0, 0, work.nnz * ahead, 0
+    products, places, scattered, parts = work.nnz * ahead, 0, 0, 0
     if which == "step":
         parts = min(MOST_PARTS, -(-count // batching.side_by_side(count, work.precision)))
         if _turns(work, batching):
             back = images * height * _whole(width, pixels)
+            far_packed += out * ahead * _outside(band * out // channels, l2_bytes)
             cut += out * back * _share(conv, (1, 1), height, pixels)
-        else:
+        else:  # x's band and its gradient's, side by side
             back, places = ahead, channels * conv.taps * ahead
+            far_packed += 2 * packed * _outside(2 * band, l2_bytes)
             scattered = 0 if by_column else work.nnz * ahead
         products += 2 * work.nnz * back  # gradients of input and values
     grid = work.shape[0] * work.shape[1] / (work.block[0] * work.block[1])
     few = batching.too_few(count, work.precision)  # other kernels
     return {
         "call": 1.0,
-        "pack_in": images * channels * height * width,
+        "pack_in": packed,
         "pack_out": out * ahead,
+        "far_packed": far_packed,  # what L2 does not hold of a few rows of all channels
         "cut": cut,  # out of bands in L2 into L1, taps sharing what they read
         "places": places,  # of x and of its gradient, a tap at a time
         "products": 0 if few else products,
@@ -90,6 +98,18 @@ def _turns(work: Work, batching: Batching) -> bool:
 
 def _whole(count: int, each: int) -> int:
     return -(-count // each) * each
+
+
+def _outside(band_bytes: int, l2_bytes: int) -> float:
+    """The share of a band that L2 does not hold: half of it is for bands."""
+    return max(0.0, 1.0 - l2_bytes / 2 / max(1, band_bytes))
+
+
+def _band_places(conv: Convolution, pixels: int) -> int:
+    """Pixels of a channel in the smallest band: what `ROWS` rows of the output read, and what strides leave out."""
+    (tall, wide), (down, along) = conv.reach, conv.stride
+    rows = (ROWS - 1) * down + max(tall, down) + down - 1
+    return rows * max(conv.border[1] // 2 + conv.images[3], (_whole(conv.size[1], pixels) - 1) * along + wide)
 
 
 def _share(conv: Convolution, stride: tuple[int, int], rows_out: int, pixels: int) -> float:
