@@ -109,7 +109,7 @@ def test_a_step_gives_back_the_gradients_of_the_step_before():
     assert layer.weight.grad is not first[0] and x.grad is not first[1]
     torch.testing.assert_close(layer.weight.grad, dy.T @ x.detach())  # of one step, not the sum of two
     torch.testing.assert_close(x.grad, dy @ layer.weight.detach())
-    assert layer.bias.grad is not None
+    assert layer.bias is not None and layer.bias.grad is not None
     torch.testing.assert_close(layer.bias.grad, dy.sum(0))
 
 

@@ -11,7 +11,7 @@ from rarefy.nn import SparseConv2d, SparseLayer, SparseLinear
 from rarefy.pattern import Pattern
 
 
-def dense_layer(shape: tuple[int, int], bias: bool = True, conv: Convolution | None = None) -> nn.Module:
+def dense_layer(shape: tuple[int, int], bias: bool = True, conv: Convolution | None = None) -> nn.Linear | nn.Conv2d:
     """The dense layer whose weight is a matrix of a shape (out, in), drawn without touching torch's random state."""
     with torch.random.fork_rng(devices=[]):
         if conv is None:
