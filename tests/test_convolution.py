@@ -51,7 +51,14 @@ MANY = [
     (37, 32, 16, (4, 4), (3, 3), (2, 2), (1, 1), (1, 1), (16, 16), 0.4),
     CASES[-1],
 ]
-CASES = CASES[:-1] + MANY
+# Along one axis: images of one row.
+ROWS = [
+    (3, 5, 8, (1, 23), (1, 3), (1, 1), (0, 1), (1, 1), (1, 1), 0.4),
+    (17, 6, 8, (1, 30), (1, 5), (1, 2), (0, 2), (1, 3), (4, 1), 0.3),
+    (33, 8, 12, (1, 19), (1, 4), (1, 1), (0, 3), (1, 2), (4, 4), 0.3),
+    (16, 8, 16, (1, 9), (1, 1), (1, 1), (0, 0), (1, 1), (8, 8), 0.5),
+]
+CASES = CASES[:-1] + MANY + ROWS
 
 
 def drawn(case, dtype):
@@ -157,7 +164,7 @@ def rounds_factors(case, backend):
 
 
 @pytest.mark.parametrize("backend", ISAS)
-@pytest.mark.parametrize("case", [*CASES[:9], *MANY], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:9], *MANY, *ROWS], ids=str)
 def test_images_in_bf16(case, backend):
     with using(backend):
         checks = compared(case, "channels_last", torch.bfloat16)
@@ -200,7 +207,7 @@ def test_bits_do_not_depend_on_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], ROWS[0], ROWS[1]], ids=str)
 def test_gradcheck_opcheck_and_compile(case):
     values, index, x, bias, geometry = drawn(case, torch.float64)
     for tensor in (values, x, bias):

@@ -108,7 +108,7 @@ def _outside(band_bytes: int, l2_bytes: int) -> float:
 def _band_places(conv: Convolution, pixels: int) -> int:
     """Pixels of a channel in the smallest band: what `ROWS` rows of the output read, and what strides leave out."""
     (tall, wide), (down, along) = conv.reach, conv.stride
-    rows = (ROWS - 1) * down + max(tall, down) + down - 1
+    rows = (min(ROWS, conv.size[0]) - 1) * down + max(tall, down) + down - 1
     return rows * max(conv.border[1] // 2 + conv.images[3], (_whole(conv.size[1], pixels) - 1) * along + wide)
 
 

@@ -8,7 +8,7 @@ from typing import Self
 
 from torch import nn
 
-from rarefy.nn import SparseConv2d
+from rarefy.nn import SparseConvolution
 
 Pair = tuple[int, int]
 
@@ -27,17 +27,23 @@ class Convolution:
     groups: int = 1
 
     @classmethod
-    def of(cls, conv: nn.Conv2d | SparseConv2d, images: Sequence[int]) -> Self:
-        """A layer's, on images (N, C, H, W), or (C, H, W)."""
-        count, channels, height, width = (*(1,) * (4 - len(images)), *images)
-        kernel, stride, dilation = (_pair(given) for given in (conv.kernel_size, conv.stride, conv.dilation))
+    def of(cls, conv: nn.Conv1d | nn.Conv2d | SparseConvolution, images: Sequence[int]) -> Self:
+        """A layer's, on images (N, C, H, W), along one axis (N, C, L), or without N."""
+        axes = len(conv.kernel_size)
+        count, channels, *sizes = images if len(images) == 2 + axes else (1, *images)
         if conv.padding == "same":
-            border = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
+            border = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         else:
-            padding = (0, 0) if isinstance(conv.padding, str) else _pair(conv.padding)
-            border = (2 * padding[0], 2 * padding[1])
-        groups = conv.groups if isinstance(conv, nn.Conv2d) else 1
-        return cls((count, channels, height, width), kernel, stride, border, dilation, groups)
+            border = (0,) * axes if isinstance(conv.padding, str) else tuple(2 * zeros for zeros in conv.padding)
+        groups = 1 if isinstance(conv, SparseConvolution) else conv.groups
+        return cls(
+            images=(count, channels, *_pair(sizes, 1)),
+            kernel=_pair(conv.kernel_size, 1),
+            stride=_pair(conv.stride, 1),
+            border=_pair(border, 0),
+            dilation=_pair(conv.dilation, 1),
+            groups=groups,
+        )
 
     @property
     def size(self) -> Pair:
@@ -80,5 +86,6 @@ class Convolution:
         return out_channels, self.images[1] // self.groups * self.taps
 
 
-def _pair(given: Sequence[int]) -> Pair:
-    return int(given[0]), int(given[1])
+def _pair(given: Sequence[int], alone: int) -> Pair:
+    """Of one number the second: along one axis images have one row."""
+    return (alone, int(given[0])) if len(given) == 1 else (int(given[0]), int(given[1]))

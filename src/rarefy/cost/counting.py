@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.cost.convolution import Convolution
-from rarefy.nn import SparseConv2d, SparseLayer
+from rarefy.nn import SparseConvolution, SparseLayer
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.ops import index_dtype
 from rarefy.pattern import unit_grid
@@ -43,7 +43,7 @@ def layer_bytes(
 
 def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:
     """Rows of input that each named layer sees in one forward of `sample`, of a convolution output pixels; 0 for a
-    layer that is not called as one.
+    layer that is not called as one, and for one over three axes.
 
     Args:
         sample: as for `watch_inputs`.
@@ -51,9 +51,9 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     tokens = dict.fromkeys(names, 0)
 
     def count(name: str, module: nn.Module, x: Tensor) -> None:
-        if isinstance(module, nn.Conv2d | SparseConv2d):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | SparseConvolution):
             tokens[name] += Convolution.of(module, x.shape).pixels
-        elif x.dim() and x.shape[-1]:
+        elif not isinstance(module, nn.Conv3d) and x.dim() and x.shape[-1]:
             tokens[name] += x.numel() // x.shape[-1]
 
     watch_inputs(model, sample, tokens, count)
@@ -69,7 +69,7 @@ def convolutions_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) 
     found: dict[str, Convolution] = {}
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d | SparseConv2d)
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | SparseConvolution)
         found.setdefault(name, Convolution.of(module, x.shape))
 
     watch_inputs(model, sample, names, note)

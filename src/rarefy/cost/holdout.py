@@ -130,8 +130,9 @@ def check(
     for _ in range(TRIES):  # at the end, when what disturbed the first time may be over
         slow = [number for number, timed in found.items() if any(_far_above(model, t) for t in timed)]
         doubted |= set(slow)
+        if slow:
+            progress(f"timing again {len(slow)} that took far longer than predicted")
         for number in slow:
-            progress("timing again what took far longer than predicted")
             again = _time(model, *layers[number])
             found[number] = [
                 Timed(a.work, min(a.forward_ms, b.forward_ms), min(a.step_ms, b.step_ms))

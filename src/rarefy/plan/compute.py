@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from rarefy.cost import Convolution, CostModel, break_even, cost_model
-from rarefy.nn import SparseConv2d, SparseLayer
+from rarefy.nn import SparseConvolution, SparseLayer
 
 DenseAbove = float | Literal["auto"] | None
 
@@ -40,7 +40,7 @@ def thresholds(
         return dict.fromkeys(layers, float(dense_above))
     model, found, seen = costs(), {}, convolutions or {}
     for name, layer in layers.items():
-        if isinstance(layer, SparseConv2d) and name not in seen:
+        if isinstance(layer, SparseConvolution) and name not in seen:
             continue
         shape = (layer.out_features, layer.in_features)
         even = break_even(model, shape, layer.block, tokens[name], seen.get(name))

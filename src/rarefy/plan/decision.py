@@ -33,7 +33,7 @@ class Decision:
     """Of the low-rank part beside the units; 0: none."""
     asked_density: float | None = None
     """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
-    kernel: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
     """Of a convolution."""
     computes_dense: bool = False
     """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
@@ -42,7 +42,7 @@ class Decision:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the dense weight: (out, in), or (out, in, kh, kw)."""
+        """Of the dense weight: (out, in), or (out, in, *kernel)."""
         return dims(self.shape, self.kernel)
 
     @property

@@ -20,6 +20,7 @@ from rarefy.cost import (
     predict,
     tokens_per_layer,
 )
+from rarefy.nn import SparseConvolution
 from rarefy.plan.layers import Layer
 from rarefy.plan.structure import Block, choose_block
 
@@ -61,7 +62,9 @@ class Times:
         Args:
             is_open: whether the plan leaves the structure of the layer of a name open.
         """
-        convs = [name for name, layer in layers.items() if layer.kernel is not None]
+        convs = [
+            n for n, layer in layers.items() if isinstance(layer.module, nn.Conv1d | nn.Conv2d | SparseConvolution)
+        ]
         seen = convolutions_per_layer(model, sample, convs) if convs and sample is not None else {}
         measured = sample is not None if measure is None else measure
         some_open = any(is_open(n) for n, layer in layers.items() if layer.kernel is None or n in seen)
