@@ -172,8 +172,8 @@ def test_what_they_do_is_counted_and_timed():
         "stem": 60, "conv": 30, "depth": 30, "volume": 0, "head": 3
     }  # fmt: skip
     assert convolutions_per_layer(model, x, ["conv", "depth"]) == {
-        "conv": Convolution((3, 8, 1, 20), (1, 3), (1, 2), (0, 2)),
-        "depth": Convolution((3, 16, 1, 10), (1, 3), (1, 1), (0, 2), groups=16),
+        "conv": Convolution((3, 8, 1, 20), (1, 3), (1, 2), (0, 2), axes=1, channels_last=False),
+        "depth": Convolution((3, 16, 1, 10), (1, 3), (1, 1), (0, 2), groups=16, axes=1, channels_last=False),
     }
     unbatched = Convolution.of(nn.Conv1d(8, 16, 4, padding="same"), (8, 20))
     assert unbatched.images == (1, 8, 1, 20) and unbatched.size == (1, 20)

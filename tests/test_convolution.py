@@ -357,9 +357,9 @@ def test_pixels_are_counted_and_a_low_rank_part_is_refused():
     }  # fmt: skip
     seen = convolutions_per_layer(model, sample, ["conv1", "point", "depth"])
     assert seen == {
-        "conv1": Convolution((2, 8, 8, 8), (3, 3), (2, 2), (2, 2)),
-        "point": Convolution((2, 16, 4, 4), (1, 1)),
-        "depth": Convolution((2, 16, 4, 4), (3, 3), (1, 1), (2, 2), groups=16),
+        "conv1": Convolution((2, 8, 8, 8), (3, 3), (2, 2), (2, 2), channels_last=False),
+        "point": Convolution((2, 16, 4, 4), (1, 1), channels_last=False),
+        "depth": Convolution((2, 16, 4, 4), (3, 3), (1, 1), (2, 2), groups=16, channels_last=False),
     }
     assert [conv.size for conv in seen.values()] == [(4, 4)] * 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

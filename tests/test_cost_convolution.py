@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from rarefy import Plan, SparseConv2d, sparsify
-from rarefy.cost import CALIBRATED_BLOCKS, PRECISIONS, Convolution, CostModel, Work, dense_work, predict
+from rarefy.cost import (
+    CALIBRATED_BLOCKS,
+    PRECISIONS,
+    Convolution,
+    CostModel,
+    Work,
+    convolutions_per_layer,
+    dense_work,
+    predict,
+)
 from rarefy.cost.batching import Batching
 from rarefy.cost.host import batching
 from rarefy.cost.layers import dense_layer, random_batch, sparse_layer
@@ -44,6 +53,19 @@ def test_sizes_are_those_of_torch(conv):
     again = dense_layer(seen.matrix(8), conv=seen)
     assert again(torch.randn(3, 4, 11, 12)).shape == y.shape
     assert Convolution.of(conv, (4, 11, 12)).images == (1, 4, 11, 12)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
+def test_layers_are_timed_on_images_as_they_come(axes, last):
+    dense = nn.Conv1d(4, 8, 3, padding=1) if axes == 1 else nn.Conv2d(4, 8, 3, padding=1)
+    seen = Convolution.of(dense, (5, 4, 9, 9)[: 2 + axes], last)
+    x, dy = random_batch(seen.matrix(8), seen.pixels, torch.Generator().manual_seed(0), seen)
+    again = dense_layer(seen.matrix(8), conv=seen)
+    assert type(again) is type(dense) and x.is_contiguous() != last and dy.shape == again(x).shape
+    model = nn.Sequential(dense)
+    assert convolutions_per_layer(model, x.detach(), ["0"]) == {"0": seen}
+    assert convolutions_per_layer(model, x.detach()[0], ["0"])["0"].channels_last == last
 
 
 def test_a_kernel_that_does_not_fit_has_no_output():
@@ -221,7 +243,7 @@ class Net(nn.Module):
         return self.head(self.depth(self.point(self.conv(self.stem(x)))).mean(dim=(2, 3)))
 
 
-SAMPLE = torch.zeros(16, 3, 8, 8)
+SAMPLE = torch.zeros(16, 3, 8, 8).contiguous(memory_format=torch.channels_last)
 
 
 def test_a_plan_is_explained_by_prediction():
@@ -241,6 +263,12 @@ def test_a_plan_is_explained_by_prediction():
     options = {option["name"]: option["ms"] for option in rows["conv"]["options"]}
     assert options["dense bf16"] == pytest.approx(rows["conv"]["dense_ms"])
     assert "(4 predicted)" in str(found)
+
+
+def test_other_layouts_than_the_predicted_are_said():
+    plan = Plan(density=0.25)
+    with pytest.warns(UserWarning, match="are for images in channels_last.* and those of conv are not"):
+        plan.decide(Net(), SAMPLE.contiguous(), measure=False, costs=costs())
 
 
 def test_sparsify_leaves_dense_what_the_model_says_is_slower(monkeypatch):

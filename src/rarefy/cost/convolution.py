@@ -25,9 +25,15 @@ class Convolution:
     """Zeros around the images, those of both sides together."""
     dilation: Pair = (1, 1)
     groups: int = 1
+    axes: int = 2
+    """1: it goes along one axis, and images have one row."""
+    channels_last: bool = True
+    """Whether a pixel's channels lie side by side in memory, as the kernels want them."""
 
     @classmethod
-    def of(cls, conv: nn.Conv1d | nn.Conv2d | SparseConvolution, images: Sequence[int]) -> Self:
+    def of(
+        cls, conv: nn.Conv1d | nn.Conv2d | SparseConvolution, images: Sequence[int], channels_last: bool = True
+    ) -> Self:
         """A layer's, on images (N, C, H, W), along one axis (N, C, L), or without N."""
         axes = len(conv.kernel_size)
         count, channels, *sizes = images if len(images) == 2 + axes else (1, *images)
@@ -43,6 +49,8 @@ class Convolution:
             border=_pair(border, 0),
             dilation=_pair(conv.dilation, 1),
             groups=groups,
+            axes=axes,
+            channels_last=channels_last,
         )
 
     @property
@@ -73,13 +81,6 @@ class Convolution:
     def is_product(self) -> bool:
         """Whether the sparse layer runs as a linear one on its pixels (`rarefy.ops.geometry`)."""
         return self.taps == 1 and self.stride == (1, 1) and self.border == (0, 0)
-
-    @property
-    def dense_kernel(self) -> tuple[Pair, Pair, Pair | str, Pair]:
-        """Kernel, stride, padding and dilation as nn.Conv2d takes them."""
-        odd = self.border[0] % 2 or self.border[1] % 2
-        padding = "same" if odd else (self.border[0] // 2, self.border[1] // 2)
-        return self.kernel, self.stride, padding, self.dilation
 
     def matrix(self, out_channels: int) -> Pair:
         """Shape of the matrix that its weight is."""

@@ -70,10 +70,17 @@ def convolutions_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) 
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | SparseConvolution)
-        found.setdefault(name, Convolution.of(module, x.shape))
+        found.setdefault(name, Convolution.of(module, x.shape, _channels_last(x, len(module.kernel_size))))
 
     watch_inputs(model, sample, names, note)
     return found
+
+
+def _channels_last(x: Tensor, axes: int) -> bool:
+    """Whether a pixel's channels lie side by side, in images with N or without."""
+    images = x if x.dim() == 2 + axes else x[None]
+    images = images if axes == 2 else images.unsqueeze(2)
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 def watch_inputs(

@@ -1,4 +1,4 @@
-"""Layers to be timed, and what they are called with: linear ones, and convolutions on channels_last images."""
+"""Layers to be timed, and what they are called with: linear ones, and convolutions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,32 @@ from torch import Tensor, nn
 
 from rarefy.cost.convolution import Convolution
 from rarefy.cost.precision import Precision, activation_dtype
-from rarefy.nn import SparseConv2d, SparseLayer, SparseLinear
+from rarefy.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
 from rarefy.pattern import Pattern
 
+Dense = nn.Linear | nn.Conv1d | nn.Conv2d
 
-def dense_layer(shape: tuple[int, int], bias: bool = True, conv: Convolution | None = None) -> nn.Linear | nn.Conv2d:
+
+def dense_layer(shape: tuple[int, int], bias: bool = True, conv: Convolution | None = None) -> Dense:
     """The dense layer whose weight is a matrix of a shape (out, in), drawn without touching torch's random state."""
     with torch.random.fork_rng(devices=[]):
         if conv is None:
             return nn.Linear(shape[1], shape[0], bias)
-        made = nn.Conv2d(conv.images[1], shape[0], *conv.dense_kernel, groups=conv.groups, bias=bias)
-        return made.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        layer = _dense_conv(shape[0], bias, conv)
+        if conv.axes == 1 or not conv.channels_last:
+            return layer
+        return layer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _dense_conv(out_channels: int, bias: bool, conv: Convolution, device: str = "cpu") -> nn.Conv1d | nn.Conv2d:
+    odd = any(zeros % 2 for zeros in conv.border)
+    down, along = (zeros // 2 for zeros in conv.border)
+    channels, more = (conv.images[1], out_channels), (conv.groups, bias)
+    if conv.axes == 1:
+        kernel, stride, dilation = conv.kernel[1], conv.stride[1], conv.dilation[1]
+        return nn.Conv1d(*channels, kernel, stride, "same" if odd else along, dilation, *more, device=device)
+    padding = "same" if odd else (down, along)
+    return nn.Conv2d(*channels, conv.kernel, conv.stride, padding, conv.dilation, *more, device=device)
 
 
 def sparse_layer(
@@ -26,10 +41,10 @@ def sparse_layer(
     """The layer of a pattern, its values drawn."""
     if conv is None:
         return SparseLinear.from_pattern(pattern, bias=bias, generator=generator)
-    dense = nn.Conv2d(conv.images[1], pattern.shape[0], *conv.dense_kernel, bias=bias, device="meta")
-    layer = SparseConv2d.__new__(SparseConv2d)
+    kind = SparseConv1d if conv.axes == 1 else SparseConv2d
+    layer = kind.__new__(kind)
     layer._allocate(pattern.shape, pattern.block, pattern.num_units, bias, None, None)
-    layer.take_geometry(dense)
+    layer.take_geometry(_dense_conv(pattern.shape[0], bias, conv, "meta"))
     layer.set_pattern(pattern)
     layer.reset_parameters(generator)
     return layer
@@ -39,14 +54,16 @@ def random_batch(
     shape: tuple[int, int], tokens: int, generator: torch.Generator, conv: Convolution | None = None
 ) -> tuple[Tensor, Tensor]:
     """A layer's input x, which wants a gradient, and dy, the gradient of its output: (tokens, in) and (tokens, out), or
-    images.
+    images as the convolution gets them.
     """
-    x_shape, dy_shape = (tokens, shape[1]), (tokens, shape[0])
-    if conv is not None:
-        x_shape, dy_shape = conv.images, (conv.images[0], shape[0], *conv.size)
-    x, dy = (torch.randn(size, generator=generator) for size in (x_shape, dy_shape))
-    if conv is not None:
-        x, dy = (images.contiguous(memory_format=torch.channels_last) for images in (x, dy))
+    if conv is None:
+        x, dy = (torch.randn(tokens, features, generator=generator) for features in (shape[1], shape[0]))
+        return x.requires_grad_(), dy
+    sizes = conv.images, (conv.images[0], shape[0], *conv.size)
+    layout = torch.channels_last if conv.channels_last else torch.contiguous_format
+    x, dy = (torch.randn(size, generator=generator).contiguous(memory_format=layout) for size in sizes)
+    if conv.axes == 1:
+        x, dy = x.squeeze(2), dy.squeeze(2)
     return x.requires_grad_(), dy
 
 

@@ -74,7 +74,7 @@ def measure(
         units: None: time the dense layer alone.
         rank: of a low-rank part beside the units, timed with them.
         precisions: time the layer in the other precisions as well, in the same rounds: two to three times as long.
-        conv: a convolution, on channels_last images; `tokens` are then its pixels. None: a linear layer.
+        conv: a convolution; `tokens` are then its pixels. None: a linear layer.
     """
     rounded = None
     if units is not None:
@@ -144,7 +144,7 @@ def predict(
     Args:
         units: None: of the dense layer alone.
         rank: of a low-rank part beside the units, taken as two thin dense layers.
-        conv: a convolution; None: a linear layer.
+        conv: a convolution, predicted on channels_last images; None: a linear layer.
     Returns:
         None if the model does not know the structure, or the dense layer in the precision that torch is set to.
     """

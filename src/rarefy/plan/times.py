@@ -68,6 +68,14 @@ class Times:
         seen = convolutions_per_layer(model, sample, convs) if convs and sample is not None else {}
         measured = sample is not None if measure is None else measure
         some_open = any(is_open(n) for n, layer in layers.items() if layer.kernel is None or n in seen)
+        elsewhere = [name for name, conv in seen.items() if not conv.channels_last and not layers[name].why_dense]
+        if measure is False and elsewhere:
+            warnings.warn(
+                "predicted times of convolutions are for images in channels_last, where a pixel's channels lie side by "
+                f"side, and those of {elsewhere[0]} are not: the sparse layer converts them on the way, which costs "
+                "more; convert the model and its images, or measure",
+                stacklevel=5,
+            )
         asked = measured or measure is not None or some_open
         if costs is None and (some_open or (asked and not measured)):
             costs = _machines_model()
