@@ -15,6 +15,7 @@ import rarefy
 from rarefy import Pattern, SparseConv1d
 from rarefy.cost import Convolution, convolutions_per_layer, tokens_per_layer
 from rarefy.export import to_dense_state_dict
+from rarefy.files import checkpoint
 from rarefy.nn.layer import gather_units
 from test_convolution import ROWS
 
@@ -214,6 +215,14 @@ def test_files_and_export(tmp_path):
     plain = Net()
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "kernel, shape", [([3, 3, 3], [8, 54]), ([3], [8, 16]), ([0], [8, 16]), (3, [8, 24]), ([], [8, 8])]
+)
+def test_a_kernel_that_cannot_be_is_refused_in_a_file(kernel, shape):
+    with pytest.raises(ValueError, match=r"conv: a kernel of .* does not fit a matrix of"):
+        checkpoint._kernel("conv", {"kernel": kernel, "shape": shape})
 
 
 def test_made_on_the_meta_device():

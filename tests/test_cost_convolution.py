@@ -265,6 +265,21 @@ def test_a_plan_is_explained_by_prediction():
     assert "(4 predicted)" in str(found)
 
 
+def test_a_convolution_that_is_called_twice_is_priced_for_one_call():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    x = torch.zeros(16, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    (found,) = Plan(density=0.25).decide(Twice(), x, measure=False, costs=costs())
+    assert found.tokens == 2 * 1024 and found.cost is not None
+    assert found.cost.dense_ms == pytest.approx(1e-8 * 16 * 144 * 1024)
+
+
 def test_other_layouts_than_the_predicted_are_said():
     plan = Plan(density=0.25)
     with pytest.warns(UserWarning, match="are for images in channels_last.* and those of conv are not"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rarefy import cost
 from rarefy.cost import CALIBRATED_BLOCKS, CostModel, Work, cache, dense_work, holdout
+from rarefy.cost.batching import Batching
 from rarefy.cost.calibration import calibrate
 from rarefy.cost.model import Timed, error, fit, nnls
 from rarefy.cost.points import CALIBRATED, HELD_OUT, LEAST_POINTS, Point, convolution
@@ -142,7 +143,9 @@ def test_there_are_more_points_than_terms_of_every_kind_and_none_is_held_out():
 
 
 def test_json_round_trip():
-    model = made(conditions={"cpu": "x", "threads": 2}, fitted={"date": "today"})
+    about = Batching(threads=3, lanes=8, dots=True)
+    model = made(conditions={"cpu": "x", "threads": 2}, fitted={"date": "today"}, batching=about)
+    assert model.batching == about and "fp32 conv 4x4 step" in model.coefficients
     again = CostModel.from_json(json.loads(json.dumps(model.to_json())))
     assert again == model
 
@@ -151,6 +154,11 @@ def test_json_round_trip():
     "change",
     [
         {"format": 0},
+        {"format": 1},
+        {"batching": None},
+        {"batching": {"threads": 0}},
+        {"batching": {"threads": 2, "lines": 16}},
+        {"coefficients": {"fp32 conv 1x1 step": {"first_panel": 1.0}}},
         {"coefficients": []},
         {"coefficients": {"fp32 1x1 step": {"call": -1.0}}},
         {"coefficients": {"fp32 1x1 step": {"call": float("inf")}}},

@@ -35,7 +35,7 @@ class Times:
     tokens: Mapping[str, int]
     """Rows of input that each layer sees, of a convolution output pixels; empty: no one asked for times."""
     convolutions: Mapping[str, Convolution]
-    """What each convolution does in the sample; empty without one."""
+    """What each convolution does in the sample, at its first call; empty without one."""
     asked: bool
     """Whether there are times at all."""
     measured: bool
@@ -74,7 +74,7 @@ class Times:
                 "predicted times of convolutions are for images in channels_last, where a pixel's channels lie side by "
                 f"side, and those of {elsewhere[0]} are not: the sparse layer converts them on the way, which costs "
                 "more; convert the model and its images, or measure",
-                stacklevel=5,
+                stacklevel=4,
             )
         asked = measured or measure is not None or some_open
         if costs is None and (some_open or (asked and not measured)):
@@ -90,7 +90,8 @@ class Times:
         Args:
             units: None: of the dense layer alone.
         """
-        tokens, conv = self.tokens.get(layer.name), self.convolutions.get(layer.name)
+        conv = self.convolutions.get(layer.name)
+        tokens = self.tokens.get(layer.name) if conv is None else conv.pixels
         if not self.asked or not tokens or min(layer.shape) < 1 or (layer.kernel is not None and conv is None):
             return None
         more: dict[str, Any] = {"rank": rank} if rank else {}
@@ -108,7 +109,8 @@ class Times:
         if layer.kernel is not None and conv is None:
             return 1, 1
         assert self.model is not None
-        return choose_block(self.model, layer.shape, density, self.tokens.get(layer.name) or ASSUMED_TOKENS, conv)
+        tokens = self.tokens.get(layer.name) if conv is None else conv.pixels
+        return choose_block(self.model, layer.shape, density, tokens or ASSUMED_TOKENS, conv)
 
 
 def _machines_model() -> CostModel:
