@@ -68,6 +68,12 @@ def test_layers_are_timed_on_images_as_they_come(axes, last):
     assert convolutions_per_layer(model, x.detach()[0], ["0"])["0"].channels_last == last
 
 
+def test_images_without_memory_are_taken_for_channels_last():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).to("meta")
+    found = convolutions_per_layer(model, torch.zeros(2, 4, 9, 9, device="meta"), ["0", "2"])
+    assert found["2"].images == (2, 8, 7, 7) and all(conv.channels_last for conv in found.values())
+
+
 def test_a_kernel_that_does_not_fit_has_no_output():
     assert Convolution((1, 2, 2, 9), (3, 3)).size == (0, 7)
 

@@ -265,6 +265,27 @@ def test_the_command_predicts_without_timing(known, monkeypatch, capsys):
     assert len(known) == 1
 
 
+def test_the_command_predicts_convolutions(known, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: pytest.fail("timed"))
+    asked = ["plan", "--network", "wrn16x2", "--images", "4", "--density", "0.2", "--predict"]
+    assert main([*asked, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in data["layers"]}
+    assert data["machine"]["images"] == 4 and rows["groups.0.0.conv2"]["kernel"] == [3, 3]
+    assert rows["groups.0.0.conv2"]["tokens"] == 4 * 32 * 32 and rows["stem"]["kind"] == rows["head"]["kind"] == "dense"
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "wrn16x2, 4 images of 32x32 pixels a step" in out and "predicted for" in out
+    assert main([*asked[:-1], "--budget", "1m"]) != 0
+    assert "--network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["0", "-1"])
+def test_the_command_refuses_no_images(known, images, capsys):
+    assert main(["plan", "--network", "wrn16x2", f"--images={images}", "--no-measure"]) != 0
+    assert f"--images must be at least 1, got {images}" in capsys.readouterr().err
+
+
 def test_the_command_calibrates_anew(known, capsys):
     for times in (1, 2):
         assert main(["plan", "--calibrate"]) == 0

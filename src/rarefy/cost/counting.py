@@ -77,7 +77,12 @@ def convolutions_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) 
 
 
 def _channels_last(x: Tensor, axes: int) -> bool:
-    """Whether a pixel's channels lie side by side, in images with N or without."""
+    """Whether a pixel's channels lie side by side, in images with N or without.
+
+    Assumed of images on the meta device, whose layout norms and operators without a kernel there do not keep.
+    """
+    if x.device.type == "meta" and axes == 2:
+        return True
     images = x if x.dim() == 2 + axes else x[None]
     images = images if axes == 2 else images.unsqueeze(2)
     return images.is_contiguous(memory_format=torch.channels_last)
