@@ -117,6 +117,8 @@ def test_what_cannot_be_is_refused():
         SparseConv1d.from_dense(nn.Conv1d(4, 8, 4, padding="same"), density=0.5)
     with pytest.raises(ValueError, match="pads with zeros only"):
         SparseConv1d.from_dense(nn.Conv1d(4, 8, 3, padding_mode="circular"), density=0.5)
+    with pytest.raises(ValueError, match=r"SparseConv1d takes the place of nn.Conv1d, not of Conv2d"):
+        SparseConv1d.from_dense(nn.Conv2d(4, 8, 3), density=0.5)
     with pytest.raises(ValueError, match=r"the pattern is for a \(8, 13\) matrix"):
         SparseConv1d.from_dense(nn.Conv1d(4, 8, 3), pattern=Pattern.random((8, 13), 0.5))
     with pytest.raises(ValueError, match=r"must be \(batch, channels, length\)"):

@@ -76,8 +76,12 @@ class SparseConvolution(SparseLayer):
         """That of a dense convolution.
 
         Raises:
-            ValueError: it has groups, or padding that is not known here.
+            ValueError: it has groups, padding that is not known here, or other axes.
         """
+        if len(conv.kernel_size) != self.axes:
+            raise ValueError(
+                f"{type(self).__name__} takes the place of nn.Conv{self.axes}d, not of {type(conv).__name__}"
+            )
         _refuse_unless_possible(type(self), conv.groups, conv.padding_mode)
         self._set_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
