@@ -142,10 +142,10 @@ def test_sparsify_again_adopts():
 
 def test_a_slower_layer_is_left_dense(monkeypatch):
     from rarefy.cost import LayerCost
-    from rarefy.plan import plan as planning
+    from rarefy.plan import times as timing
 
     monkeypatch.setattr(
-        planning, "measure", lambda shape, *given, **named: LayerCost(2.0 if shape == (32, 16) else 0.5, 1.0)
+        timing, "measure", lambda shape, *given, **named: LayerCost(2.0 if shape == (32, 16) else 0.5, 1.0)
     )
     model = mlp()
     rewirer = sparsify(model, Plan(density=0.3), torch.randn(4, 16))

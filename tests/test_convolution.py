@@ -15,7 +15,7 @@ from torch import nn
 
 import rarefy
 from rarefy import Pattern, SparseConv2d
-from rarefy.cost import LayerCost, images_per_layer, tokens_per_layer
+from rarefy.cost import Convolution, LayerCost, convolutions_per_layer, tokens_per_layer
 from rarefy.export import to_dense_state_dict
 from rarefy.ops import Index, available, convolution, tiled, using
 from rarefy.ops.reference import dense, unit_indices
@@ -51,7 +51,14 @@ MANY = [
     (37, 32, 16, (4, 4), (3, 3), (2, 2), (1, 1), (1, 1), (16, 16), 0.4),
     CASES[-1],
 ]
-CASES = CASES[:-1] + MANY
+# Along one axis: images of one row.
+ROWS = [
+    (3, 5, 8, (1, 23), (1, 3), (1, 1), (0, 1), (1, 1), (1, 1), 0.4),
+    (17, 6, 8, (1, 30), (1, 5), (1, 2), (0, 2), (1, 3), (4, 1), 0.3),
+    (33, 8, 12, (1, 19), (1, 4), (1, 1), (0, 3), (1, 2), (4, 4), 0.3),
+    (16, 8, 16, (1, 9), (1, 1), (1, 1), (0, 0), (1, 1), (8, 8), 0.5),
+]
+CASES = CASES[:-1] + MANY + ROWS
 
 
 def drawn(case, dtype):
@@ -157,7 +164,7 @@ def rounds_factors(case, backend):
 
 
 @pytest.mark.parametrize("backend", ISAS)
-@pytest.mark.parametrize("case", [*CASES[:9], *MANY], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:9], *MANY, *ROWS], ids=str)
 def test_images_in_bf16(case, backend):
     with using(backend):
         checks = compared(case, "channels_last", torch.bfloat16)
@@ -200,7 +207,7 @@ def test_bits_do_not_depend_on_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], ROWS[0], ROWS[1]], ids=str)
 def test_gradcheck_opcheck_and_compile(case):
     values, index, x, bias, geometry = drawn(case, torch.float64)
     for tensor in (values, x, bias):
@@ -348,7 +355,13 @@ def test_pixels_are_counted_and_a_low_rank_part_is_refused():
     assert tokens_per_layer(model, sample, ["stem", "conv1", "skip", "depth", "head"]) == {
         "stem": 2 * 64, "conv1": 2 * 16, "skip": 2 * 16, "depth": 2 * 16, "head": 2,
     }  # fmt: skip
-    assert images_per_layer(model, sample, ["conv1", "point"]) == {"conv1": (2, 8, 8, 8), "point": (2, 16, 4, 4)}
+    seen = convolutions_per_layer(model, sample, ["conv1", "point", "depth"])
+    assert seen == {
+        "conv1": Convolution((2, 8, 8, 8), (3, 3), (2, 2), (2, 2), channels_last=False),
+        "point": Convolution((2, 16, 4, 4), (1, 1), channels_last=False),
+        "depth": Convolution((2, 16, 4, 4), (3, 3), (1, 1), (2, 2), groups=16, channels_last=False),
+    }
+    assert [conv.size for conv in seen.values()] == [(4, 4)] * 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     decided = rarefy.Plan(density=0.8, low_rank=1).decide(Net())
     assert "low_rank= is for linear layers" in next(d.why_dense for d in decided if d.name == "conv1")
@@ -360,7 +373,7 @@ def test_convolutions_are_timed_on_the_spot_and_stay_dense_where_sparse_is_slowe
     assert all(costs[name].dense_ms > 0 for name in ("stem", "depth", "conv1"))
     assert costs["stem"].sparse_ms is None and costs["conv1"].sparse_ms > 0
     slow = LayerCost(2.0, 1.0)
-    monkeypatch.setattr("rarefy.plan.plan.measure_conv", lambda conv, units, block, images: slow)
+    monkeypatch.setattr("rarefy.plan.times.measure", lambda *_, **__: slow)
     rewirer = rarefy.sparsify(Net(), rarefy.Plan(density=0.3), sample)
     assert "sparse would be slower here: 2.00 ms against 1.00 ms dense" in rewirer.left_dense["conv1"]
 

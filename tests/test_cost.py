@@ -109,7 +109,7 @@ def test_a_step_gives_back_the_gradients_of_the_step_before():
     assert layer.weight.grad is not first[0] and x.grad is not first[1]
     torch.testing.assert_close(layer.weight.grad, dy.T @ x.detach())  # of one step, not the sum of two
     torch.testing.assert_close(x.grad, dy @ layer.weight.detach())
-    assert layer.bias.grad is not None
+    assert layer.bias is not None and layer.bias.grad is not None
     torch.testing.assert_close(layer.bias.grad, dy.sum(0))
 
 
@@ -285,7 +285,7 @@ def test_totals_without_a_sample_have_no_times():
 
 def test_a_layer_left_dense_because_sparse_is_slower_keeps_its_figures(monkeypatch):
     times = {(32, 16): LayerCost(4.0, 1.0), (16, 32): LayerCost(1.0, 4.0), (16, 16): LayerCost(None, 7.0)}
-    monkeypatch.setattr("rarefy.plan.plan.measure", lambda shape, *rest, **more: times[shape])
+    monkeypatch.setattr("rarefy.plan.times.measure", lambda shape, *rest, **more: times[shape])
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16))
     plan = rarefy.Plan(density=0.5, keep_dense=("2",))
 
@@ -301,7 +301,7 @@ def test_layers_that_the_sample_does_not_reach_are_not_timed(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("timed")
 
-    monkeypatch.setattr("rarefy.plan.plan.measure", refuse)
+    monkeypatch.setattr("rarefy.plan.times.measure", refuse)
 
     class Idle(nn.Module):
         def __init__(self) -> None:

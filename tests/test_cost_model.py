@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from rarefy import cost
 from rarefy.cost import CALIBRATED_BLOCKS, CostModel, Work, cache, dense_work, holdout
-from rarefy.cost.calibration import LEAST_POINTS, POINTS, calibrate
-from rarefy.cost.holdout import HELD_OUT
+from rarefy.cost.batching import Batching
+from rarefy.cost.calibration import calibrate
 from rarefy.cost.model import Timed, error, fit, nnls
+from rarefy.cost.points import CALIBRATED, HELD_OUT, LEAST_POINTS, Point, convolution
 from rarefy.cost.precision import PRECISIONS, Precision, precision_now, working_in
-from rarefy.cost.terms import PASSES, terms
+from rarefy.cost.terms import terms
+from rarefy.cost.work import PASSES
 
 L2 = 2 << 20
 
@@ -30,22 +32,25 @@ SPARSE = {  # milliseconds a unit of work, of the size that an AVX-512 machine s
     "segments": 1e-10,
 }
 DENSE = {"call": 0.05, "move_out": 1e-7, "weights": 2e-7, "products": 5e-9, "fresh": 1e-7}
+SPARSE_CONV = {"pack_in": 5e-7, "pack_out": 6e-7, "cut": 1e-7, "products": 2e-8, "scattered_products": 1e-8}
+DENSE_CONV = {"move_in": 2e-7, "weights": 3e-6, "products": 2e-8, "strided_products": 3e-8, "point_products": 1e-8}
 
 
 def exact(work: Work, which, scale: float = 1.0) -> float:
-    coefficients = DENSE if work.block is None else SPARSE
+    linear, convolving = (DENSE, DENSE_CONV) if work.block is None else (SPARSE, SPARSE_CONV)
+    coefficients = convolving if work.convolves else linear
     amounts = terms(work, which, L2)
     return scale * sum(ms * amounts[name] for name, ms in coefficients.items())
 
 
 def works(points, precision: Precision = "fp32") -> list[Work]:
     found = []
-    for (out, inputs), density, tokens in points:
-        found.append(dense_work((out, inputs), tokens, precision))
+    for (out, inputs), density, tokens, conv in points:
+        found.append(dense_work((out, inputs), tokens, precision, conv))
         for block in CALIBRATED_BLOCKS:
             entries = block[0] * block[1]
             units = max(1, round(density * out * inputs / entries))
-            found.append(Work((out, inputs), tokens, units * entries, block, precision))
+            found.append(Work((out, inputs), tokens, units * entries, block, precision, conv))
     return found
 
 
@@ -54,7 +59,7 @@ def timings(points, scale: float = 1.0) -> list[Timed]:
 
 
 def made(**more) -> CostModel:
-    return fit(timings(POINTS), l2_bytes=L2, **more)
+    return fit(timings(CALIBRATED), l2_bytes=L2, **more)
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
@@ -65,12 +70,13 @@ def test_held_out_work_is_predicted_from_its_terms():
     for work in works(HELD_OUT):
         assert model.ms(work) == pytest.approx(exact(work, "step"), rel=1e-3)
         assert model.ms(work, "forward") == pytest.approx(exact(work, "forward") / 3, rel=1e-3)
-    assert model.fitted["median_error"] < 1e-3 and model.fitted["points"] == len(timings(POINTS))
+    assert model.fitted["median_error"] < 1e-3 and model.fitted["points"] == len(timings(CALIBRATED))
 
 
 def test_a_disturbed_timing_hardly_moves_the_model():
     disturbed = [
-        Timed(t.work, t.forward_ms * 8, t.step_ms * 8) if at % 17 == 3 else t for at, t in enumerate(timings(POINTS))
+        Timed(t.work, t.forward_ms * 8, t.step_ms * 8) if at % 17 == 3 else t
+        for at, t in enumerate(timings(CALIBRATED))
     ]
     model = fit(disturbed, l2_bytes=L2)
     errors = [abs(error(model, Timed(w, 1.0, exact(w, "step")))) for w in works(HELD_OUT)]
@@ -79,9 +85,11 @@ def test_a_disturbed_timing_hardly_moves_the_model():
 
 def test_coefficients_are_never_negative():
     rng = np.random.default_rng(0)
-    noisy = [
-        Timed(t.work, t.forward_ms * rng.uniform(0.7, 1.4), t.step_ms * rng.uniform(0.7, 1.4)) for t in timings(POINTS)
-    ]
+
+    def disturbed(ms: float) -> float:
+        return ms * rng.uniform(0.7, 1.4)
+
+    noisy = [Timed(t.work, disturbed(t.forward_ms), disturbed(t.step_ms)) for t in timings(CALIBRATED)]
     model = fit(noisy, l2_bytes=L2)
     assert all(value >= 0 for given in model.coefficients.values() for value in given.values())
     for kind in ("fp32 dense", "fp32 1x1", "fp32 16x16"):
@@ -116,18 +124,28 @@ def test_what_was_not_timed_is_not_predicted():
     assert cost.predict(model, (64, 64), 16, (2, 2), 8) is None
 
 
-def test_there_are_more_points_than_terms_and_none_is_held_out():
-    assert len(terms(works(POINTS)[1], "step", L2)) <= LEAST_POINTS <= len(POINTS)
-    assert not {point[0] for point in POINTS} & {point[0] for point in HELD_OUT}
-    for shape, density, _ in (*POINTS, *HELD_OUT):
-        assert shape[0] % 16 == shape[1] % 16 == 0 and 0 < density <= 1
+def test_there_are_more_points_than_terms_of_every_kind_and_none_is_held_out():
+    least: dict[str, list[Work]] = {}
+    for work in works(CALIBRATED[:LEAST_POINTS]):
+        if work.conv is None or work.convolves:  # sparse products are not timed as convolutions
+            least.setdefault(work.kind, []).append(work)
+    assert len(least) == 2 * (1 + len(CALIBRATED_BLOCKS))
+    for alike in least.values():
+        amounts = [terms(work, "step", L2) for work in alike]
+        in_use = {name for given in amounts for name, amount in given.items() if amount}
+        assert len(in_use) <= len(alike), alike[0].kind
+    assert not {(point.shape, point.conv) for point in CALIBRATED} & {(point.shape, point.conv) for point in HELD_OUT}
+    for point in (*CALIBRATED, *HELD_OUT):
+        assert point.shape[0] % 16 == point.shape[1] % 16 == 0 and 0 < point.density <= 1
 
 
 # -- as data ----------------------------------------------------------------------------------------------------------
 
 
 def test_json_round_trip():
-    model = made(conditions={"cpu": "x", "threads": 2}, fitted={"date": "today"})
+    about = Batching(threads=3, lanes=8, dots=True)
+    model = made(conditions={"cpu": "x", "threads": 2}, fitted={"date": "today"}, batching=about)
+    assert model.batching == about and "fp32 conv 4x4 step" in model.coefficients
     again = CostModel.from_json(json.loads(json.dumps(model.to_json())))
     assert again == model
 
@@ -136,6 +154,11 @@ def test_json_round_trip():
     "change",
     [
         {"format": 0},
+        {"format": 1},
+        {"batching": None},
+        {"batching": {"threads": 0}},
+        {"batching": {"threads": 2, "lines": 16}},
+        {"coefficients": {"fp32 conv 1x1 step": {"first_panel": 1.0}}},
         {"coefficients": []},
         {"coefficients": {"fp32 1x1 step": {"call": -1.0}}},
         {"coefficients": {"fp32 1x1 step": {"call": float("inf")}}},
@@ -256,11 +279,15 @@ def test_calibration_times_every_structure_and_precision(monkeypatch):
     monkeypatch.setattr("rarefy.cost.calibration.SPARSE_POINT_S", 0.0)
     monkeypatch.setattr("rarefy.cost.calibration.DENSE_POINT_S", 0.0)
     state = torch.get_rng_state()
-    model = calibrate(points=[((32, 48), 0.25, 16), ((48, 32), 0.5, 8)])
+    model = calibrate(points=[Point((32, 48), 0.25, 16), Point((48, 32), 0.5, 8), convolution(3, 16, 5, 32, 0.3)])
+    image = convolution(2, 16, 7, 64, 0.1)
     for block in CALIBRATED_BLOCKS:
         for precision in PRECISIONS:
             assert (model.ms(Work((64, 64), 32, 1024, block, precision)) or 0) > 0
-    assert all((model.ms(dense_work((64, 64), 32, precision)) or 0) > 0 for precision in cost.dense_precisions())
+            assert (model.ms(Work((64, 144), 98, 1024, block, precision, image.conv)) or 0) > 0
+    for precision in cost.dense_precisions():
+        assert (model.ms(dense_work((64, 64), 32, precision)) or 0) > 0
+        assert (model.ms(dense_work((64, 144), 98, precision, image.conv)) or 0) > 0
     assert model.conditions == cost.conditions() and model.fitted["points"] > 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -268,8 +295,8 @@ def test_calibration_times_every_structure_and_precision(monkeypatch):
 def test_the_check_shows_both_times_and_counts_what_is_within(monkeypatch):
     model = made()
 
-    def try_layer(shape, tokens, density, block, precisions, **_):
-        matching = next(w for w in works([(shape, density, tokens)]) if w.block == block)
+    def try_layer(point, block, precisions, **_):
+        matching = next(w for w in works([point]) if w.block == block)
         slow = 1.5 if block == (4, 4) else 1.0
         return [Timed(matching, exact(matching, "forward") / 3, exact(matching, "step") * slow)]
 
@@ -280,10 +307,17 @@ def test_the_check_shows_both_times_and_counts_what_is_within(monkeypatch):
         return try_layer(*arguments, **more) if len(calls) > 1 else []  # the first only wakes the machine
 
     monkeypatch.setattr(holdout, "try_layer", timed)
-    found = cost.check(model, points=HELD_OUT[:2])
-    assert (found.again, len(calls)) == (2, 1 + 2 * 7 + 2 * holdout.TRIES)
-    assert len(found.rows) == 2 * (1 + len(CALIBRATED_BLOCKS))
+    points = [*HELD_OUT[:2], *HELD_OUT[7:10]]
+    assert [point.conv is None for point in points] == [True, True, False, False, False]
+    found = cost.check(model, points=points)
+    assert (found.again, len(calls)) == (5, 1 + 5 * 7 + 5 * holdout.TRIES)
+    assert len(found.rows) == 5 * (1 + len(CALIBRATED_BLOCKS))
     off = [row for row in found.rows if row["structure"] == "4x4"]
     assert all(row["step_error"] == pytest.approx(1 / 1.5 - 1, abs=2e-3) for row in off)
-    assert found.summary["forward"]["within"] == 1.0 and found.summary["step"]["within"] == 12 / 14
-    assert "step: 86% of 14 within 20%" in str(found) and "-33%" in str(found)
+    assert set(found.summary) == {"linear", "convolution"}
+    for summary, layers in zip(found.summary.values(), (14, 21), strict=True):
+        assert summary["forward"]["within"] == 1.0 and summary["step"]["within"] == pytest.approx(6 / 7)
+        assert summary["step"]["layers"] == layers
+    text = str(found)
+    assert "linear layers, step: 86% of 14 within 20%" in text and "convolutions, step: 86% of 21 within 20%" in text
+    assert "conv 128x64x3x3 at 32x32, stride 2, 64 images" in text and "-33%" in text

@@ -17,7 +17,8 @@ import tiny
 from cases import gather, scatter
 from rarefy import Plan, RigL, SparseLinear, SparseLowRank, SRigL, Static, pixelated_butterfly, sltrain, sparsify
 from rarefy.cost import CostModel, dense_work, measure, predict
-from rarefy.cost.terms import Work, terms
+from rarefy.cost.terms import terms
+from rarefy.cost.work import Work
 from tiny import one_thread
 
 __all__ = ["one_thread"]

@@ -14,8 +14,8 @@ from torch import nn
 from rarefy import Plan, SparseLinear, sparsify
 from rarefy.cli.main import main
 from rarefy.cost import CALIBRATED_BLOCKS, PRECISIONS, CostModel, LayerCost, cache, conditions, layer_bytes
-from rarefy.cost.terms import PASSES
-from rarefy.plan import plan as planning
+from rarefy.cost.work import PASSES
+from rarefy.plan import times as timing
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.structure import LEAST_UNITS, MARGIN, choose_block, fastest_block, possible_blocks
 from tiny import flags, write_text
@@ -80,7 +80,7 @@ def test_each_layer_gets_the_fastest_structure_that_fits_it():
     plan = Plan(density=0.5, block="auto")
     decisions = plan.decide(pair(), costs=costs(**{"8x8": 2.0, "4x4": 3.0, "dense": 20.0}))
     assert [d.block for d in decisions] == [(8, 8), (8, 8), (4, 4)], "8x8 does not divide 36 rows"
-    assert all(d.is_sparse and d.tokens == planning.ASSUMED_TOKENS for d in decisions)
+    assert all(d.is_sparse and d.tokens == timing.ASSUMED_TOKENS for d in decisions)
     assert sum(d.nnz for d in decisions[:2]) == 8192
     assert [d.cost.source for d in decisions if d.cost] == ["predicted"] * 3
 
@@ -110,11 +110,11 @@ def test_own_blocks_come_first_and_the_first_that_matches():
 
 
 def test_sparsify_keeps_a_plan_that_makes_the_same_layers_without_a_model(monkeypatch):
-    monkeypatch.setattr(planning, "load_model", lambda: costs(**{"8x8": 1.0, "4x4": 5.0, "1x1": 1e4, "dense": 1e3}))
+    monkeypatch.setattr(timing, "load_model", lambda: costs(**{"8x8": 1.0, "4x4": 5.0, "1x1": 1e4, "dense": 1e3}))
     model = pair()
     rewirer = sparsify(model, Plan(density=0.5, block="auto", keep_dense=("1",)))
     assert [m.block for m in model if isinstance(m, SparseLinear)] == [(8, 8), (4, 4)]
-    monkeypatch.setattr(planning, "load_model", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(timing, "load_model", lambda: pytest.fail("asked again"))
     again = pair()
     sparsify(again, rewirer.plan)
     assert [getattr(m, "block", None) for m in again] == [(8, 8), None, (4, 4)]
@@ -123,7 +123,7 @@ def test_sparsify_keeps_a_plan_that_makes_the_same_layers_without_a_model(monkey
 
 def test_nothing_is_predicted_or_timed_that_no_one_asked_for(monkeypatch):
     for name in ("load_model", "measure"):
-        monkeypatch.setattr(planning, name, lambda *_, **__: pytest.fail("asked"))
+        monkeypatch.setattr(timing, name, lambda *_, **__: pytest.fail("asked"))
     [first, *_] = Plan(density=0.5, block=4).decide(pair())
     assert first.cost is None and first.tokens is None
     Plan(density=0.5, block="auto", block_overrides={"*": 4}).decide(pair())
@@ -136,7 +136,7 @@ def test_measuring_times_what_the_model_chose(monkeypatch):
         asked.append((block, tokens, precisions))
         return LayerCost(1.0, 2.0)
 
-    monkeypatch.setattr(planning, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     model = costs(**{"8x8": 1.0})
     rows = Plan(density=0.5, block="auto").explain(pair()[:2], torch.randn(3, 64), costs=model).rows
     assert asked == [((8, 8), 3, True)] * 2 and {row["times"] for row in rows} == {"measured"}
@@ -144,14 +144,14 @@ def test_measuring_times_what_the_model_chose(monkeypatch):
     rows = Plan(density=0.5, block=4).explain(pair()[:2], torch.randn(3, 64), measure=False, costs=model).rows
     assert not asked and {row["times"] for row in rows} == {"predicted"} and rows[0]["tokens"] == 3
     Plan(density=0.5, block=4).decide(pair()[:2], measure=True)
-    assert asked == [((4, 4), planning.ASSUMED_TOKENS, False)] * 2
+    assert asked == [((4, 4), timing.ASSUMED_TOKENS, False)] * 2
 
 
 def test_a_machine_without_a_model_is_calibrated_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = CostModel(costs().coefficients, 0, conditions(), {})
     monkeypatch.setattr(cache, "calibrate", lambda **_: made)
-    with pytest.warns(UserWarning, match="calibrating the cost model of this machine, once, in under a minute"):
+    with pytest.warns(UserWarning, match="calibrating the cost model of this machine, once, in about a minute"):
         Plan(density=0.5, block="auto").decide(pair())
     Plan(density=0.5, block="auto").decide(pair())  # warnings are errors nowhere, but the file is there now
     assert len(list((tmp_path / "rarefy").iterdir())) == 1
@@ -192,7 +192,7 @@ def test_options_are_timed_and_counted_for_every_precision():
     row, _, kept = found.rows
     options = {option["name"]: option for option in row["options"]}
     shape, nnz, weights = (128, 64), 2048, 8192
-    tokens = planning.ASSUMED_TOKENS
+    tokens = timing.ASSUMED_TOKENS
     assert options["dense bf16"]["ms"] == pytest.approx(2e-9 * weights * tokens)
     assert options["sparse bf16"]["ms"] == pytest.approx(9e-9 * nnz * tokens)
     assert options["sparse fp32"]["bytes"] == layer_bytes(shape, 128, (4, 4)) == row["bytes"]
@@ -220,7 +220,7 @@ def test_the_network_as_a_whole_says_when_dense_low_precision_wins():
             assert options[f"dense {precision}"][key] == pytest.approx(sum(r[f"dense {precision}"][key] for r in rows))
     assert totals["best"]["time"] == "dense bf16"
     assert "by time dense bf16 wins" in text and "sparse fp32" in text and "does not train dense layers in int8" in text
-    assert f"times are for {planning.ASSUMED_TOKENS} tokens a step, assumed" in text
+    assert f"times are for {timing.ASSUMED_TOKENS} tokens a step, assumed" in text
     assert "(3 predicted)" in text
 
 
@@ -253,7 +253,7 @@ def known(monkeypatch, tmp_path):
 
 
 def test_the_command_predicts_without_timing(known, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "measure", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: pytest.fail("timed"))
     assert main(["plan", *TINY, "--block", "auto", "--predict", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {tuple(row["block"]) for row in data["layers"] if row["kind"] == "sparse"} == {(4, 4)}
@@ -263,6 +263,27 @@ def test_the_command_predicts_without_timing(known, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "predicted for" in out and "cost model of today" in out and "assumed" not in out
     assert len(known) == 1
+
+
+def test_the_command_predicts_convolutions(known, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: pytest.fail("timed"))
+    asked = ["plan", "--network", "wrn16x2", "--images", "4", "--density", "0.2", "--predict"]
+    assert main([*asked, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in data["layers"]}
+    assert data["machine"]["images"] == 4 and rows["groups.0.0.conv2"]["kernel"] == [3, 3]
+    assert rows["groups.0.0.conv2"]["tokens"] == 4 * 32 * 32 and rows["stem"]["kind"] == rows["head"]["kind"] == "dense"
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "wrn16x2, 4 images of 32x32 pixels a step" in out and "predicted for" in out
+    assert main([*asked[:-1], "--budget", "1m"]) != 0
+    assert "--network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["0", "-1"])
+def test_the_command_refuses_no_images(known, images, capsys):
+    assert main(["plan", "--network", "wrn16x2", f"--images={images}", "--no-measure"]) != 0
+    assert f"--images must be at least 1, got {images}" in capsys.readouterr().err
 
 
 def test_the_command_calibrates_anew(known, capsys):
@@ -278,13 +299,13 @@ def test_the_command_shows_the_check(known, monkeypatch, capsys):
     assert main(["plan", "--check"]) == 0
     assert "within 20%" in capsys.readouterr().out
     assert main(["plan", "--check", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"]["within"] == 1.0
+    assert json.loads(capsys.readouterr().out)["linear"]["step"]["within"] == 1.0
 
 
 def perfect(model: CostModel):
     from rarefy.cost.holdout import Check
     from rarefy.cost.model import Timed
-    from rarefy.cost.terms import dense_work
+    from rarefy.cost.work import dense_work
 
     work = dense_work((64, 64), 64)
     return Check(model, [Timed(work, model.ms(work, "forward") or 0.0, model.ms(work) or 0.0)])
@@ -296,7 +317,7 @@ def test_a_run_keeps_the_structures_that_were_chosen(known, monkeypatch, tmp_pat
     assert main(flags(text, "--run", str(run), *options, steps=4)) == 0
     rows = json.loads((run / "plan.json").read_text())["layers"]
     assert {tuple(row["block"]) for row in rows if row["kind"] == "sparse"} == {(4, 4)}
-    monkeypatch.setattr(planning, "load_model", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(timing, "load_model", lambda: pytest.fail("asked again"))
     asked = Plan.from_dict(yaml.safe_load((run / "run.yaml").read_text())["plan"])  # what --resume reads
     assert asked.block == "auto" and asked.settled(rows).block_overrides == {
         row["name"]: (4, 4) for row in rows if row["kind"] == "sparse"

@@ -23,7 +23,7 @@ from rarefy.methods import (
     Static,
     unit_mean,
 )
-from rarefy.nn import SparseConv2d, SparseLinear, SparseLowRank
+from rarefy.nn import SparseConv1d, SparseConv2d, SparseLinear, SparseLowRank
 from rarefy.optim import AdamW, param_groups
 from rarefy.pattern import Pattern
 from rarefy.plan import Explanation, Plan, pixelated_butterfly, sltrain
@@ -65,6 +65,7 @@ __all__ = [
     "SampledTokens",
     "Schedule",
     "Signal",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "SparseLowRank",

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rarefy.fuse import fuse, hidden_pairs
 from rarefy.init import drawn_pattern, grouped_pattern, magnitude_pattern, row_rescale
-from rarefy.nn import SparseConv2d, SparseLayer, SparseLinear, SparseLowRank
+from rarefy.nn import SparseConvolution, SparseLayer, SparseLinear, SparseLowRank
+from rarefy.nn.conv import SPARSE_TYPES
 from rarefy.nn.layer import INDEX_BUFFERS, gather_units
 from rarefy.pattern import Pattern
 from rarefy.plan import ASSUMED_TOKENS, Decision, Plan, is_conv1d, thresholds
@@ -87,7 +88,8 @@ def sparsify(model: nn.Module, plan: Plan, sample: Any = None, *, measure: bool 
         budget = plan.budget({name: d.dims for name, d in fresh.items()}, {name: d.block for name, d in fresh.items()})
     fused = fuse(model)
     tokens = {d.name: d.tokens or ASSUMED_TOKENS for d in decisions}
-    dense_above = thresholds(layers, plan.dense_above, tokens)
+    convolutions = {d.name: d.convolution for d in decisions if d.convolution is not None}
+    dense_above = thresholds(layers, plan.dense_above, tokens, convolutions=convolutions)
     for name, layer in layers.items():
         choose_compute(layer, dense_above.get(name))
     return Rewirer(
@@ -119,11 +121,11 @@ def _sparse_twin(module: nn.Module, decision: Decision, plan: Plan) -> SparseLay
         )
     bias = cast("nn.Parameter | None", module.bias)
     assert decision.units is not None
-    kind = SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear
+    kind = SPARSE_TYPES.get(type(module), SparseLinear)
     layer = kind.__new__(kind)
     layer._allocate(decision.shape, decision.block, decision.units, bias is not None, weight.device, weight.dtype)
-    if isinstance(module, nn.Conv2d):
-        assert isinstance(layer, SparseConv2d)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        assert isinstance(layer, SparseConvolution)
         layer.take_geometry(module)
     layer.transposed = is_conv1d(module)
     layer.pattern_seed = _seed(plan, decision.name)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 import rarefy
+from rarefy.bench.images import SIDE, network
 from rarefy.cost import CostModel, check, cost_model, load_model
 from rarefy.cost.descriptions import load_machine, machine_names
 from rarefy.models import GPT
@@ -24,7 +26,9 @@ from rarefy.training.machine import machine
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Explain a plan on the GPT of `rarefy train text`: per layer density, bytes, FLOPs, and time against dense."""
+    """Explain a plan on the GPT of `rarefy train text` or a network for images: density, bytes, FLOPs and time against
+    dense, a layer at a time.
+    """
 
     plan: Path | None = None
     """A plan file (YAML). The options below override it. Default: 10% RigL, dense head."""
@@ -55,6 +59,12 @@ class Plan:
     data: str | None = None
     """With --budget: the text, as `rarefy race` reads it. Default: the source of Python's standard library."""
 
+    network: Literal["gpt", "wrn16x2", "wrn22x2", "wrn28x10", "resnet18"] = "gpt"
+    """The network: the GPT of the options below, or one of convolutions for images of 32x32 pixels, on --images."""
+
+    images: int = 128
+    """Images a step, of a network for images."""
+
     width: int = TextSettings.width
     """Features of a position."""
 
@@ -77,7 +87,7 @@ class Plan:
     """Time each layer shape, sparse and dense, and leave dense what sparse would slow down on this machine."""
 
     predict: bool = False
-    """Take the times from the cost model instead, calibrated once in under a minute: nothing else is timed."""
+    """Take the times from the cost model instead, calibrated once in about a minute: nothing else is timed."""
 
     calibrate: bool = False
     """Calibrate the cost model of this machine anew, and stop."""
@@ -95,7 +105,10 @@ class Plan:
     """Print JSON, and nothing else, to stdout."""
 
 
-CHOSEN = ("plan", "density", "distribution", "block", "keep_dense", "width", "layers", "batch", "machine")
+CHOSEN = (
+    *("plan", "network", "images", "density", "distribution", "block"),
+    *("keep_dense", "width", "layers", "batch", "machine"),
+)
 """Options that say what --budget is to find out, or that mean another question."""
 
 
@@ -130,7 +143,8 @@ def _explain(settings: Plan, text: TextSettings, plan: rarefy.Plan) -> None:
         explanation = plan.explain(model, sample, measure=False, costs=costs)
     else:
         explanation = plan.explain(model, sample if settings.measure else None, costs=costs)
-    about = {**machine(), "tokens": settings.batch * settings.context}
+    size = {"tokens": settings.batch * settings.context} if settings.network == "gpt" else {"images": settings.images}
+    about = {**machine(), **size}
     if settings.json:
         fitted = {} if costs is None else {"cost_model": dict(costs.fitted)}
         _print_json({"machine": about, **fitted, "plan": plan.to_dict(), **explanation.to_json()})
@@ -223,13 +237,20 @@ def _progress(text: str) -> None:
     print(f"rarefy: {text}", file=sys.stderr)
 
 
-def _network(settings: Plan, text: TextSettings) -> tuple[GPT, torch.Tensor]:
+def _network(settings: Plan, text: TextSettings) -> tuple[nn.Module, torch.Tensor]:
     """The network and an input of a step's shape, without memory: a plan needs shapes alone."""
+    if settings.network != "gpt":
+        if settings.images < 1:
+            raise ValueError(f"--images must be at least 1, got {settings.images}")
+        return network(settings.network).to("meta"), torch.zeros(settings.images, 3, SIDE, SIDE, device="meta")
     with torch.device("meta"):
         return GPT(text.gpt()), torch.zeros(settings.batch, settings.context, dtype=torch.int64)
 
 
 def _print_network(settings: Plan) -> None:
+    if settings.network != "gpt":
+        print(f"{settings.network}, {settings.images} images of {SIDE}x{SIDE} pixels a step, fp32")
+        return
     print(
         f"GPT of width {settings.width}, {settings.layers} layers, {settings.heads} heads; "
         f"{settings.batch * settings.context} tokens a step ({settings.batch} x {settings.context}), fp32"

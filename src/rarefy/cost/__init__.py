@@ -2,29 +2,22 @@
 
 from rarefy.cost.cache import cache_path, cost_model, load_model, save_model
 from rarefy.cost.calibration import calibrate
-from rarefy.cost.counting import images_per_layer, layer_bytes, layer_flops, tokens_per_layer, training_bytes
+from rarefy.cost.convolution import Convolution
+from rarefy.cost.counting import convolutions_per_layer, layer_bytes, layer_flops, tokens_per_layer, training_bytes
 from rarefy.cost.holdout import check
 from rarefy.cost.host import CALIBRATED_BLOCKS, conditions
+from rarefy.cost.layers import dense_layer, in_precision, random_batch
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now, working_in
-from rarefy.cost.spot import LayerCost, break_even, measure, measure_conv, measure_dense, predict
-from rarefy.cost.terms import Work, dense_work
-from rarefy.cost.timing import (
-    LEAST_ROUNDS,
-    Lap,
-    LayerStep,
-    dense_layer,
-    interleaved,
-    interleaved_ms,
-    kernels_for,
-    random_batch,
-)
-from rarefy.cost.trial import in_precision
+from rarefy.cost.spot import LayerCost, break_even, measure, measure_dense, predict
+from rarefy.cost.timing import LEAST_ROUNDS, Lap, LayerStep, interleaved, interleaved_ms, kernels_for
+from rarefy.cost.work import Work, dense_work
 
 __all__ = [
     "CALIBRATED_BLOCKS",
     "LEAST_ROUNDS",
     "PRECISIONS",
+    "Convolution",
     "CostModel",
     "Lap",
     "LayerCost",
@@ -36,11 +29,11 @@ __all__ = [
     "calibrate",
     "check",
     "conditions",
+    "convolutions_per_layer",
     "cost_model",
     "dense_layer",
     "dense_precisions",
     "dense_work",
-    "images_per_layer",
     "in_precision",
     "interleaved",
     "interleaved_ms",
@@ -49,7 +42,6 @@ __all__ = [
     "layer_flops",
     "load_model",
     "measure",
-    "measure_conv",
     "measure_dense",
     "precision_now",
     "predict",

@@ -48,7 +48,7 @@ def save_model(model: CostModel) -> Path | None:
 
 
 def cost_model(*, anew: bool = False, progress: Callable[[str], None] = lambda text: None) -> CostModel:
-    """The model for here and now: from the cache, or calibrated, in under a minute, and kept.
+    """The model for here and now: from the cache, or calibrated, in about a minute, and kept.
 
     Args:
         anew: calibrate even if there is one.

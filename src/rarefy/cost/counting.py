@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.nn import SparseConv2d, SparseLayer
+from rarefy.cost.convolution import Convolution
+from rarefy.nn import SparseConvolution, SparseLayer
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.ops import index_dtype
 from rarefy.pattern import unit_grid
@@ -42,7 +43,7 @@ def layer_bytes(
 
 def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, int]:
     """Rows of input that each named layer sees in one forward of `sample`, of a convolution output pixels; 0 for a
-    layer that is not called as one.
+    layer that is not called as one, and for one over three axes.
 
     Args:
         sample: as for `watch_inputs`.
@@ -50,28 +51,41 @@ def tokens_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dic
     tokens = dict.fromkeys(names, 0)
 
     def count(name: str, module: nn.Module, x: Tensor) -> None:
-        if isinstance(module, nn.Conv2d | SparseConv2d):
-            tokens[name] += _pixels(module, x)
-        elif x.dim() and x.shape[-1]:
+        if isinstance(module, nn.Conv1d | nn.Conv2d | SparseConvolution):
+            tokens[name] += Convolution.of(module, x.shape).pixels
+        elif not isinstance(module, nn.Conv3d) and x.dim() and x.shape[-1]:
             tokens[name] += x.numel() // x.shape[-1]
 
     watch_inputs(model, sample, tokens, count)
     return tokens
 
 
-def images_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """(N, C, H, W) that each named convolution sees in one forward of `sample`, at its first call if it has several.
+def convolutions_per_layer(model: nn.Module, sample: Any, names: Iterable[str]) -> dict[str, Convolution]:
+    """What each named convolution does in one forward of `sample`, at its first call if it has several.
 
     Args:
         sample: as for `watch_inputs`.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Convolution] = {}
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
-        found.setdefault(name, tuple([*(1,) * (4 - x.dim()), *x.shape]))
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | SparseConvolution)
+        found.setdefault(name, Convolution.of(module, x.shape, _channels_last(x, len(module.kernel_size))))
 
     watch_inputs(model, sample, names, note)
     return found
+
+
+def _channels_last(x: Tensor, axes: int) -> bool:
+    """Whether a pixel's channels lie side by side, in images with N or without.
+
+    Assumed of images on the meta device, whose layout norms and operators without a kernel there do not keep.
+    """
+    if x.device.type == "meta" and axes == 2:
+        return True
+    images = x if x.dim() == 2 + axes else x[None]
+    images = images if axes == 2 else images.unsqueeze(2)
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 def watch_inputs(
@@ -107,21 +121,6 @@ def watch_inputs(
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-def _pixels(conv: nn.Conv2d | SparseConv2d, x: Tensor) -> int:
-    """Of its output, over all images."""
-    sizes = [*(1,) * (4 - x.dim()), *x.shape]
-    padding = conv.padding
-    count = sizes[0]
-    for axis in (0, 1):
-        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        if padding == "same":
-            count *= sizes[2 + axis]
-            continue
-        both = 0 if isinstance(padding, str) else 2 * padding[axis]
-        count *= max(0, (sizes[2 + axis] + both - reach - 1) // conv.stride[axis] + 1)
-    return count
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rarefy.cost.batching import Batching
 from rarefy.cost.timing import kernels_for
 from rarefy.ops import library
 
@@ -31,6 +32,16 @@ def conditions() -> dict[str, Any]:
         "build": _build(),
         "limits": {name: os.environ[name] for name in _LIMITS if name in os.environ},
     }
+
+
+_FLOATS = {"avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
+"""In a vector, by instruction set; four elsewhere (csrc/simd.h)."""
+
+
+def batching() -> Batching:
+    """How the kernels in use here and now share out the images of a convolution."""
+    kernels = kernels_for(CALIBRATED_BLOCKS[0])
+    return Batching(torch.get_num_threads(), _FLOATS.get(kernels, 4), kernels == "avx512bf16")
 
 
 def cpu_name() -> str:

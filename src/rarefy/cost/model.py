@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.cost.terms import PASSES, Pass, Work, terms
+from rarefy.cost.batching import DEFAULT, Batching
+from rarefy.cost.convolution import Convolution
+from rarefy.cost.terms import terms
+from rarefy.cost.work import PASSES, Pass, Work
+from rarefy.settings import from_plain
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; another one is not read."""
 
 
@@ -48,6 +53,9 @@ class CostModel:
     fitted: Mapping[str, Any] = field(default_factory=dict)
     """date, seconds, points, and median_error and p90_error of the fit on its own points."""
 
+    batching: Batching = DEFAULT
+    """How convolutions share out images, which some terms depend on."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.l2_bytes, int) or self.l2_bytes < 0:
             raise ValueError(f"l2_bytes must be a number of bytes, got {self.l2_bytes!r}")
@@ -65,7 +73,8 @@ class CostModel:
         if not self.knows(work) or min(*work.shape, work.tokens) < 1:
             return None
         coefficients = self.coefficients[f"{work.kind} {which}"]
-        return sum(coefficients.get(name, 0.0) * amount for name, amount in terms(work, which, self.l2_bytes).items())
+        amounts = terms(work, which, self.l2_bytes, self.batching)
+        return sum(coefficients.get(name, 0.0) * amount for name, amount in amounts.items())
 
     # -- as data ------------------------------------------------------------------------------------------------------
 
@@ -76,6 +85,7 @@ class CostModel:
             "conditions": dict(self.conditions),
             "fitted": dict(self.fitted),
             "l2_bytes": self.l2_bytes,
+            "batching": dataclasses.asdict(self.batching),
             "coefficients": {key: dict(given) for key, given in self.coefficients.items()},
         }
 
@@ -84,14 +94,17 @@ class CostModel:
         """Raises ValueError for what is not one."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"not a cost model of format {FORMAT}")
-        for name in ("conditions", "fitted", "coefficients"):
+        for name in ("conditions", "fitted", "coefficients", "batching"):
             if not isinstance(data.get(name), Mapping):
                 raise ValueError(f"{name} should be a mapping, got {data.get(name)!r}")
-        known = {name for block in (None, (1, 1)) for name in terms(Work((1, 1), 1, 1, block), "step", 0)}
+        pixel = Convolution((1, 1, 1, 1), (1, 1), (2, 2))
+        works = [Work((1, 1), 1, 1, block, conv=conv) for block in (None, (1, 1)) for conv in (None, pixel)]
+        known = {name for work in works for name in terms(work, "step", 0)}
         for key, given in data["coefficients"].items():
             if not isinstance(given, Mapping) or not set(given) <= known:
                 raise ValueError(f"{key} should be terms and their times, got {given!r}")
-        return cls(data["coefficients"], data.get("l2_bytes", -1), data["conditions"], data["fitted"])
+        batching = from_plain(Batching, data["batching"], where="batching")
+        return cls(data["coefficients"], data.get("l2_bytes", -1), data["conditions"], data["fitted"], batching)
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
@@ -103,6 +116,7 @@ def fit(
     l2_bytes: int,
     conditions: Mapping[str, Any] | None = None,
     fitted: Mapping[str, Any] | None = None,
+    batching: Batching = DEFAULT,
 ) -> CostModel:
     """The model whose relative errors on these timings are least, kind by kind.
 
@@ -114,17 +128,17 @@ def fit(
         kinds.setdefault(point.work.kind, []).append(point)
     for kind, points in kinds.items():
         for which in PASSES:
-            amounts = [terms(point.work, which, l2_bytes) for point in points]
+            amounts = [terms(point.work, which, l2_bytes, batching) for point in points]
             names = list(amounts[0])
             matrix = np.array([[amount[name] for name in names] for amount in amounts], dtype=float)
             times = np.array([point.ms(which) for point in points], dtype=float)
             found = fit_relative(matrix, times)
             coefficients[f"{kind} {which}"] = {n: float(c) for n, c in zip(names, found, strict=True) if c > 0}
-    model = CostModel(coefficients, l2_bytes, conditions or {}, {})
+    model = CostModel(coefficients, l2_bytes, conditions or {}, {}, batching)
     errors = np.abs([error(model, point) for point in timed]) if timed else np.zeros(1)
     about = {**(fitted or {}), "points": len(timed)}
     about |= {"median_error": float(np.median(errors)), "p90_error": float(np.quantile(errors, 0.9))}
-    return CostModel(coefficients, l2_bytes, conditions or {}, about)
+    return CostModel(coefficients, l2_bytes, conditions or {}, about, batching)
 
 
 def error(model: CostModel, point: Timed, which: Pass = "step") -> float:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rarefy.cost.convolution import Convolution
+from rarefy.cost.layers import dense_layer, in_precision, random_batch, sparse_layer
 from rarefy.cost.model import CostModel
 from rarefy.cost.precision import PRECISIONS, Precision, dense_precisions, precision_now
-from rarefy.cost.terms import Work, dense_work
-from rarefy.cost.timing import LayerStep, dense_layer, interleaved_ms, kernels_for, random_batch
-from rarefy.cost.trial import in_precision
-from rarefy.nn import SparseConv2d, SparseLinear, SparseLowRank
+from rarefy.cost.timing import LayerStep, interleaved_ms, kernels_for
+from rarefy.cost.work import Work, dense_work
+from rarefy.nn import SparseLinear, SparseLowRank
 from rarefy.pattern import Pattern, unit_grid
 from rarefy.sampling import keyed_generator
 
@@ -61,6 +62,7 @@ def measure(
     bias: bool = True,
     precisions: bool = False,
     rank: int = 0,
+    conv: Convolution | None = None,
 ) -> LayerCost:
     """Time a layer of this shape, sparse and dense in turn, in this process with torch's threads. From 0.3 s, by size.
 
@@ -72,6 +74,7 @@ def measure(
         units: None: time the dense layer alone.
         rank: of a low-rank part beside the units, timed with them.
         precisions: time the layer in the other precisions as well, in the same rounds: two to three times as long.
+        conv: a convolution; `tokens` are then its pixels. None: a linear layer.
     """
     rounded = None
     if units is not None:
@@ -79,53 +82,7 @@ def measure(
         rounded = min(int(float(f"{units:.3g}")), rows * cols)
     now = precision_now()
     conditions = (torch.get_num_threads(), kernels_for(block) if units is not None else "")
-    return _measure(shape, rounded, block, tokens, bias, precisions, rank, now, *conditions)
-
-
-def measure_conv(
-    conv: nn.Conv2d | SparseConv2d, units: int | None, block: tuple[int, int], images: tuple[int, ...]
-) -> LayerCost:
-    """As `measure`, for a convolution: fresh ones of its geometry, on channels_last images of this shape.
-
-    Args:
-        units: None: time the dense convolution alone.
-        images: (N, C, H, W).
-    """
-    if isinstance(conv, SparseConv2d):
-        conv = conv.to_dense()
-    rounded = None if units is None else max(1, int(float(f"{units:.3g}")))
-    kernels = kernels_for(block) if units is not None else ""
-    conditions = (torch.get_num_threads(), kernels, precision_now())
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    channels = (conv.in_channels, conv.out_channels)
-    return _measure_conv(channels, geometry, conv.bias is not None, rounded, block, tuple(images), *conditions)
-
-
-@functools.lru_cache(maxsize=512)
-def _measure_conv(
-    channels: tuple[int, int],
-    geometry: tuple[Any, ...],
-    bias: bool,
-    units: int | None,
-    block: tuple[int, int],
-    images: tuple[int, ...],
-    *conditions: Any,
-) -> LayerCost:
-    generator = torch.Generator().manual_seed(0)
-    dense = nn.Conv2d(*channels, *geometry, bias=bias)
-    dense = dense.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    x = torch.randn(images, generator=generator).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        dy = torch.randn(dense(x).shape, generator=generator).contiguous(memory_format=torch.channels_last)
-    precision = precision_now()
-    layers: list[nn.Module] = [dense]
-    if units is not None:
-        shape = (channels[1], dense.weight[0].numel())
-        pattern = Pattern.with_units(shape, units, block, generator)
-        layers.append(SparseConv2d.from_dense(dense, pattern=pattern))
-    steps = [LayerStep(layer, *in_precision(x, dy, precision), precision) for layer in layers]
-    dense_ms, *sparse_ms = interleaved_ms(steps, budget_s=0.15 * len(steps))
-    return LayerCost(sparse_ms[0] if sparse_ms else None, dense_ms, "measured", precision)
+    return _measure(shape, rounded, block, tokens, bias, precisions, rank, conv, now, *conditions)
 
 
 def measure_dense(shape: tuple[int, int], tokens: int, *, bias: bool = True) -> float:
@@ -142,21 +99,21 @@ def _measure(
     bias: bool,
     precisions: bool,
     rank: int,
+    conv: Convolution | None,
     now: Precision,
     *conditions: Any,
 ) -> LayerCost:
     generator = torch.Generator().manual_seed(int(keyed_generator(*shape, units or 0).integers(2**62)))
+    x, dy = random_batch(shape, tokens, generator, conv)
     steps: dict[tuple[str, Precision], LayerStep] = {}
     if units is not None:
         pattern = Pattern.with_units(shape, units, block, generator)
-        x, dy = random_batch(shape, tokens, generator)
-        sparse: torch.nn.Module = SparseLinear.from_pattern(pattern, bias, generator=generator)
+        sparse: nn.Module = sparse_layer(pattern, generator, bias, conv)
         if rank:
+            assert isinstance(sparse, SparseLinear)
             sparse = SparseLowRank.around(sparse, rank=rank, generator=generator)
         steps |= {("sparse", p): _step(sparse, x, dy, p) for p in _asked(now, PRECISIONS, precisions)}
-    else:
-        x, dy = random_batch(shape, tokens, generator)
-    dense = dense_layer(shape, bias)
+    dense = dense_layer(shape, bias, conv)
     steps |= {("dense", p): _step(dense, x, dy, p) for p in _asked(now, dense_precisions(), precisions)}
     times = dict(zip(steps, interleaved_ms(list(steps.values()), budget_s=0.15 * len(steps)), strict=True))
     sparse_ms, dense_ms = times.pop(("sparse", now), None), times.pop(("dense", now))
@@ -168,29 +125,37 @@ def _asked(now: Precision, possible: tuple[Precision, ...], every: bool) -> list
     return [now, *(p for p in possible if every and p != now)]
 
 
-def _step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor, precision: Precision) -> LayerStep:
+def _step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, precision: Precision) -> LayerStep:
     return LayerStep(layer, *in_precision(x, dy, precision), precision)
 
 
 def predict(
-    model: CostModel, shape: tuple[int, int], units: int | None, block: tuple[int, int], tokens: int, *, rank: int = 0
+    model: CostModel,
+    shape: tuple[int, int],
+    units: int | None,
+    block: tuple[int, int],
+    tokens: int,
+    *,
+    rank: int = 0,
+    conv: Convolution | None = None,
 ) -> LayerCost | None:
     """What the model says of a layer, sparse and dense, in every precision that it knows.
 
     Args:
         units: None: of the dense layer alone.
         rank: of a low-rank part beside the units, taken as two thin dense layers.
+        conv: a convolution, predicted on channels_last images; None: a linear layer.
     Returns:
         None if the model does not know the structure, or the dense layer in the precision that torch is set to.
     """
     now = precision_now()
     nnz = None if units is None else units * block[0] * block[1]
     times: dict[tuple[str, Precision], float | None] = {
-        ("dense", p): model.ms(dense_work(shape, tokens, p)) for p in PRECISIONS
+        ("dense", p): model.ms(dense_work(shape, tokens, p, conv)) for p in PRECISIONS
     }
     if nnz is not None:
         for p in PRECISIONS:
-            works = [Work(shape, tokens, nnz, block, p)]
+            works = [Work(shape, tokens, nnz, block, p, conv)]
             if rank:
                 works += [dense_work((rank, shape[1]), tokens, p), dense_work((shape[0], rank), tokens, p)]
             parts = [model.ms(work) for work in works]
@@ -207,7 +172,9 @@ BREAK_EVEN_STEPS = 200
 """Densities looked at, evenly spaced up to 1."""
 
 
-def break_even(model: CostModel, shape: tuple[int, int], block: tuple[int, int], tokens: int) -> float | None:
+def break_even(
+    model: CostModel, shape: tuple[int, int], block: tuple[int, int], tokens: int, conv: Convolution | None = None
+) -> float | None:
     """The largest density at which the model expects a sparse training step to be faster than a dense one.
 
     In the precision that torch is set to. Densities past the calibrated ones are extrapolated.
@@ -216,13 +183,13 @@ def break_even(model: CostModel, shape: tuple[int, int], block: tuple[int, int],
         0.0: at no density. None if the model does not know the structure or the dense layer.
     """
     now = precision_now()
-    dense_ms = model.ms(dense_work(shape, tokens, now))
+    dense_ms = model.ms(dense_work(shape, tokens, now, conv))
     rows, cols = unit_grid(shape, block)
     best = 0.0
     for step in range(1, BREAK_EVEN_STEPS + 1):
         density = step / BREAK_EVEN_STEPS
         nnz = round(density * rows * cols) * block[0] * block[1]
-        sparse_ms = model.ms(Work(shape, tokens, nnz, block, now))
+        sparse_ms = model.ms(Work(shape, tokens, nnz, block, now, conv))
         if dense_ms is None or sparse_ms is None:
             return None
         if sparse_ms < dense_ms:

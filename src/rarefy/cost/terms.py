@@ -1,21 +1,17 @@
 """The physical terms that a layer's time is a sum of.
 
 Each is an amount of work that the shape, the pattern and the tokens determine; what a unit of it takes is fitted
-(rarefy.cost.model). O x I the matrix, N its nonzeros, b entries a unit, T tokens.
+(rarefy.cost.model). Here those of linear layers: O x I the matrix, N its nonzeros, b entries a unit, T tokens.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
-from rarefy.cost.precision import Precision, activation_dtype
-
-Pass = Literal["forward", "step"]
-"""forward: the forward pass alone. step: with the gradients of input, weights and bias."""
-
-PASSES: tuple[Pass, ...] = ("forward", "step")
+from rarefy.cost.batching import DEFAULT, Batching
+from rarefy.cost.conv_terms import FRESH_BYTES, dense_conv_terms, sparse_conv_terms
+from rarefy.cost.precision import activation_dtype
+from rarefy.cost.work import Pass, Work
 
 PANEL = 64
 """Tokens that the kernels handle at a time: T counts in whole panels."""
@@ -26,41 +22,18 @@ FEW = 3
 LONG = 512
 """Features up to which a panel's rows stay near; beyond, each doubling costs the kernel anew."""
 
-FRESH_BYTES = 32 << 20
-"""Dense outputs of this size and more are mapped anew at every call: glibc keeps nothing as large."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """One layer's task: what a prediction is asked for."""
-
-    shape: tuple[int, int]
-    """(out_features, in_features)."""
-    tokens: int
-    """Rows of input."""
-    nnz: int
-    """Weights that exist."""
-    block: tuple[int, int] | None
-    """Unit shape; None: a dense layer."""
-    precision: Precision = "fp32"
-
-    @property
-    def kind(self) -> str:
-        """What shares its coefficients: the precision and the structure."""
-        return f"{self.precision} {'dense' if self.block is None else f'{self.block[0]}x{self.block[1]}'}"
-
-
-def dense_work(shape: tuple[int, int], tokens: int, precision: Precision = "fp32") -> Work:
-    """The dense layer of a shape."""
-    return Work(shape, tokens, shape[0] * shape[1], None, precision)
-
-
-def terms(work: Work, which: Pass, l2_bytes: int) -> dict[str, float]:
+def terms(work: Work, which: Pass, l2_bytes: int, batching: Batching = DEFAULT) -> dict[str, float]:
     """Name -> amount. The same names for all work of one kind.
 
     Args:
         l2_bytes: cache of a core, beyond which activations come from further away.
+        batching: how convolutions share out images.
     """
+    if work.convolves:
+        if work.block is None:
+            return dense_conv_terms(work, which, l2_bytes)
+        return sparse_conv_terms(work, which, l2_bytes, batching)
     return _dense_terms(work, which, l2_bytes) if work.block is None else _sparse_terms(work, which, l2_bytes)
 
 

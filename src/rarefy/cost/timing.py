@@ -70,18 +70,6 @@ LEAST_ROUNDS = 3
 """Fewer have no median worth the name."""
 
 
-def random_batch(shape: tuple[int, int], tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A layer's input x (tokens, in), which wants a gradient, and dy (tokens, out), the gradient of its output."""
-    x = torch.randn(tokens, shape[1], generator=generator, requires_grad=True)
-    return x, torch.randn(tokens, shape[0], generator=generator)
-
-
-def dense_layer(shape: tuple[int, int], bias: bool = True) -> nn.Linear:
-    """The dense layer of a shape (out, in), drawn without touching torch's random state."""
-    with torch.random.fork_rng(devices=[]):
-        return nn.Linear(shape[1], shape[0], bias)
-
-
 class LayerStep:
     """What a training step asks of one layer: forward, then the gradients of input, weights and bias, through autograd.
 

@@ -37,7 +37,7 @@ class Checkpoint:
     """Of the sparse layers, by layer name."""
     transposed: frozenset[str] = frozenset()
     """Sparse layers that took the place of one whose dense weight is stored (in, out)."""
-    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the sparse convolutions, by layer name."""
     low_rank: dict[str, float] = field(default_factory=dict)
     """Layers with a low-rank part -> its scale; their sparse part is in `patterns` as `{name}.sparse`."""
@@ -141,13 +141,13 @@ def _assemble(path: Path, found: container.Container, parts: dict[str, Any]) -> 
     return Checkpoint(path, model, patterns, transposed, kernels, low_rank, **decoded)
 
 
-def _kernel(name: str, layer: dict[str, Any]) -> tuple[int, int]:
+def _kernel(name: str, layer: dict[str, Any]) -> tuple[int, ...]:
     """Of a convolution's entry in the metadata."""
     kernel, shape = layer["kernel"], layer["shape"]
-    sound = isinstance(kernel, list) and len(kernel) == 2 and all(type(n) is int and n > 0 for n in kernel)
-    if not sound or shape[1] % (kernel[0] * kernel[1]):
+    sound = isinstance(kernel, list) and len(kernel) in (1, 2) and all(type(n) is int and n > 0 for n in kernel)
+    if not sound or shape[1] % math.prod(kernel):
         raise ValueError(f"{name or 'the model'}: a kernel of {kernel!r} does not fit a matrix of {shape}")
-    return kernel[0], kernel[1]
+    return tuple(kernel)
 
 
 def _scale(name: str, low_rank: dict[str, Any], model: dict[str, Tensor]) -> float:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rarefy.files import container, tree
 from rarefy.files.checkpoint import ARRAYS, VERSION, Checkpoint, key, read
-from rarefy.nn import SparseConv2d, SparseLayer, SparseLowRank
+from rarefy.nn import SparseConvolution, SparseLayer, SparseLowRank
 from rarefy.nn.layer import resize
 from rarefy.pattern import Pattern
 
@@ -62,7 +62,7 @@ def save(
         }
         if layer.transposed:
             layers[name]["transposed"] = True
-        if isinstance(layer, SparseConv2d):
+        if isinstance(layer, SparseConvolution):
             layers[name]["kernel"] = list(layer.kernel_size)
         parent = parents[name.rpartition(".")[0]]
         if name and isinstance(parent, SparseLowRank):

@@ -27,7 +27,7 @@ def load_steps(costs: CostModel) -> StepModel | None:
 
 
 def step_model(costs: CostModel, *, progress: Progress = lambda text: None) -> StepModel:
-    """From the cache, or calibrated, in under a minute, and kept if there is a folder to keep it in."""
+    """From the cache, or calibrated, in about a minute, and kept if there is a folder to keep it in."""
     found = load_steps(costs)
     if found is None:
         found = calibrate_steps(costs, progress=progress)

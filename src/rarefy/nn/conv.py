@@ -1,44 +1,49 @@
-"""A 2-d convolution that holds and trains only the units of its pattern."""
+"""Convolutions that hold and train only the units of their pattern, along one axis or over two."""
 
 from __future__ import annotations
 
-from typing import Self
+import math
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.init import magnitude_pattern
 from rarefy.nn.layer import SparseLayer, gather_units
+from rarefy.ops.geometry import Geometry
 from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
 
-Pair = int | tuple[int, int]
+Sizes = tuple[int, ...]
+"""One number an axis."""
 
 
-class SparseConv2d(SparseLayer):
-    """torch.nn.Conv2d with `values` at the units of its weight's matrix (out_channels, in_channels * kh * kw).
+class SparseConvolution(SparseLayer):
+    """What the convolutions share: torch's with `values` at the units of their weight's matrix, whose shape is
+    (out_channels, in_channels * taps).
 
     Args:
         density, block, generator, device, dtype: as for `SparseLinear`, over that matrix.
-        the others: as for torch.nn.Conv2d; padding with zeros. groups must be 1.
+        the others: as for torch's; padding with zeros. groups must be 1.
     Attributes:
         values, bias, pattern, density: as for `SparseLinear`.
     Raises:
         ValueError: groups, a kernel, stride or padding that cannot be, or anything `SparseLinear` refuses.
-
-    Forward and both gradients cost O(nnz * pixels), memory of parameter, gradient and index is O(nnz). Fastest with
-    channels_last images in batches of at least 16 (32 in bf16), which the kernels keep side by side; y is channels_last
-    where x is.
-    At a rewire, growth by the exact gradient needs a dense weight gradient of the layer for that step.
     """
+
+    axes: ClassVar[int]
+    """Of what it goes over."""
+    dense_type: ClassVar[Callable[..., nn.Conv1d | nn.Conv2d]]
+    """torch's."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair | str = 0,
-        dilation: Pair = 1,
+        kernel_size: int | Sizes,
+        stride: int | Sizes = 1,
+        padding: int | Sizes | str = 0,
+        dilation: int | Sizes = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -49,9 +54,9 @@ class SparseConv2d(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        refuse_unless_possible(groups, padding_mode)
-        kernel = _pair("kernel_size", kernel_size, 1)
-        shape = (out_channels, in_channels * kernel[0] * kernel[1])
+        _refuse_unless_possible(type(self), groups, padding_mode)
+        kernel = _sizes("kernel_size", kernel_size, 1, self.axes)
+        shape = (out_channels, in_channels * math.prod(kernel))
         rows, cols = unit_grid(shape, as_block(block))
         num_units = min(max(1, round(check_density(density) * rows * cols)), rows * cols)
         self._allocate(shape, as_block(block), num_units, bias, device, dtype)
@@ -59,23 +64,42 @@ class SparseConv2d(SparseLayer):
         if self.values.device.type != "meta":
             self.reset_parameters(generator)
 
-    def _set_geometry(self, kernel: tuple[int, int], stride: Pair, padding: Pair | str, dilation: Pair) -> None:
-        self.kernel_size, self.stride = kernel, _pair("stride", stride, 1)
-        self.dilation = _pair("dilation", dilation, 1)
+    def _set_geometry(
+        self, kernel: Sizes, stride: int | Sizes, padding: int | Sizes | str, dilation: int | Sizes
+    ) -> None:
+        self.kernel_size, self.stride = kernel, _sizes("stride", stride, 1, self.axes)
+        self.dilation = _sizes("dilation", dilation, 1, self.axes)
         self.padding = _padding(padding, kernel, self.stride, self.dilation)
-        self.out_channels, self.in_channels = self.out_features, self.in_features // (kernel[0] * kernel[1])
+        self.out_channels, self.in_channels = self.out_features, self.in_features // math.prod(kernel)
 
-    def take_geometry(self, conv: nn.Conv2d) -> None:
+    def take_geometry(self, conv: nn.Conv1d | nn.Conv2d) -> None:
         """That of a dense convolution.
 
         Raises:
-            ValueError: as `geometry_of`.
+            ValueError: it has groups, padding that is not known here, or other axes.
         """
-        self._set_geometry(*geometry_of(conv))
+        if len(conv.kernel_size) != self.axes:
+            raise ValueError(
+                f"{type(self).__name__} takes the place of nn.Conv{self.axes}d, not of {type(conv).__name__}"
+            )
+        _refuse_unless_possible(type(self), conv.groups, conv.padding_mode)
+        self._set_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+
+    @property
+    def geometry(self) -> Geometry:
+        """As the kernels take it, over two axes: the first has one pixel where the layer has but one."""
+        lead = 2 - self.axes
+        given = ((self.kernel_size, 1), (self.stride, 1), (self.padding, 0), (self.dilation, 1))
+        return Geometry(*([alone] * lead + list(sizes) for sizes, alone in given))
 
     @classmethod
     def from_dense(
-        cls, conv: nn.Conv2d, *, density: float | None = None, pattern: Pattern | None = None, block: Block = 1
+        cls,
+        conv: nn.Conv1d | nn.Conv2d,
+        *,
+        density: float | None = None,
+        pattern: Pattern | None = None,
+        block: Block = 1,
     ) -> Self:
         """The layer whose values are the dense one's at the units of `pattern`, or at those of largest magnitude.
 
@@ -107,19 +131,18 @@ class SparseConv2d(SparseLayer):
         layer.values.requires_grad_(conv.weight.requires_grad)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, h, w); also without N, as torch's."""
-        if x.dim() == 3:
-            return self.forward(x[None])[0]
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return torch.ops.rarefy.conv2d(self.values, *self.index, self.cast(x), self.bias, *geometry, self.sink)
+    def _convolve(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, h, w)."""
+        return torch.ops.rarefy.conv2d(
+            self.values, *self.index, self.cast(images), self.bias, *self.geometry, self.sink
+        )
 
-    def to_dense(self) -> nn.Conv2d:
-        """The nn.Conv2d that computes the same, with its own memory."""
+    def to_dense(self) -> nn.Conv1d | nn.Conv2d:
+        """The dense convolution that computes the same, with its own memory."""
         weight = self.dense_weight().view(self.out_channels, self.in_channels, *self.kernel_size)
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
         has_bias = self.bias is not None
-        conv = nn.Conv2d(
+        conv = self.dense_type(
             self.in_channels, self.out_channels, *geometry, bias=has_bias, device="meta", dtype=weight.dtype
         )
         conv.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
@@ -137,51 +160,89 @@ class SparseConv2d(SparseLayer):
         )
 
 
-def geometry_of(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Kernel, stride, padding and dilation of a dense convolution that can be sparse.
+class SparseConv2d(SparseConvolution):
+    """torch.nn.Conv2d with `values` at the units of its weight's matrix (out_channels, in_channels * kh * kw).
 
-    Raises:
-        ValueError: it has groups, or padding that SparseConv2d does not know.
+    Arguments, attributes and errors as for `SparseConvolution`.
+
+    Forward and both gradients cost O(nnz * pixels), memory of parameter, gradient and index is O(nnz). Fastest with
+    channels_last images in batches of at least 16 (32 in bf16), which the kernels keep side by side; y is channels_last
+    where x is.
+    At a rewire, growth by the exact gradient needs a dense weight gradient of the layer for that step.
     """
-    refuse_unless_possible(conv.groups, conv.padding_mode)
-    kernel, stride, dilation = (_two(pair) for pair in (conv.kernel_size, conv.stride, conv.dilation))
-    padding = conv.padding if isinstance(conv.padding, str) else _two(conv.padding)
-    return kernel, stride, _padding(padding, kernel, stride, dilation), dilation
+
+    axes = 2
+    dense_type = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, h, w); also without N, as torch's."""
+        return self._convolve(x[None])[0] if x.dim() == 3 else self._convolve(x)
 
 
-def refuse_unless_possible(groups: int, padding_mode: str) -> None:
-    """Raises ValueError for a convolution that cannot be sparse."""
+class SparseConv1d(SparseConvolution):
+    """torch.nn.Conv1d with `values` at the units of its weight's matrix (out_channels, in_channels * k).
+
+    It is `SparseConv2d` on images of one row, and costs what that costs. Fastest where a position's channels lie side
+    by side in memory, as in `x.transpose(1, 2)` of an x (N, L, channels), and so do y's then; others are converted on
+    the way, there and back.
+    """
+
+    axes = 1
+    dense_type = nn.Conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, L) -> (N, out_channels, l); also without N, as torch's.
+
+        Raises:
+            ValueError: x has neither two nor three dimensions.
+        """
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"SparseConv1d: x must be (batch, channels, length) or without batch, got {tuple(x.shape)}"
+            )
+        y = self._convolve((x[None] if x.dim() == 2 else x).unsqueeze(2)).squeeze(2)
+        return y[0] if x.dim() == 2 else y
+
+
+SPARSE_TYPES: dict[type[nn.Module], type[SparseConvolution]] = {nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
+"""What takes the place of torch's."""
+
+
+def check_convertible(conv: nn.Conv1d | nn.Conv2d) -> None:
+    """Raises ValueError for a dense convolution that cannot be sparse: it has groups, or padding that is not known."""
+    kind = SparseConv1d if isinstance(conv, nn.Conv1d) else SparseConv2d
+    _refuse_unless_possible(kind, conv.groups, conv.padding_mode)
+    _padding(conv.padding, conv.kernel_size, conv.stride, conv.dilation)
+
+
+def _refuse_unless_possible(kind: type[SparseConvolution], groups: int, padding_mode: str) -> None:
     if groups != 1:
-        raise ValueError(f"SparseConv2d has no groups, got groups={groups}: leave this convolution dense")
+        raise ValueError(f"{kind.__name__} has no groups, got groups={groups}: leave this convolution dense")
     if padding_mode != "zeros":
-        raise ValueError(f"SparseConv2d pads with zeros only, got padding_mode={padding_mode!r}: leave it dense")
+        raise ValueError(f"{kind.__name__} pads with zeros only, got padding_mode={padding_mode!r}: leave it dense")
 
 
-def _two(pair: tuple[int, ...]) -> tuple[int, int]:
-    return int(pair[0]), int(pair[1])
+def _sizes(name: str, given: int | Sizes, least: int, axes: int) -> Sizes:
+    """One an axis."""
+    sizes = (given,) * axes if isinstance(given, int) else tuple(given)
+    if len(sizes) != axes or any(not isinstance(n, int) or n < least for n in sizes):
+        several = "" if axes == 1 else ", or two"
+        raise ValueError(f"{name} must be an int of at least {least}{several}, got {given!r}")
+    return sizes
 
 
-def _pair(name: str, given: Pair, least: int) -> tuple[int, int]:
-    pair = (given, given) if isinstance(given, int) else tuple(given)
-    if len(pair) != 2 or any(not isinstance(n, int) or n < least for n in pair):
-        raise ValueError(f"{name} must be an int of at least {least}, or two, got {given!r}")
-    return pair[0], pair[1]
-
-
-def _padding(
-    given: Pair | str, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int]:
+def _padding(given: int | Sizes | str, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
     """In numbers."""
     if not isinstance(given, str):
-        return _pair("padding", given, 0)
+        return _sizes("padding", given, 0, len(kernel))
     both = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if given == "valid":
-        return 0, 0
+        return (0,) * len(kernel)
     if given != "same":
         raise ValueError(f'padding must be numbers, "same" or "valid", got {given!r}')
-    if stride != (1, 1) or any(size % 2 for size in both):
+    if any(step != 1 for step in stride) or any(size % 2 for size in both):
         raise ValueError(
             f'padding="same" needs a stride of 1 and as much padding on either side, got stride {stride} and a kernel '
             f"of {kernel} with dilation {dilation}: leave it dense"
         )
-    return both[0] // 2, both[1] // 2
+    return tuple(size // 2 for size in both)

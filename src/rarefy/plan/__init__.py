@@ -4,8 +4,9 @@ from rarefy.plan.compute import thresholds
 from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.layers import Layer, find_layers, is_conv1d
-from rarefy.plan.plan import ASSUMED_TOKENS, Plan
+from rarefy.plan.plan import Plan
 from rarefy.plan.presets import pixelated_butterfly, sltrain
+from rarefy.plan.times import ASSUMED_TOKENS
 
 __all__ = [
     "ASSUMED_TOKENS",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from rarefy.cost import CostModel, break_even, cost_model
-from rarefy.nn import SparseLayer
+from rarefy.cost import Convolution, CostModel, break_even, cost_model
+from rarefy.nn import SparseConvolution, SparseLayer
 
 DenseAbove = float | Literal["auto"] | None
 
@@ -24,20 +24,26 @@ def thresholds(
     dense_above: DenseAbove,
     tokens: Mapping[str, int],
     costs: Callable[[], CostModel] = cost_model,
+    *,
+    convolutions: Mapping[str, Convolution] | None = None,
 ) -> dict[str, float]:
     """Layer name -> the density above which it computes dense; layers that always compute sparse are left out.
 
     Args:
         tokens: rows of input a layer sees in a step.
         costs: asked under "auto" alone; a layer that the model does not know stays sparse.
+        convolutions: what convolutions do in a step; one whose images are not known stays sparse under "auto".
     """
     if dense_above is None:
         return {}
     if dense_above != "auto":
         return dict.fromkeys(layers, float(dense_above))
-    model, found = costs(), {}
+    model, found, seen = costs(), {}, convolutions or {}
     for name, layer in layers.items():
-        even = break_even(model, (layer.out_features, layer.in_features), layer.block, tokens[name])
+        if isinstance(layer, SparseConvolution) and name not in seen:
+            continue
+        shape = (layer.out_features, layer.in_features)
+        even = break_even(model, shape, layer.block, tokens[name], seen.get(name))
         if even is not None:
             found[name] = even
     return found

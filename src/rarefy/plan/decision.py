@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rarefy.cost import LayerCost, layer_bytes, layer_flops
+from rarefy.cost import Convolution, LayerCost, layer_bytes, layer_flops
 from rarefy.nn.low_rank import low_rank_weights
 from rarefy.plan.layers import dims
 from rarefy.plan.precisions import Option, best, options
@@ -33,14 +33,16 @@ class Decision:
     """Of the low-rank part beside the units; 0: none."""
     asked_density: float | None = None
     """What the plan's distribution asks for, before it is rounded to units; None: a dense or adopted layer."""
-    kernel: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
     """Of a convolution."""
     computes_dense: bool = False
     """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
+    convolution: Convolution | None = None
+    """What a convolution does in the sample; None: there is none, or it is a linear layer."""
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the dense weight: (out, in), or (out, in, kh, kw)."""
+        """Of the dense weight: (out, in), or (out, in, *kernel)."""
         return dims(self.shape, self.kernel)
 
     @property

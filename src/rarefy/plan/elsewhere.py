@@ -12,8 +12,9 @@ from torch import nn
 from rarefy.cost import tokens_per_layer
 from rarefy.cost.hardware import Machine
 from rarefy.plan.decision import Decision
-from rarefy.plan.plan import ASSUMED_TOKENS, Plan
+from rarefy.plan.plan import Plan
 from rarefy.plan.tables import columns
+from rarefy.plan.times import ASSUMED_TOKENS
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Explanation:
             sources = {row["times"] for row in self.rows if row["times"]}
             how = "timed" if sources == {"measured"} else "predicted"
             lines.append(
-                f"linear layers of one step, forward and backward: {totals['planned_ms']:.1f} ms as planned, "
+                f"layers of one step, forward and backward: {totals['planned_ms']:.1f} ms as planned, "
                 f"{totals['dense_ms']:.1f} ms if dense: {totals['speedup']:.2f}x ({totals['timed_layers']} {how})"
             )
         if self.assumed_tokens is not None:

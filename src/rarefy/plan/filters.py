@@ -24,8 +24,8 @@ def check_filters(
     """
     if not layers:
         raise ValueError(
-            "the model has no layer that rarefy could make sparse: no nn.Linear, nn.Conv2d, Conv1D, SparseLinear or "
-            "SparseConv2d"
+            "the model has no layer that rarefy could make sparse: no nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D or "
+            "sparse layer of ours"
         )
     for option, patterns in globs.items():
         for pattern in patterns:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from rarefy.nn import SparseConv2d, SparseLayer, SparseLowRank
-from rarefy.nn.conv import geometry_of
+from rarefy.nn import SparseConvolution, SparseLayer, SparseLowRank
+from rarefy.nn.conv import check_convertible
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,18 @@ class Layer:
     name: str
     module: nn.Module
     shape: tuple[int, int]
-    """(out_features, in_features) of the weight's matrix; a convolution's is (out, in * kh * kw)."""
+    """(out_features, in_features) of the weight's matrix; a convolution's is (out, in * taps)."""
     bias: bool
     why_dense: str
     """Why it cannot be converted; empty: it can."""
     adopted: bool = False
     """It is sparse already."""
-    kernel: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
     """Of a convolution."""
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the dense weight: (out, in), or (out, in, kh, kw)."""
+        """Of the dense weight: (out, in), or (out, in, *kernel)."""
         return dims(self.shape, self.kernel)
 
     @property
@@ -45,9 +46,9 @@ class Layer:
         return self.module.rank if isinstance(self.module, SparseLowRank) else 0
 
 
-def dims(shape: tuple[int, int], kernel: tuple[int, int] | None) -> tuple[int, ...]:
+def dims(shape: tuple[int, int], kernel: tuple[int, ...] | None) -> tuple[int, ...]:
     """Of a dense weight whose matrix has this shape."""
-    return shape if kernel is None else (shape[0], shape[1] // (kernel[0] * kernel[1]), *kernel)
+    return shape if kernel is None else (shape[0], shape[1] // math.prod(kernel), *kernel)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -56,7 +57,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every linear layer and 2-d convolution of the model by its first name, in order, with the reason why it must stay
+    """Every linear layer and convolution of the model by its first name, in order, with the reason why it must stay
     dense, if any.
     """
     modules = dict(model.named_modules())
@@ -70,16 +71,16 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             continue  # part of the layer above it
         if isinstance(module, SparseLayer | SparseLowRank):
             shape = (module.out_features, module.in_features)
-            kernel = module.kernel_size if isinstance(module, SparseConv2d) else None
+            kernel = module.kernel_size if isinstance(module, SparseConvolution) else None
             layers[name] = Layer(name, module, shape, module.bias is not None, "", adopted=True, kernel=kernel)
         elif isinstance(module, nn.Linear) or is_conv1d(module):
             parent = modules[name.rpartition(".")[0]] if name else None
             why = _why_not_convertible(name, module, parent, owners)
             layers[name] = Layer(name, module, _shape(module), getattr(module, "bias", None) is not None, why)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             parent = modules[name.rpartition(".")[0]] if name else None
             why = _why_not_convertible(name, module, parent, owners) or _why_not_conv(module)
-            kernel = (module.kernel_size[0], module.kernel_size[1])
+            kernel = module.kernel_size
             layers[name] = Layer(name, module, _conv_shape(module), module.bias is not None, why, kernel=kernel)
         elif isinstance(module, nn.MultiheadAttention):
             inner = f"{name}.in_proj".lstrip(".")
@@ -87,6 +88,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             layers[inner] = Layer(inner, module, shape, True, _READS_WEIGHTS.format("nn.MultiheadAttention"))
     return layers
 
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What is known to compute what its class says."""
 
 _READS_WEIGHTS = "{} reads its weights itself, without calling a layer"
 
@@ -107,21 +111,23 @@ FEW_CHANNELS = 3
 saved, and published results keep it dense (Evci et al. 2020, arXiv:1911.11134, section 4)."""
 
 
-def _conv_shape(conv: nn.Conv2d) -> tuple[int, int]:
+def _conv_shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
     weight = conv.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return 0, 0
     return weight.shape[0], weight[0].numel() if weight.shape[0] else 0
 
 
-def _why_not_conv(conv: nn.Conv2d) -> str:
+def _why_not_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
+    if isinstance(conv, nn.Conv3d):
+        return "it goes over three axes, and the kernels over two: nn.Conv1d and nn.Conv2d can be sparse"
     if conv.groups > 1:
         depthwise = " (depthwise)" if conv.groups == conv.in_channels else ""
         return f"it has {conv.groups} groups{depthwise}: each output reads few inputs already"
     if conv.in_channels <= FEW_CHANNELS:
         return f"it has {conv.in_channels} input channels: a first convolution is small, and best dense"
     try:
-        geometry_of(conv)
+        check_convertible(conv)
     except ValueError as error:
         return str(error)
     return ""
@@ -139,9 +145,9 @@ def _why_not_convertible(
         return _READS_WEIGHTS.format("nn.TransformerEncoderLayer's fused path")
     if hasattr(module, "parametrizations"):
         return "its weight is computed by a parametrization"
-    if type(module) not in (nn.Linear, nn.Conv2d) and not is_conv1d(module):
-        base = "nn.Conv2d" if isinstance(module, nn.Conv2d) else "nn.Linear"
-        return f"{type(module).__name__} is a subclass of {base} that may compute something else"
+    if type(module) not in _PLAIN and not is_conv1d(module):
+        base = next((kind.__name__ for kind in _PLAIN if isinstance(module, kind)), "Linear")
+        return f"{type(module).__name__} is a subclass of nn.{base} that may compute something else"
     if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not an initialised parameter"
     if not weight.is_floating_point():

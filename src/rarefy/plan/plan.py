@@ -17,21 +17,10 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from rarefy.budget import Budget, as_matrix, check_densities, moves
-from rarefy.cost import (
-    CostModel,
-    LayerCost,
-    cost_model,
-    images_per_layer,
-    load_model,
-    measure,
-    measure_conv,
-    predict,
-    tokens_per_layer,
-)
+from rarefy.cost import CostModel, LayerCost
 from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit, constant_fan_in
 from rarefy.methods import Method, RigL
-from rarefy.nn import SparseConv2d
 from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block, unit_grid
 from rarefy.plan.compute import check_dense_above
@@ -39,12 +28,9 @@ from rarefy.plan.decision import Decision
 from rarefy.plan.explanation import Explanation
 from rarefy.plan.filters import check_filters, why_left_dense
 from rarefy.plan.layers import Layer, find_layers
-from rarefy.plan.structure import choose_block
+from rarefy.plan.times import ASSUMED_TOKENS, Times
 from rarefy.schedules import Schedule
 from rarefy.settings import from_plain, to_plain, unknown
-
-ASSUMED_TOKENS = 2048
-"""Rows of input that times are for where no sample says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +203,13 @@ class Plan:
 
         Args:
             sample: an example input (a tensor, or a tuple or dict of arguments), which says how many tokens each layer
-                sees. Without one, times are for `ASSUMED_TOKENS`.
+                sees, and how large a convolution's images are. Without one, times are for `ASSUMED_TOKENS`, and
+                convolutions have none.
             measure: True: each distinct shape is timed on the spot, sparse and dense, forward and backward. False: the
                 cost model predicts the times. None: measured if there is a sample; else predicted where the plan needs
                 times (`block="auto"`), and not asked for where it does not.
             precisions: also measure the layers in the other precisions (the model predicts them anyway).
-            costs: the cost model; None: this machine's. It is calibrated if there is none yet, in under a minute.
+            costs: the cost model; None: this machine's. It is calibrated if there is none yet, in about a minute.
         Raises:
             ValueError: no layer to convert, or a filter that matches nothing.
 
@@ -242,38 +229,20 @@ class Plan:
             or (_NO_LOW_RANK if self.low_rank and layer.kernel is not None and not layer.adopted else "")
             for name, layer in layers.items()
         }
-        measured = sample is not None if measure is None else measure
-        open_ones = [
-            n
-            for n, why in why_dense.items()
-            if not (why or layers[n].adopted or layers[n].kernel is not None or self._asked_block(n))
-        ]
-        timed = measured or measure is not None or bool(open_ones)
-        if costs is None and (open_ones or (timed and not measured)):
-            costs = _machines_model()
-        tokens = dict.fromkeys(layers, ASSUMED_TOKENS) if timed else {}
-        if sample is not None:
-            tokens = tokens_per_layer(model, sample, layers)
-        convolutions = [name for name, layer in layers.items() if layer.kernel is not None]
-        images = images_per_layer(model, sample, convolutions) if convolutions and sample is not None else {}
-
-        def cost_of(layer: Layer, units: int | None, block: tuple[int, int], rank: int) -> LayerCost | None:
-            if not tokens.get(layer.name) or min(layer.shape) < 1:
-                return None
-            if layer.kernel is not None:  # the cost model does not know convolutions
-                seen = images.get(layer.name) if measured else None
-                assert isinstance(layer.module, nn.Conv2d | SparseConv2d)
-                return None if seen is None else measure_conv(layer.module, units, block, seen)
-            if measured:
-                return _measured(layer, units, block, tokens[layer.name], precisions, rank)
-            assert costs is not None
-            return predict(costs, layer.shape, units, block, tokens[layer.name], rank=rank)
-
+        times = Times.of_model(
+            model,
+            sample,
+            layers,
+            lambda name: not (why_dense[name] or layers[name].adopted or self._asked_block(name)),
+            measure=measure,
+            precisions=precisions,
+            costs=costs,
+        )
         found: dict[str, LayerCost | None] = {}
         # A layer that stays dense leaves the budget, which changes the others' densities: those are asked for anew.
         while True:
             sparse = {name: layers[name] for name, why in why_dense.items() if not why}
-            blocks = self._blocks(layers, sparse, tokens, costs)
+            blocks = self._blocks(layers, sparse, times)
             ranks = self._ranks(sparse)
             fresh = {name: layer.dims for name, layer in sparse.items() if not layer.adopted}
             densities = self.budget(fresh, {}).densities(0.0) if fresh else {}
@@ -283,8 +252,8 @@ class Plan:
                 units, block, rank = counts.get(name), blocks[name], ranks.get(name, 0)
                 if name in counts or name not in found:
                     # The last size counts: it is what most steps see, and the smallest where density falls.
-                    found[name] = cost_of(layer, last.get(name), block, rank) if timed else None
-                seen, why = tokens.get(name), why_dense[name]
+                    found[name] = times.cost(layer, last.get(name), block, rank)
+                seen, why = times.tokens.get(name), why_dense[name]
                 asked = densities.get(name)
                 whole = units is not None and not why and self._computes_dense(layer.shape, units, block)
                 decisions.append(
@@ -301,6 +270,7 @@ class Plan:
                         asked,
                         layer.kernel,
                         whole,
+                        times.convolutions.get(name),
                     )
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
@@ -361,30 +331,21 @@ class Plan:
         return dataclasses.replace(self, **changes)
 
     def _blocks(
-        self,
-        layers: Mapping[str, Layer],
-        sparse: Mapping[str, Layer],
-        tokens: Mapping[str, int],
-        costs: CostModel | None,
+        self, layers: Mapping[str, Layer], sparse: Mapping[str, Layer], times: Times
     ) -> dict[str, tuple[int, int]]:
         """Each layer's unit shape: its own if it is sparse already, else as asked for, else the fastest."""
         fixed = {
             name: self._asked_block(name) if layer.sparse is None else layer.sparse.block
             for name, layer in layers.items()
         }
-        fixed |= {name: (1, 1) for name, layer in layers.items() if layer.kernel is not None and fixed[name] is None}
         blocks = {name: block or (1, 1) for name, block in fixed.items()}
         undecided = [name for name in sparse if fixed[name] is None]
         if undecided:
-            assert costs is not None
             fresh = {name: layer.dims for name, layer in sparse.items() if not layer.adopted}
             densities, ranks = self.budget(fresh, {}).densities(1.0), self._ranks(sparse)
             for name in undecided:
-                rows, cols = layers[name].shape
-                seen = tokens.get(name) or ASSUMED_TOKENS
-                blocks[name] = choose_block(
-                    costs, (rows, cols), densities[name] - _share((rows, cols), ranks[name]), seen
-                )
+                layer = layers[name]
+                blocks[name] = times.fastest_block(layer, densities[name] - _share(layer.shape, ranks[name]))
         return blocks
 
     def _asked_block(self, name: str) -> tuple[int, int] | None:
@@ -491,20 +452,3 @@ def _plain_block(block: Any) -> Any:
 def _share(shape: tuple[int, int], rank: int) -> float:
     """Of a matrix's entries, what a low-rank part has as weights."""
     return low_rank_weights(shape, rank) / (shape[0] * shape[1])
-
-
-def _measured(
-    layer: Layer, units: int | None, block: tuple[int, int], tokens: int, precisions: bool, rank: int
-) -> LayerCost:
-    more: dict[str, Any] = {"precisions": True} if precisions else {}
-    more |= {"rank": rank} if rank else {}
-    return measure(layer.shape, units, block, tokens, bias=layer.bias, **more)
-
-
-def _machines_model() -> CostModel:
-    """This machine's cost model; says so before it spends a minute on calibrating it."""
-    found = load_model()
-    if found is None:
-        warnings.warn("calibrating the cost model of this machine, once, in under a minute", stacklevel=4)
-        found = cost_model()
-    return found

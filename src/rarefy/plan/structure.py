@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rarefy.cost import CALIBRATED_BLOCKS, CostModel, Work, precision_now
+from rarefy.cost import CALIBRATED_BLOCKS, Convolution, CostModel, Work, precision_now
 
 MARGIN = 0.1
 """How much slower than the fastest a less constrained structure may be and still be preferred."""
@@ -42,12 +42,18 @@ def possible_blocks(shape: tuple[int, int], density: float) -> list[Block]:
     return [block for block in CALIBRATED_BLOCKS if block == (1, 1) or fits(block)]
 
 
-def choose_block(model: CostModel, shape: tuple[int, int], density: float, tokens: int) -> Block:
-    """The structure for a layer of this density, by predicted time of a training step in torch's present precision."""
+def choose_block(
+    model: CostModel, shape: tuple[int, int], density: float, tokens: int, conv: Convolution | None = None
+) -> Block:
+    """The structure for a layer of this density, by predicted time of a training step in torch's present precision.
+
+    Args:
+        conv: a convolution; None: a linear layer.
+    """
     times = {}
     for block in possible_blocks(shape, density):
         nnz = round(density * shape[0] * shape[1] / _entries(block)) * _entries(block)
-        ms = model.ms(Work(shape, tokens, max(nnz, _entries(block)), block, precision_now()))
+        ms = model.ms(Work(shape, tokens, max(nnz, _entries(block)), block, precision_now(), conv))
         if ms is not None:
             times[block] = ms
     return fastest_block(times) if times else (1, 1)
