@@ -1,7 +1,8 @@
 """Training loss around rewires, runs side by side on the same data order.
 
 For every step at which any layer rewired, the loss of the steps after it minus that of the step itself, averaged over
-rewires; with several runs also the paired difference to the first, in which the noise of the batches cancels.
+rewires; with several runs also the paired difference to the first at the first's rewires, in which the noise of the
+batches cancels.
 Usage: python tools/rewire_spikes.py RUN [RUN ...] [--after 10]
 """
 
@@ -41,8 +42,9 @@ def main() -> None:
             line = (
                 f"  +{d:<3d} loss {statistics.mean(change):+.4f} +- {statistics.stdev(change) / len(change) ** 0.5:.4f}"
             )
-            if run != options.runs[0] and rewired == at:
-                paired = [(losses[s + d] - losses[s]) - (first[s + d] - first[s]) for s in usable]
+            both = [s for s in at if all(s + d in losses and s + d in first for d in range(options.after + 1))]
+            if run != options.runs[0] and len(both) > 1:
+                paired = [(losses[s + d] - losses[s]) - (first[s + d] - first[s]) for s in both]
                 line += f"   against {options.runs[0].name} {statistics.mean(paired):+.4f}"
                 line += f" +- {statistics.stdev(paired) / len(paired) ** 0.5:.4f}"
             print(line)
