@@ -292,7 +292,9 @@ class Custom:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"loop": {"when": Custom()}}, {"loop": {"when": {1, 2}}}, {"loop": {"when": np.ones(2)}}], ids=str
+    "extra",
+    [{"loop": {"when": Custom()}}, {"loop": {"when": {1, 2}}}, {"loop": {"when": np.ones(2)}}],
+    ids=["object", "set", "array"],
 )
 def test_what_cannot_be_saved_is_named(extra: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.safetensors.*extra\.loop\.when is a "):
