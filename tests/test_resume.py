@@ -163,7 +163,7 @@ def test_repeating_the_runs_own_settings_is_fine(half, straight, text):
         "--density",
         "0.1",
         "--method",
-        "rigl",
+        "set",
         "--steps",
         str(STEPS),
     ]

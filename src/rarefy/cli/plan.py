@@ -31,13 +31,13 @@ class Plan:
     """
 
     plan: Path | None = None
-    """A plan file (YAML). The options below override it. Default: 10% RigL, dense head."""
+    """A plan file (YAML). The options below override it. Default: 10% SET, dense head."""
 
     density: float | None = None
     """Share of the weights that exist, in (0, 1]. Default: the plan's, 0.1."""
 
     method: str | None = None
-    """How the pattern is found: rigl, set or static. Default: the plan's, rigl."""
+    """How the pattern is found: rigl, set or static. Default: the plan's, set."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the density is spread over layers. Default: the plan's, uniform."""
