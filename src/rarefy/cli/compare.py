@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from rarefy.recipes.images import ImageSettings
 from rarefy.recipes.text import TextSettings
 from rarefy.recipes.text.settings import DEFAULT_PLAN
 from rarefy.report.comparison import build_comparison
-from rarefy.training.interrupt import Interrupted
 
 Hidden = tyro.conf.Suppress
 
@@ -153,15 +150,8 @@ def run(asked: Text | Images) -> None:
     progress = Progress(console)
     comparison = asked.comparison()
     task = asked.task()
-    try:
+    with progress.watching():
         outcome = compare(task, comparison, progress, say=progress.say)
-    except Interrupted:
-        progress.stop()
-        command = shlex.join(["rarefy", *sys.argv[1:]])
-        console.print(f"\nstopped and saved; the same command goes on: {command}", soft_wrap=True)
-        raise SystemExit(130) from None
-    finally:
-        progress.stop()
     show(outcome.data, console)
     if asked.report:
         console.print(f"report: {build_comparison(outcome.folder, outcome.data, outcome.records)}", soft_wrap=True)

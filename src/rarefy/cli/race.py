@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from rarefy.race import Race, race
 from rarefy.recipes.images import ImageSettings
 from rarefy.recipes.text import TextSettings
 from rarefy.report.race import build_race, cells, columns, legend, sentences, sizes_of
-from rarefy.training.interrupt import Interrupted
 
 Hidden = tyro.conf.Suppress
 
@@ -152,15 +149,8 @@ def run(asked: Text | Images) -> None:
     progress = Progress(console)
     wanted = asked.asked()
     task = asked.task()
-    try:
+    with progress.watching():
         outcome = race(task, wanted, progress, say=progress.say)
-    except Interrupted:
-        progress.stop()
-        command = shlex.join(["rarefy", *sys.argv[1:]])
-        console.print(f"\nstopped and saved; the same command goes on: {command}", soft_wrap=True)
-        raise SystemExit(130) from None
-    finally:
-        progress.stop()
     data = outcome.data
     sizes = sizes_of(data, outcome.records)
     show_table(data, columns(data), [cells(data, row, sizes) for row in data["table"]["rows"]], legend(data), console)
