@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import signal
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from rarefy.report.comparison import best, build_comparison, disturbed, headline
 from rarefy.report.comparison_figures import mean_curve
 from rarefy.schedules import Constant
 from rarefy.training.twin import Twin
-from tiny import SHAPE, one_thread, settings, start, write_images, write_text
+from tiny import SHAPE, cut_short, one_thread, settings, start, write_images, write_text
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,14 +390,7 @@ def test_a_comparison_cut_short_goes_on_to_the_same_bytes(text, tmp_path, number
     straight, out = tmp_path / "straight", tmp_path / "out"
     assert main(arguments(text, straight, *plans, "--no-report", steps=150)) == 0
     process = start(arguments(text, out, *plans, "--no-report", steps=150), tmp_path)
-    deadline = time.monotonic() + 120
-    while not second_run_is_at(out, 23):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(number)
-    said, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
+    cut_short(process, number, lambda: second_run_is_at(out, 23))
     (partial,) = (path for path in (out / "partial").iterdir() if path.is_dir())
     assert len(kept(out)) == 1 and (partial / "latest.json").is_file()
     assert main(arguments(text, out, *plans, "--no-report", steps=150)) == 0

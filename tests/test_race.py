@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rarefy.recipes.execution import make_twin
 from rarefy.recipes.text.networks import make_dense, make_sparse
 from rarefy.report.race import sentences
 from rarefy.training.subject import Metric
-from tiny import one_thread, settings, start, write_text
+from tiny import cut_short, one_thread, settings, start, write_text
 
 __all__ = ["one_thread"]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::rarefy.GuardWarning")]
@@ -180,14 +179,7 @@ def test_a_race_cut_short_goes_on_to_the_same_end(text, tmp_path, number):
     for kept in ("pace.json", "modes.json"):  # so that both have the same steps
         shutil.copy(straight / kept, out)
     process = start(arguments(text, out, *more), tmp_path)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("partial/*/latest.json"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(number)
-    said, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
+    cut_short(process, number, lambda: len(list(out.glob("partial/*/latest.json"))) == 2)
     assert not unclocked(out)
     assert main(arguments(text, out, *more)) == 0
     assert unclocked(out) == unclocked(straight) and len(unclocked(out)) == 2

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from rarefy.recipes.images.field import LADDERS
 from rarefy.report.race import columns, heats_in_words, legend, sentences
 from rarefy.training.subject import ACCURACY
 from rarefy.training.twin import Twin
-from tiny import one_thread, settings, start, write_images, write_text
+from tiny import cut_short, one_thread, settings, start, write_images, write_text
 
 __all__ = ["one_thread"]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::rarefy.GuardWarning")]
@@ -288,14 +287,7 @@ def test_a_race_cut_short_goes_on_to_the_same_end(images, tmp_path, number):
     out.mkdir()
     shutil.copy(straight / "pace.json", out)  # so that both have the same steps
     process = start(arguments(images, out, *more), tmp_path)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("partial/*/latest.json"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(number)
-    said, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
+    cut_short(process, number, lambda: len(list(out.glob("partial/*/latest.json"))) == 2)
     assert not unclocked(out)
     assert main(arguments(images, out, *more)) == 0
     assert unclocked(out) == unclocked(straight) and len(unclocked(out)) == 2

@@ -6,10 +6,12 @@ import gzip
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,15 @@ def write_images(folder: Path, *, suffix: str = "", seed: int = 0) -> Path:
             raw = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + entries
             (folder / (name + suffix)).write_bytes(gzip.compress(raw) if suffix == ".gz" else raw)
     return folder
+
+
+def cut_short(process: subprocess.Popen[str], number: signal.Signals, ready: Callable[[], bool]) -> None:
+    """Send a signal to a command as soon as it has come far enough; one that it can hear it must answer politely."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    said, err = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
