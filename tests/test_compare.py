@@ -117,6 +117,7 @@ def test_a_plan_file_competes_under_its_name(task, tmp_path):
 def test_small_dense_has_about_as_many_weights(text, images):
     for task in (
         TextTask(settings(text, width=128, steps=None)),
+        TextTask(settings(text, width=128, attention=32, mlp=600, steps=None)),
         ImagesTask(ImageSettings(data=str(images), batch=16)),
     ):
         nonzeros = {

@@ -31,6 +31,7 @@ MODELS = {
     "8x1": model_of(0.3, (8, 1)),
     "learned": model_of(0.3, config=dataclasses.replace(TINY, positions="learned", token_shift=False)),
     "rotary": model_of(0.3, config=dataclasses.replace(TINY, token_shift=False)),
+    "narrow": model_of(0.3, config=dataclasses.replace(TINY, attention=16)),
 }
 
 

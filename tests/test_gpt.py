@@ -24,8 +24,11 @@ KINDS = [
     LEARNED,
     dataclasses.replace(TINY, token_shift=False),
     dataclasses.replace(TINY, positions="learned"),
+    dataclasses.replace(TINY, attention=16),
 ]
-every_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.positions}-{c.activation}-{c.token_shift}")
+every_kind = pytest.mark.parametrize(
+    "config", KINDS, ids=lambda c: f"{c.positions}-{c.activation}-{c.token_shift}-{c.attended}"
+)
 
 
 def test_each_position_predicts_a_byte():
@@ -116,6 +119,20 @@ def test_a_wider_mlp_writes_as_much():
     assert wide == pytest.approx(usual, rel=0.15)
 
 
+@pytest.mark.parametrize("attention", [16, 192])
+def test_attention_of_another_width_than_the_stream(attention):
+    """Its own sizes, and it writes as much as attention of the stream's width does."""
+    shape: dict[str, Any] = {"width": 64, "layers": 1, "heads": 2, "context": 8}
+    usual, other = (GPT(GPTConfig(**shape, attention=a)).get_submodule("blocks.0.attention") for a in (None, attention))
+    sizes = {name: tuple(p.shape) for name, p in other.named_parameters()}
+    assert sizes["qkv.weight"] == (3 * attention, 64) and sizes["out.weight"] == (64, attention)
+    x = torch.randn(512, 1, 64)  # a single key: what comes out is the value
+    assert other(x).std().item() == pytest.approx(usual(x).std().item(), rel=0.15)
+    config = GPTConfig(**shape, attention=attention)
+    assert config.head_dim == attention // 2
+    assert config.attention_flops() / GPTConfig(**shape).attention_flops() == attention / 64
+
+
 def test_the_same_generator_draws_the_same_model():
     first, second = (GPT(TINY, torch.Generator().manual_seed(3)).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -127,6 +144,9 @@ def test_the_same_generator_draws_the_same_model():
         ({"width": 30, "heads": 4}, "30 is no multiple of 4"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"mlp": 0}, "mlp must be at least 1, got 0"),
+        ({"attention": 0}, "attention must be at least 1, got 0"),
+        ({"attention": 30}, "the 4 heads must share the features of attention evenly, and 30 is no multiple of 4"),
+        ({"attention": 36}, "36 / 4 = 9 has an odd one out"),
         ({"width": 36, "heads": 4}, "36 / 4 = 9 has an odd one out"),
         ({"activation": "tanh"}, "must be 'squared_relu' or 'gelu', got 'tanh'"),
         ({"positions": "sine"}, "must be 'rotary' or 'learned', got 'sine'"),

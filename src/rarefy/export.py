@@ -200,7 +200,7 @@ def export_hf(path: StrPath, out: StrPath) -> Path:
     config = described.get("config")
     package, _, name = str(described.get("class", "")).rpartition(".")
     gpt = config if (package, name) == ("rarefy", "GPT") else None
-    if gpt is not None and not gpt.get("token_shift", False):
+    if gpt is not None and not gpt.get("token_shift", False) and gpt.get("attention") in (None, gpt["width"]):
         state, config = (_as_gpt2 if gpt.get("positions", "learned") == "learned" else _as_gpt_neox)(state, gpt)
     elif isinstance(config, dict) and "model_type" in config:
         config = {**config, "architectures": [name]} if package == "transformers" else config
@@ -210,7 +210,7 @@ def export_hf(path: StrPath, out: StrPath) -> Path:
         warnings.warn(
             f"{os.fspath(path)} holds {name or 'a model'}, which is no Hugging Face model: model.safetensors has its "
             "own names, and there is no config.json"
-            + ("; a GPT that transformers knows is trained with --no-token-shift" if gpt is not None else ""),
+            + ("; a GPT that transformers knows is trained with --no-token-shift, and without --attention" if gpt else ""),
             stacklevel=2,
         )
     folder = _new_folder(out)

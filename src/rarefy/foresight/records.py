@@ -44,7 +44,8 @@ def run_of(record: Mapping[str, Any]) -> Run | None:
         return None
     settings = record["settings"]
     plan = settings.get("plan")
-    usual = settings.get("mlp") is None and settings.get("parametrization", "standard") == "standard"
+    usual = settings.get("mlp") is None and settings.get("attention") is None
+    usual = usual and settings.get("parametrization", "standard") == "standard"
     usual = usual and all(settings.get(name) == value for name, value in NETWORK.items())
     if not usual or record["nonzeros"][0] != record["nonzeros"][1]:
         return None

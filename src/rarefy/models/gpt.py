@@ -3,7 +3,7 @@ an MLP of squared ReLUs.
 
 Layer names, for the globs of a plan: embedding, position (if positions are learned), blocks.N.attention.qkv,
 blocks.N.attention.out, blocks.N.mlp.up, blocks.N.mlp.down, head. Shape letters: B sequences, T bytes of context, C
-width, H heads, c features a head, V vocabulary.
+width, A features of attention, H heads, c features a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class GPTConfig:
     """Blocks of attention and MLP."""
 
     heads: int = 4
-    """Attention heads, which share the width."""
+    """Attention heads, which share its features."""
+
+    attention: int | None = None
+    """Features of all heads together, A: of a position's query, of its key and of its value; None: the width."""
 
     context: int = 256
     """Bytes that a prediction can see, T."""
@@ -72,11 +75,15 @@ class GPTConfig:
         for name in ("width", "layers", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mlp is not None and self.mlp < 1:
-            raise ValueError(f"mlp must be at least 1, got {self.mlp}")
-        if self.width % self.heads:
+        for name in ("mlp", "attention"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.attended % self.heads:
+            shared = "width" if self.attention is None else "features of attention"
             raise ValueError(
-                f"the {self.heads} heads must share the width evenly, and {self.width} is no multiple of {self.heads}"
+                f"the {self.heads} heads must share the {shared} evenly, and {self.attended} is no multiple of "
+                f"{self.heads}"
             )
         if self.positions not in ("rotary", "learned"):
             raise ValueError(f"positions must be 'rotary' or 'learned', got {self.positions!r}")
@@ -84,14 +91,19 @@ class GPTConfig:
             raise ValueError(f"activation must be {' or '.join(map(repr, ACTIVATIONS))}, got {self.activation!r}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
-                f"rotary positions turn pairs of features, and a head of {self.width} / {self.heads} = {self.head_dim} "
-                "has an odd one out: take another width or number of heads, or learned positions"
+                f"rotary positions turn pairs of features, and a head of {self.attended} / {self.heads} = "
+                f"{self.head_dim} has an odd one out: take another width or number of heads, or learned positions"
             )
+
+    @property
+    def attended(self) -> int:
+        """Features of all heads together, A."""
+        return self.attention if self.attention is not None else self.width
 
     @property
     def head_dim(self) -> int:
         """Features of a head, c."""
-        return self.width // self.heads
+        return self.attended // self.heads
 
     @property
     def hidden(self) -> int:
@@ -101,7 +113,7 @@ class GPTConfig:
     @property
     def query_scale(self) -> float:
         """What queries are multiplied by, so that scores are q k sqrt(base head) / head."""
-        return 1.0 if self.base_head is None else math.sqrt(self.base_head * self.heads / self.width)
+        return 1.0 if self.base_head is None else math.sqrt(self.base_head / self.head_dim)
 
     def supar(self) -> SuPar | None:
         """For `rarefy.param_groups`: how the layers relate to the base network's, whose MLP is four times as wide."""
@@ -112,9 +124,9 @@ class GPTConfig:
     def attention_flops(self) -> int:
         """FLOPs a token of training spends on scores and their weighted sums, of which the causal half is computed.
 
-        Forward: T / 2 keys on average, C features, a multiply and an add, twice; the backward pass costs two forwards.
+        Forward: T / 2 keys on average, A features, a multiply and an add, twice; the backward pass costs two forwards.
         """
-        return 6 * self.layers * self.context * self.width
+        return 6 * self.layers * self.context * self.attended
 
 
 class Attention(nn.Module):
@@ -124,16 +136,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.query_scale = config.query_scale
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.attended)
+        self.out = nn.Linear(config.attended, config.width)
         self.rotary_Tc: Tensor | None
         table = rotary_table(config.context, config.head_dim) if config.positions == "rotary" else None
         self.register_buffer("rotary_Tc", table, persistent=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        B, T, C = x_BTC.shape
-        mixed_BTHc = causal_attention(self._projected(x_BTC), self._rotary(0, T))
-        return self.out(mixed_BTHc.reshape(B, T, C))
+        mixed_BTHc = causal_attention(self._projected(x_BTC), self._rotary(0, x_BTC.shape[1]))
+        return self.out(mixed_BTHc.flatten(2))
 
     def _rotary(self, begin: int, end: int) -> Tensor | None:
         return None if self.rotary_Tc is None else self.rotary_Tc[begin:end]
@@ -147,15 +158,14 @@ class Attention(nn.Module):
 
     def _projected(self, x_BTC: Tensor) -> Tensor:
         """(B, T, 3, H, c) queries, keys and values."""
-        B, T, C = x_BTC.shape
-        qkv = self.qkv(x_BTC).view(B, T, 3, self.heads, C // self.heads)
+        qkv = self.qkv(x_BTC).unflatten(2, (3, self.heads, -1))
         if self.query_scale == 1.0:
             return qkv
         return torch.cat([qkv[:, :, :1] * self.query_scale, qkv[:, :, 1:]], dim=2)  # a copy, where heads were widened
 
     def step(self, x_BTC: Tensor, past: LayerCache) -> Tensor:
         """`forward` for T further positions, which see those in `past` too and are added to it."""
-        B, T, C = x_BTC.shape
+        T = x_BTC.shape[1]
         q_BTHc, k_BTHc, v_BTHc = self._projected(x_BTC).unbind(dim=2)
         seen = past.length
         rotary = self._rotary(seen, seen + T)
@@ -165,7 +175,7 @@ class Attention(nn.Module):
         keys, values = past.append(k, v)
         later = None if seen == 0 or T == 1 else x_BTC.new_ones(T, seen + T, dtype=torch.bool).tril(seen)
         mixed_BHTc = F.scaled_dot_product_attention(q, keys, values, later, is_causal=seen == 0)
-        return self.out(mixed_BHTc.transpose(1, 2).reshape(B, T, C))
+        return self.out(mixed_BHTc.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -235,8 +245,8 @@ class GPT(nn.Module):
         smaller.
 
         The deviation of weights is 0.02 there, at width 768; here 0.02 * sqrt(768 / C), so that a neuron starts alike
-        at every width, and an MLP of another hidden size writes as much as one of 4 C. Made for the dense model:
-        `sparsify` rescales. With a base width the head's weights are those of the base over C / base, as its rate is
+        at every width, an MLP of another hidden size writes as much as one of 4 C, and attention of A features as much
+        as one of C. Made for the dense model: `sparsify` rescales. With a base width the head's weights are those of the base over C / base, as its rate is
         (`rarefy.SuPar`); the others are as they were: that is rule 3.3 already.
         """
         C = self.config.width

@@ -44,7 +44,10 @@ class TextSettings(RunSettings):
     """Transformer blocks."""
 
     heads: int = 4
-    """Attention heads, which share the width."""
+    """Attention heads, which share its features."""
+
+    attention: int | None = None
+    """Features of all attention heads together. Without it: the width."""
 
     mlp: int | None = None
     """Hidden features of the MLP. Without it: four times the width."""
@@ -122,6 +125,7 @@ class TextSettings(RunSettings):
             width=self.width,
             layers=self.layers,
             heads=self.heads,
+            attention=self.attention,
             context=self.context,
             mlp=self.mlp,
             positions=self.positions,
