@@ -315,15 +315,18 @@ int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const void *dy, co
   return kernels->layer_norm_backward(norm, dy, dsum, sum, mean, rstd, dx, ddelta, dweight, dbias, thread_count(threads));
 }
 
-int rarefy_adamw_step(const rarefy_adamw *step, int threads) {
+int rarefy_adamw_step(const rarefy_adamw *parameters, int64_t num, int threads) {
   const Kernels *kernels = current().load();
   if (kernels == nullptr) return RAREFY_NO_ISA;
-  if (step == nullptr || step->count < 0 || step->entries < 1 || missing(step->values, step->count) ||
-      missing(step->average, step->count) || missing(step->square, step->count) || missing(step->gradient, step->count) ||
-      step->size_by_age == nullptr || step->root_by_age == nullptr) {
-    return RAREFY_BAD_ARGUMENT;
+  if (num < 0 || missing(parameters, num)) return RAREFY_BAD_ARGUMENT;
+  for (int64_t i = 0; i < num; ++i) {
+    const rarefy_adamw &p = parameters[i];
+    if (p.count < 0 || p.entries < 1 || missing(p.values, p.count) || missing(p.average, p.count) ||
+        missing(p.square, p.count) || missing(p.gradient, p.count) || p.size_by_age == nullptr || p.root_by_age == nullptr) {
+      return RAREFY_BAD_ARGUMENT;
+    }
   }
-  return kernels->adamw(step, thread_count(threads));
+  return kernels->adamw(parameters, num, thread_count(threads));
 }
 
 static bool not_a_graph(const rarefy_pattern *pattern) {

@@ -41,7 +41,7 @@ struct Kernels {
   int (*layer_norm_backward)(const rarefy_layer_norm *, const void *dy, const float *dsum, const float *sum,
                              const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight, float *dbias,
                              int threads);
-  int (*adamw)(const rarefy_adamw *, int threads);
+  int (*adamw)(const rarefy_adamw *, int64_t num, int threads);
   int (*link_pairs)(const rarefy_pattern *, bool inside, float *pairs, int threads);
   int (*link_scores)(const rarefy_pattern *, bool inside, const float *pairs, int64_t first, int64_t last, float *scores,
                      int threads);

@@ -168,7 +168,7 @@ RAREFY_API int rarefy_layer_norm_backward(const rarefy_layer_norm *norm, const v
                                           const float *mean, const float *rstd, float *dx, void *ddelta, float *dweight,
                                           float *dbias, int threads);
 
-/* A step of AdamW, in place, on `count` entries of a parameter whose leading index has `entries` each:
+/* A step of AdamW, in place, on the `count` entries of a parameter whose leading index has `entries` each:
  * average += (gradient - average) * new_average, square = square * old_square + gradient^2 * new_square, and
  * values = values * decay - average / (sqrt(square) * root_by_age[a] + eps) * size_by_age[a], where a is the age of the
  * entry's leading index, or 0 for all if age is NULL. */
@@ -180,7 +180,8 @@ typedef struct {
   const float *size_by_age, *root_by_age;
   float decay, new_average, old_square, new_square, eps;
 } rarefy_adamw;
-RAREFY_API int rarefy_adamw_step(const rarefy_adamw *step, int threads);
+/* Of `num` parameters, which share no memory. */
+RAREFY_API int rarefy_adamw_step(const rarefy_adamw *parameters, int64_t num, int threads);
 
 /* Scores of the links of a bipartite graph by the three-step paths that they close: rows and columns of a 1 x 1 pattern are
  * its nodes. What a node counts for, seen from a line with c neighbours in common, is 0 where c is 0, else

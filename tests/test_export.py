@@ -240,7 +240,7 @@ def test_our_gpt_becomes_one_of_transformers_with_the_same_logits(
 @pytest.mark.parametrize("shape", [{}, {"token_shift": False, "attention": 16}], ids=str)
 def test_a_gpt_unlike_theirs_is_written_under_its_own_names_and_what_to_do_is_said(shape: Any, tmp_path: Path) -> None:
     rarefy.save(gpt(1, **shape), tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match=r"no Hugging Face model.*with --no-token-shift, and without --attention"):
+    with pytest.warns(UserWarning, match=r"no Hugging Face model.*with --no-token-shift, without --attention"):
         folder = export.export_hf(tmp_path / "a.safetensors", tmp_path / "hf")
     assert [entry.name for entry in folder.iterdir()] == ["model.safetensors"]
 

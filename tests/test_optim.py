@@ -234,11 +234,12 @@ def test_bad_settings(options):
 
 
 def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(4, 3, sparse=True)
-    optimizer = rarefy.AdamW(embedding.parameters())
-    embedding(torch.tensor([1])).sum().backward()
+    embedding, other = nn.Embedding(4, 3, sparse=True), nn.Parameter(torch.ones(3))
+    optimizer = rarefy.AdamW([other, *embedding.parameters()])
+    (embedding(torch.tensor([1])) * other).sum().backward()
     with pytest.raises(ValueError, match=r"rarefy\.AdamW takes dense gradients"):
         optimizer.step()
+    assert torch.equal(other, torch.ones(3)) and not optimizer.state[other]
 
 
 # -- parameter groups --
@@ -373,20 +374,32 @@ def test_the_cpu_kernel_does_what_plain_torch_does(isa, shape, born):
 
 
 def test_the_cpu_kernel_gives_the_same_bits_whatever_the_threads():
+    """Of parameters that are cut between threads, and of those that lie between two such."""
     generator, threads, found = torch.Generator().manual_seed(1), torch.get_num_threads(), []
-    start, grad = torch.randn(50_000, generator=generator), torch.randn(50_000, generator=generator)
+    sizes = (20_011, 5, 0, 37, 30_003, 1, 0)
+    starts, grads = ([torch.randn(size, generator=generator) for size in sizes] for _ in range(2))
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            p = nn.Parameter(start.clone())
-            optimizer = rarefy.AdamW([p])
+            ps = [nn.Parameter(start.clone()) for start in starts]
+            optimizer = rarefy.AdamW(ps)
             for _ in range(3):
-                p.grad = grad
+                for p, grad in zip(ps, grads, strict=True):
+                    p.grad = grad
                 optimizer.step()
-            found.append(p.detach())
+            found.append(torch.cat([p.detach() for p in ps]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(other, found[0]) for other in found[1:])
+    alone = []
+    for start, grad in zip(starts, grads, strict=True):
+        p = nn.Parameter(start.clone())
+        optimizer = rarefy.AdamW([p])
+        for _ in range(3):
+            p.grad = grad
+            optimizer.step()
+        alone.append(p.detach())
+    assert torch.equal(torch.cat(alone), found[0])
 
 
 def test_a_step_counts_as_a_write():

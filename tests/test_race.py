@@ -209,6 +209,9 @@ def test_heats_choose_the_finalists(text, tmp_path, capsys):
     assert data == json.loads((out / "race.json").read_text())
     heats = {row["label"]: row["final"]["mean"] for row in data["heats"]["table"]["rows"]}
     assert list(heats) == field and data["heats"]["budget"]["amount"] == pytest.approx(0.5 / 60)
+    lengths = [len(json.loads(path.read_text())["curve"]["loss"]) for path in (out / "runs").glob("*.json")]
+    assert sorted(lengths)[: len(field)] == [2] * len(field)  # heats are evaluated before they begin and at their end
+    assert min(sorted(lengths)[len(field) :]) > 2
     final = [row["label"] for row in data["table"]["rows"]]
     kinds = (field[:2], field[2:4], field[4:])
     assert final[:3] == [min(kind, key=heats.__getitem__) for kind in kinds]

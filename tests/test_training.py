@@ -242,6 +242,22 @@ def test_clipping_bounds_the_norm_that_the_optimizer_sees(text):
     assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
+@pytest.mark.parametrize("most", [0.0, 0.5, 2.0, 100.0])
+def test_gradients_are_clipped_as_torch_does(text, most):
+    """To the bit, though what is within bounds is left alone."""
+    given = settings(text).settled(12)
+    data, _ = batches(given, load_corpus(str(text)))
+    twins = [make_dense(given) for _ in range(2)]
+    results = [twin.train_step(data, clip=0.0) for twin in twins]
+    grads = [[p.grad.clone() for p in twin.model.parameters() if p.grad is not None] for twin in twins]
+    norm = nn.utils.clip_grad_norm_(twins[0].model.parameters(), most or float("inf"))
+    assert twins[1]._clip(most) == float(norm) == results[0].grad_norm
+    for ours, theirs in zip(*(list(twin.model.parameters()) for twin in twins), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+    changed = any(not torch.equal(p.grad, was) for p, was in zip(twins[1].model.parameters(), grads[1], strict=True))
+    assert changed == (0 < most < float(norm))
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_diverges_changes_nothing(text, where):
     class Root(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mlp_cases
 from cases import CASES, Case, Problem, problem, scatter
 from near import Near
-from rarefy import Constant, Pattern, Plan, RigL, SparseLinear, sparsify
+from rarefy import AdamW, Constant, Pattern, Plan, Rewirer, RigL, SparseLinear, load_into, save, sparsify
 from rarefy.ops import Index, backend, reference, tiled, triton, using
 from rarefy.ops.mlp import ACTIVATIONS
 from rarefy.recipes.text.networks import make_sparse
@@ -485,6 +485,39 @@ def train(block: int | tuple[int, int], compiled: bool) -> tuple[list[float], nn
         optimizer.zero_grad()
     assert len(rewirer.history) >= 3 and rewirer.skipped == 0
     return losses, model, counter.frame_count
+
+
+@pytest.mark.parametrize("first, second", [(DEVICE, torch.device("cpu")), (torch.device("cpu"), DEVICE)], ids=str)
+def test_files_move_between_devices_bit_for_bit(first, second, tmp_path):
+    """A run saved on one device goes on from the same bits on the other, and is the same file when saved there."""
+
+    def make(device: torch.device, seed: int) -> tuple[nn.Module, AdamW, Rewirer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        rewirer = sparsify(model, Plan(density=0.5, block=16, method=RigL(interval=2, end=9), seed=seed))
+        model.to(device)
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        rewirer.attach(optimizer, total_steps=12)
+        return model, optimizer, rewirer
+
+    model, optimizer, rewirer = make(first, 0)
+    with using("auto"):  # either device's own kernels
+        for at in range(4):
+            x = torch.randn(8, 32, generator=torch.Generator().manual_seed(at)).to(first)
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert rewirer.history
+    save(model, tmp_path / "there.safetensors", optimizer=optimizer, rewirer=rewirer)
+
+    other, other_optimizer, other_rewirer = make(second, 1)
+    load_into(tmp_path / "there.safetensors", other, optimizer=other_optimizer, rewirer=other_rewirer)
+    for key, tensor in model.state_dict().items():
+        moved_tensor = other.state_dict()[key]
+        assert moved_tensor.device.type == second.type or key.endswith("sink")
+        assert torch.equal(tensor.cpu(), moved_tensor.cpu()), key
+    save(other, tmp_path / "back.safetensors", optimizer=other_optimizer, rewirer=other_rewirer)
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("block", [16, (64, 1)], ids=str)

@@ -149,10 +149,17 @@ void check_adamw(int64_t leading, int64_t entries, bool newborns, uint64_t seed,
   std::copy(start.begin(), start.end(), values.data());
   std::copy(average.begin(), average.end(), averages.data());
   std::copy(square.begin(), square.end(), squares.data());
-  const rarefy_adamw step = {count, entries, values.data(), averages.data(), squares.data(), gradient.data(),
-                             newborns ? age.data() : nullptr, size.data(), root.data(), decay, new_average, old_square,
-                             new_square, eps};
-  const bool good = rarefy_adamw_step(&step, 3) == RAREFY_OK && values.intact() && averages.intact() && squares.intact();
+  // Three parameters, one of them empty, whose memory happens to lie side by side.
+  const int64_t cuts[] = {0, leading / 3, leading / 3, leading};
+  std::vector<rarefy_adamw> parameters;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t first = cuts[i] * entries;
+    parameters.push_back({cuts[i + 1] * entries - first, entries, values.data() + first, averages.data() + first,
+                          squares.data() + first, gradient.data() + first, newborns ? age.data() + cuts[i] : nullptr,
+                          size.data(), root.data(), decay, new_average, old_square, new_square, eps});
+  }
+  const bool good = rarefy_adamw_step(parameters.data(), 3, 3) == RAREFY_OK && values.intact() && averages.intact() &&
+                    squares.intact();
   const double close = 1e-5;  // a dozen roundings of numbers about 1, and a division by at least eps
   double worst = 0.0;
   for (int64_t i = 0; i < count && good; ++i) {

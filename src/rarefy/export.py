@@ -210,7 +210,7 @@ def export_hf(path: StrPath, out: StrPath) -> Path:
         warnings.warn(
             f"{os.fspath(path)} holds {name or 'a model'}, which is no Hugging Face model: model.safetensors has its "
             "own names, and there is no config.json"
-            + ("; a GPT that transformers knows is trained with --no-token-shift, and without --attention" if gpt else ""),
+            + ("; a GPT that transformers knows is trained with --no-token-shift, without --attention" if gpt else ""),
             stacklevel=2,
         )
     folder = _new_folder(out)

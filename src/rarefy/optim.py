@@ -34,8 +34,8 @@ class AdamW(Optimizer):
         ValueError: a setting out of range.
 
     Parameters in bf16 are updated in fp32 and, with their moments, rounded stochastically (`rarefy.rounding`): rounded
-    to the nearest, most of them would not move. In fp32 on the CPU, and on an NVIDIA GPU with triton, a step is one
-    kernel a parameter; nothing waits for a GPU.
+    to the nearest, most of them would not move. In fp32 on the CPU a step is one kernel, on an NVIDIA GPU with triton
+    one a parameter; nothing waits for a GPU.
 
     State per parameter: exp_avg, exp_avg_sq, one int32 age a leading index; 12 bytes a nonzero in fp32 for
     unstructured layers.
@@ -66,11 +66,20 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        parameters = [(group, p) for group in self.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.is_sparse for _, p in parameters):
+            raise ValueError(
+                "rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape"
+            )
         tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        parameters = ((group, p) for group in self.param_groups for p in group["params"])
+        together: list[adamw.Update] = []
         for ordinal, (group, p) in enumerate(parameters):
             if p.grad is not None:
-                self._update(p, p.grad, group, ordinal, tables)
+                self._update(p, p.grad, group, ordinal, tables, together)
+        if together:
+            adamw.update(together)
+            for one in together:  # written where autograd does not see it (rewiring rule 7.5)
+                torch.autograd.graph.increment_version((one.p, one.average, one.square))
         return loss
 
     def _update(
@@ -80,11 +89,9 @@ class AdamW(Optimizer):
         group: dict[str, Any],
         ordinal: int,
         tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]],
+        together: list[adamw.Update],
     ) -> None:
-        if grad.is_sparse:
-            raise ValueError(
-                "rarefy.AdamW takes dense gradients; a sparse layer's values have one, of the values' own shape"
-            )
+        """Updates p, or puts it with those that a compiled kernel updates together."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -94,7 +101,7 @@ class AdamW(Optimizer):
         state["step"] += 1
         stored = (p, state["exp_avg"], state["exp_avg_sq"])
         if _runs_cpu_kernel(stored):
-            self._update_in_one_pass(stored, grad, group, state, tables)
+            together.append(self._one_of_many(stored, grad, group, state, tables))
             return
         keys = [key_of(state["step"], ordinal, place) for place in range(3)]
         if _kernel(stored) is not None:
@@ -107,28 +114,20 @@ class AdamW(Optimizer):
             for tensor, exact, key in zip(stored, wide, keys, strict=True):
                 tensor.copy_(to_bfloat16(exact, key))
 
-    def _update_in_one_pass(
+    def _one_of_many(
         self,
         stored: tuple[Tensor, Tensor, Tensor],
         grad: Tensor,
         group: dict[str, Any],
         state: dict[str, Any],
         tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]],
-    ) -> None:
+    ) -> adamw.Update:
         p, step, age = stored[0], state["step"], state["age"].add_(1)
         newborns = p.numel() > 0 and int(age.min()) != step
         key = (step, id(group), newborns)
         if key not in tables:
             tables[key] = _by_age(step, group, p.device, torch.float32, first=0 if newborns else step)
-        adamw.update(
-            p,
-            grad,
-            *stored[1:],
-            age if newborns else None,
-            tables[key],
-            **_constants(group),
-        )
-        torch.autograd.graph.increment_version(stored)  # written where autograd does not see it (rewiring rule 7.5)
+        return adamw.Update(p, grad, *stored[1:], age if newborns else None, tables[key], **_constants(group))
 
     def _update_by_kernel(
         self,

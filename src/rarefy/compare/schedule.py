@@ -83,7 +83,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another rarefy compare is at work in {folder}: wait for it, or give another --out"
+                f"another comparison or race is at work in {folder}: wait for it, or give another --out"
             ) from None
         yield
 

@@ -246,8 +246,8 @@ class GPT(nn.Module):
 
         The deviation of weights is 0.02 there, at width 768; here 0.02 * sqrt(768 / C), so that a neuron starts alike
         at every width, an MLP of another hidden size writes as much as one of 4 C, and attention of A features as much
-        as one of C. Made for the dense model: `sparsify` rescales. With a base width the head's weights are those of the base over C / base, as its rate is
-        (`rarefy.SuPar`); the others are as they were: that is rule 3.3 already.
+        as one of C. Made for the dense model: `sparsify` rescales. With a base width the head's weights are those of
+        the base over C / base, as its rate is (`rarefy.SuPar`); the others are as they were: that is rule 3.3 already.
         """
         C = self.config.width
         for name, module in self.named_modules():

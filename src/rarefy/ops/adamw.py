@@ -1,8 +1,10 @@
-"""The update of `rarefy.AdamW` on the CPU in one pass over a parameter, its gradient and its state (csrc/adamw.h)."""
+"""The update of `rarefy.AdamW` on the CPU, one pass over parameters, gradients and state (csrc/adamw.h)."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,41 +22,53 @@ class _CAdamW(ctypes.Structure):
     ]
 
 
-def update(
-    p: Tensor,
-    gradient: Tensor,
-    average: Tensor,
-    square: Tensor,
-    age: Tensor | None,
-    by_age: tuple[Tensor, Tensor],
-    *,
-    decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """One step, in place, of a contiguous fp32 parameter and the two moments.
+class Update(NamedTuple):
+    """One step of a contiguous fp32 parameter and its two moments."""
 
-    Args:
-        age: int32, one a leading index: steps that it has had, this one included. None: all have had the same.
-        by_age: fp32 factors of the update and of the root of the second moment, by age; of all, if there is no age.
-        decay: factor of the weights.
-    """
-    if not p.numel():
-        return
-    gradient = gradient.to(torch.float32).contiguous()
-    step = _CAdamW(
+    p: Tensor
+    gradient: Tensor
+    average: Tensor
+    square: Tensor
+
+    age: Tensor | None
+    """int32, one a leading index: steps that it has had, this one included. None: all have had the same."""
+
+    by_age: tuple[Tensor, Tensor]
+    """fp32 factors of the update and of the root of the second moment, by age; of all, if there is no age."""
+
+    decay: float
+    """Factor of the weights."""
+
+    betas: tuple[float, float]
+    eps: float
+
+
+def update(updates: Sequence[Update]) -> None:
+    """Of different parameters, in place, in one call."""
+    updates = [one for one in updates if one.p.numel()]
+    gradients = [one.gradient.to(torch.float32).contiguous() for one in updates]
+    steps = (_CAdamW * len(updates))(*map(_step, updates, gradients))
+    call("rarefy_adamw_step", steps, len(updates), torch.get_num_threads())
+
+
+def _step(one: Update, gradient: Tensor) -> _CAdamW:
+    p, age, (size_by_age, root_by_age) = one.p, one.age, one.by_age
+    return _CAdamW(
         p.numel(),
         1 if age is None else p.numel() // age.numel(),
-        *(t.data_ptr() for t in (p, average, square, gradient)),
+        p.data_ptr(),
+        one.average.data_ptr(),
+        one.square.data_ptr(),
+        gradient.data_ptr(),
         None if age is None else age.data_ptr(),
-        *(table.data_ptr() for table in by_age),
-        decay,
-        1 - betas[0],
-        betas[1],
-        1 - betas[1],
-        eps,
+        size_by_age.data_ptr(),
+        root_by_age.data_ptr(),
+        one.decay,
+        1 - one.betas[0],
+        one.betas[1],
+        1 - one.betas[1],
+        one.eps,
     )
-    call("rarefy_adamw_step", ctypes.byref(step), torch.get_num_threads())
 
 
 def loaded() -> bool:

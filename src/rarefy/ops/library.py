@@ -44,7 +44,7 @@ _SIGNATURES = {
     "rarefy_norm_backward": (ctypes.c_int, [*[POINTER] * 8, ctypes.c_int]),
     "rarefy_layer_norm_forward": (ctypes.c_int, [*[POINTER] * 7, ctypes.c_int]),
     "rarefy_layer_norm_backward": (ctypes.c_int, [*[POINTER] * 10, ctypes.c_int]),
-    "rarefy_adamw_step": (ctypes.c_int, [POINTER, ctypes.c_int]),
+    "rarefy_adamw_step": (ctypes.c_int, [POINTER, INT64, ctypes.c_int]),
     "rarefy_link_pairs": (ctypes.c_int, [POINTER, ctypes.c_int32, POINTER, ctypes.c_int]),
     "rarefy_link_scores": (ctypes.c_int, [POINTER, ctypes.c_int32, POINTER, INT64, INT64, POINTER, ctypes.c_int]),
     "rarefy_transpose": (ctypes.c_int, [INT64, INT64, *[POINTER] * 5, ctypes.c_int32]),

@@ -18,6 +18,8 @@ from torch import Tensor
 from rarefy.ops.index import Index
 
 SLOT, CALLS = 0, 1
+"""Places in a sink. Every backward call of every layer reads and writes them, through numpy: indexing a tensor takes
+microseconds each time."""
 
 
 class Collector(Protocol):
@@ -61,12 +63,12 @@ def take_calls(sink: Tensor) -> int:
 
 def armed(sink: Tensor) -> bool:
     """Whether someone waits for the next backward calls."""
-    return int(sink[SLOT]) in _collectors
+    return int(sink.numpy()[SLOT]) in _collectors
 
 
 def count(sink: Tensor) -> None:
     """One more backward call, with no one waiting."""
-    sink[CALLS] += 1
+    sink.numpy()[CALLS] += 1
 
 
 def feed(sink: Tensor, index: Index, dy: Tensor, x: Tensor) -> None:
@@ -78,8 +80,9 @@ def feed_parts(sink: Tensor, index: Index, count: int, parts: Callable[[], Itera
     """The same for `count` calls, whose dy and x are made only if someone waits for them. Gradients are computed in at
     least fp32, whatever autocast chose: in bf16 most of them would be equal.
     """
-    sink[CALLS] += count
-    collector = _collectors.get(int(sink[SLOT]))
+    numbers = sink.numpy()
+    numbers[CALLS] += count
+    collector = _collectors.get(int(numbers[SLOT]))
     if collector is not None:
         for dy, x in parts():
             wide = torch.promote_types(x.dtype, torch.float32)

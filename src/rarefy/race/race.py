@@ -95,7 +95,7 @@ def race(task: Task, asked: Race, listener: Listener, *, say: Callable[[str], No
         heats: dict[str, Any] | None = None
         if asked.heat_minutes:
             say(f"heats: {len(field)} contenders, {asked.heat_minutes:g} minutes of training each")
-            heat = run(field, asked.seeds[:1], asked.heat_minutes)
+            heat = run([_judged_at_the_end(one) for one in field], asked.seeds[:1], asked.heat_minutes)
             by_label = {job.label: heat.records[job.digest] for job in heat.jobs}
             field = finalists(task, field, by_label, asked.each)
             more = control(task, field, by_label)
@@ -134,6 +134,11 @@ class _Stage:
         labels = tuple(contender.label for contender in contenders)
         asked = Comparison(plans=labels, seeds=tuple(seeds), budget=equal)
         return _Made(jobs=found, records=records, summary=summary(self.task, asked, found, records))
+
+
+def _judged_at_the_end(contender: Contender) -> Contender:
+    """Not evaluated on the way, unless the user says how often: in heats nothing but the end counts."""
+    return dataclasses.replace(contender, settings=dataclasses.replace(contender.settings, evaluations=1))
 
 
 def _verdict(task: Task, found: Sequence[Job], records: Mapping[str, Mapping[str, Any]]) -> Verdict:

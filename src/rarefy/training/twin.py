@@ -24,6 +24,10 @@ Assess = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 """Model, inputs, targets -> means over the targets by name, "loss" among them."""
 
 
+NORM_EPS = 1e-6
+"""What torch adds to a norm before it divides by it."""
+
+
 class StepData(Protocol):
     """What a step trains on follows from the step alone: see `rarefy.training.batches.Batches`."""
 
@@ -156,8 +160,7 @@ class Twin:
             with self.clock.counting("backward_s", device):
                 loss.backward()
         with self.clock.counting("optimizer_s", device):
-            limit = clip if clip > 0 else float("inf")
-            grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            grad_norm = self._clip(clip)
             for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = full * rate
             self._check_finite(total, grad_norm, step)
@@ -176,6 +179,14 @@ class Twin:
         units = sum(record["num_units"] for record in swaps)
         churn = sum(record["changed"] for record in swaps) / units if units else 0.0
         return StepResult(total, grad_norm, churn, rewires, guards)
+
+    def _clip(self, most: float) -> float:
+        """The norm of all gradients together; where it is above `most` (0: none), they are scaled down to it."""
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if 0 < most < float(norm) + NORM_EPS:  # else its factor is 1, and a pass over all gradients is spared
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return float(norm)
 
     def _check_finite(self, loss: float, grad_norm: float, step: int) -> None:
         for what, value in (("loss", loss), ("gradient", grad_norm)):

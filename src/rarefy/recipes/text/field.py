@@ -25,8 +25,8 @@ SPARSE = (
     ("middle", DEPTH, 0.1),
     ("middle", 2, 0.2),
 )
-"""What each pattern method runs with: a network twice as wide as one of the dense ladder, layers, and density. Attention
-has half of its features, which costs less than it saves; units of 4x1 lose less than blocks of 4x4 and are as fast."""
+"""What each pattern method runs with: a network twice as wide as one of the dense ladder, layers, and density.
+Attention has half of its features, which costs less than it saves; units of 4x1 lose less than blocks of 4x4 do."""
 
 METHODS = ("static", "set")
 

@@ -56,14 +56,16 @@ class TextTask(Task[TextSettings]):
         return flops_per_token(_gpt(model))
 
     def narrowed(self, settings: TextSettings, nonzeros: int) -> TextSettings:
-        """Of the width whose number of parameters is nearest; an MLP or attention of a size of its own shrinks along."""
+        """Of the width whose number of parameters is nearest; MLP or attention of a size of their own shrink along."""
         heads = 2 * settings.heads  # pairs of features a head, as rotary positions need them
         every = math.lcm(heads, WIDTHS)
 
         def at(width: int) -> TextSettings:
             share = width / settings.width
             mlp = None if settings.mlp is None else max(1, round(settings.mlp * share))
-            attention = None if settings.attention is None else heads * max(1, round(settings.attention * share / heads))
+            attention = settings.attention
+            if attention is not None:
+                attention = heads * max(1, round(attention * share / heads))
             return dataclasses.replace(settings, width=width, mlp=mlp, attention=attention)
 
         widths = range(every, max(every, settings.width) + 1, every)
