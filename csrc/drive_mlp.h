@@ -217,9 +217,7 @@ inline int mlp_backward(const Mlp &mlp, const RowMajor &dy, const RowMajor &x, c
                   }
                   store_cells<kWide>(dz + r * kPanel, d);
                   if (mlp.inner[i].gradients.bias == nullptr) continue;
-                  float sum = 0.0f;
-                  for (int lane = 0; lane < VL; ++lane) sum += total[lane];
-                  inner[i].bias_parts[panel * hidden + c0 + r] = sum;
+                  inner[i].bias_parts[panel * hidden + c0 + r] = across(total);
                 }
               }
             });

@@ -35,13 +35,6 @@ inline void each_vector(int64_t width, Visit visit) {
   each_vector(0, width, visit);
 }
 
-// The sum of all lanes.
-inline float across(vec v) {
-#pragma GCC unroll 4
-  for (int step = VL / 2; step > 0; step /= 2) v += __builtin_shuffle(v, lane_numbers() ^ step);
-  return v[0];
-}
-
 // sum = x + delta, and y = (sum - mean) * rstd * weight + bias. delta may be null: then sum is not written.
 template <class D, class Y>
 int layer_norm_forward(const LayerNorm &n, const float *x, const D *delta, float *sum, Y *y, float *mean, float *rstd,

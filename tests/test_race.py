@@ -72,7 +72,14 @@ def test_both_sides_have_as_many_heats(task, budget):
     field = parse_contenders(task.field(budget), task)
     assert sum(one.dense for one in field) == sum(not one.dense for one in field)
     for one in field:
-        assert one.settings.gpt().width % one.settings.heads == 0
+        assert one.settings.gpt().attended % one.settings.heads == 0
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 6, 32])
+def test_who_runs_has_the_heads_that_were_asked_for(text, heads):
+    task = TextTask(settings(text, steps=None, measure=False, width=64 * heads, heads=heads))
+    for budget in (1, 30):
+        assert {one.settings.gpt().heads for one in parse_contenders(task.field(budget), task)} == {heads}
 
 
 @pytest.mark.parametrize(
@@ -210,8 +217,8 @@ def test_heats_choose_the_finalists(text, tmp_path, capsys):
     heats = {row["label"]: row["final"]["mean"] for row in data["heats"]["table"]["rows"]}
     assert list(heats) == field and data["heats"]["budget"]["amount"] == pytest.approx(0.5 / 60)
     lengths = [len(json.loads(path.read_text())["curve"]["loss"]) for path in (out / "runs").glob("*.json")]
-    assert sorted(lengths)[: len(field)] == [2] * len(field)  # heats are evaluated before they begin and at their end
-    assert min(sorted(lengths)[len(field) :]) > 2
+    assert sorted(lengths)[: len(field)] == [1] * len(field)  # heats are evaluated at their end alone
+    assert min(sorted(lengths)[len(field) :]) > 1
     final = [row["label"] for row in data["table"]["rows"]]
     kinds = (field[:2], field[2:4], field[4:])
     assert final[:3] == [min(kind, key=heats.__getitem__) for kind in kinds]

@@ -142,7 +142,7 @@ def _changed(settings: Any, own: Mapping[str, Any], text: str) -> Any:
             raise ValueError(f"plans: {text}: {unknown(key, sorted(allowed))}")
     if not own:
         return settings
-    read = from_plain(type(settings), dict(own), where=f"plans: {text}")
+    read = from_plain(type(settings), {**to_plain(settings), **own}, where=f"plans: {text}")  # together: they must fit
     return dataclasses.replace(settings, **{key: getattr(read, key) for key in own})
 
 

@@ -20,25 +20,28 @@ DEPTHS = (2, 6)
 """Of the network of the middle width, besides."""
 
 SPARSE = (
-    ("narrow", DEPTH, 0.2),
-    ("middle", DEPTH, 0.15),
-    ("middle", DEPTH, 0.1),
-    ("middle", 2, 0.2),
+    (0, 2.0, 0.2, "[4,1]"),
+    (1, 2.0, 0.15, "[4,1]"),
+    (1, 2.0, 0.1, "[4,1]"),
+    (1, 1.45, 0.48, "4"),
 )
-"""What each pattern method runs with: a network twice as wide as one of the dense ladder, layers, and density.
-Attention has half of its features, which costs less than it saves; units of 4x1 lose less than blocks of 4x4 do."""
+"""What each pattern method runs with: how many times as wide as which dense width, density, and block. What a network
+costs beside its products goes with its width, so half of the weights of one that is hardly wider is a bargain, too; and
+attention has half of the features, which costs less than it saves (docs/log.md).
+"""
 
 METHODS = ("static", "set")
 
 
-def text_field(minutes: float) -> tuple[str, ...]:
+def text_field(minutes: float, heads: int) -> tuple[str, ...]:
     """Contenders of the heats for a budget of so many minutes each, as `rarefy compare` writes them."""
-    widths = next(found for most, found in WIDTHS if minutes <= most)
-    narrow, middle, _ = widths
+    even = 2 * heads  # rotary positions turn pairs of features of a head
+    widths = [even * max(1, round(width / even)) for width in next(found for most, found in WIDTHS if minutes <= most)]
     dense = [f"dense:width={width},layers={DEPTH},dense_lr={rate:g}" for width in widths for rate in DENSE_RATES]
-    dense += [f"dense:width={middle},layers={depth},dense_lr={DENSE_RATES[0]:g}" for depth in DEPTHS]
-    shapes = [
-        f"width={2 * half},attention={half},layers={layers},density={density:g},block=[4,1]"
-        for half, layers, density in ((narrow if which == "narrow" else middle, *rest) for which, *rest in SPARSE)
-    ]
-    return (*dense, *(f"{method}:{shape}" for method in METHODS for shape in shapes))
+    dense += [f"dense:width={widths[1]},layers={depth},dense_lr={DENSE_RATES[0]:g}" for depth in DEPTHS]
+    shapes = []
+    for which, times, density, block in SPARSE:
+        attention = even * max(1, round(times * widths[which] / (2 * even)))
+        shapes.append(f"width={2 * attention},attention={attention},layers={DEPTH},density={density:g},block={block}")
+    sparse = [f"{method}:{shape}" for method in METHODS for shape in shapes]
+    return tuple(dict.fromkeys([*dense, *sparse]))  # with many heads two of them may be the same

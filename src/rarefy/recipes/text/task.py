@@ -72,7 +72,7 @@ class TextTask(Task[TextSettings]):
         return at(min(widths, key=lambda width: abs(num_parameters(at(width)) - nonzeros)))
 
     def field(self, minutes: float) -> tuple[str, ...]:
-        return text_field(minutes)
+        return text_field(minutes, self.base.heads)
 
     def sample(self, settings: TextSettings) -> tuple[nn.Module, Tensor]:
         rows = min(settings.batch, -(-TOKENS_TO_MEASURE // settings.context))
