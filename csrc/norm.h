@@ -39,37 +39,41 @@ inline void fill_affine(const Norm &n, const Affine &a) {
   }
 }
 
+// The first `count` < VL lanes; the others are zero, or stay in memory as they are.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline vec load_lanes(const float *p, __mmask16 lanes) { return vec(_mm512_maskz_loadu_ps(lanes, p)); }
-inline vec load_lanes(const bf16 *p, __mmask16 lanes) {
-  return vec(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+inline vec load_lanes(const float *p, int64_t count) { return vec(_mm512_maskz_loadu_ps(first_lanes(count), p)); }
+inline vec load_lanes(const bf16 *p, int64_t count) {
+  const halves narrow = reinterpret_cast<halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return reinterpret_cast<vec>(__builtin_convertvector(narrow, words) << 16);
 }
-inline void store_lanes(float *p, vec v, __mmask16 lanes) { _mm512_mask_storeu_ps(p, lanes, __m512(v)); }
-inline void store_lanes(bf16 *p, vec v, __mmask16 lanes) {
-  _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(round_to_bf16(v)), 16)));
+inline void store_lanes(float *p, vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), __m512(v)); }
+inline void store_lanes(bf16 *p, vec v, int64_t count) {
+  const halves narrow = __builtin_convertvector(round_to_bf16(v) >> 16, halves);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), __m256i(narrow));
+}
+#else
+template <class T>
+inline vec load_lanes(const T *p, int64_t count) {
+  vec v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = widen(p[i]);
+  return v;
+}
+template <class T>
+inline void store_lanes(T *p, vec v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow_to(p + i, v[i]);
 }
 #endif
 
 // The lanes that channels [c, c + count) fill, count <= VL.
 template <class T>
 inline vec load_some(const T *p, int64_t count) {
-  if (count == VL) return load_any(p);
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  return load_lanes(p, __mmask16((1u << count) - 1));
-#else
-  vec v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = widen(p[i]);
-  return v;
-#endif
+  return count == VL ? load_any(p) : load_lanes(p, count);
 }
 template <class T>
 inline void store_some(T *p, vec v, int64_t count) {
   if (count == VL) return store_any(p, v);
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  store_lanes(p, v, __mmask16((1u << count) - 1));
-#else
-  for (int64_t i = 0; i < count; ++i) narrow_to(p + i, v[i]);
-#endif
+  store_lanes(p, v, count);
 }
 
 // Two sums for every channel over the rows [begin, end): of term(row, c, count) -> a pair of vectors. totals: 2 * channels.

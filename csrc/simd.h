@@ -160,12 +160,14 @@ inline ints lane_numbers() {
   for (int i = 0; i < VL; ++i) lanes[i] = i;
   return lanes;
 }
+
 // The sum of all lanes, half onto half: VL of them one after another would wait for each other.
 inline float across(vec v) {
 #pragma GCC unroll 4
   for (int step = VL / 2; step > 0; step /= 2) v += __builtin_shuffle(v, lane_numbers() ^ step);
   return v[0];
 }
+
 // v where lane < live, else `other`.
 inline vec keep(vec v, int64_t live, vec other) { return lane_numbers() < (ints{} + int32_t(live)) ? v : other; }
 inline vec keep_lanes(vec v, int64_t live) { return live == VL ? v : keep(v, live, vec{}); }

@@ -61,7 +61,11 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient.
+
+        Raises:
+            ValueError: one of the gradients is a sparse tensor; nothing was changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
