@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "drive_conv_turned.h"
 #include "drive_mlp.h"
+#include "norm_entries.h"
 
 namespace rarefy {
 namespace {
@@ -97,6 +98,10 @@ const Kernels *kernels_avx512bf16() {
     kernels.attention_backward = attention_backward;
     kernels.convolve = convolve;
     kernels.convolve_backward = convolve_backward;
+    kernels.norm_forward = norm_forward;  // which round to bfloat16 by an instruction here
+    kernels.norm_backward = norm_backward;
+    kernels.layer_norm_forward = layer_norm_forward;
+    kernels.layer_norm_backward = layer_norm_backward;
     return kernels;
   }();
   return &table;

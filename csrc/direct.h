@@ -90,7 +90,7 @@ void direct_dvalues(const View<Index> &view, const float *dy_panels, const float
     dots.begin(dvalues + int64_t(view.ptr[begin]) * (BR * BC), accumulate || p > 0);
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t k = view.ptr[r]; k < view.ptr[r + 1]; ++k) {
-        unit_dots<BR, BC, NV>(dy + r * (BR * P), x + int64_t(view.cols[k]) * (BC * P), VL, dots);
+        unit_dots<BR, BC, NV, 1>(dy + r * (BR * P), x + int64_t(view.cols[k]) * (BC * P), Panels(), VL, dots);
       }
     }
     dots.finish();

@@ -6,6 +6,11 @@
 namespace rarefy {
 namespace {
 
+// How far apart the panels lie that are taken together: those of dy, and those of x.
+struct Panels {
+  int64_t dy, x;
+};
+
 constexpr int kDots = 128;  // dot products that wait at most, besides those added at once
 
 // Collects dot products in the order of their places target[0], target[1], ...

@@ -211,12 +211,12 @@ struct OwnOfAll {
   Own first;
   void carve(Carver &carver, int threads, int64_t chunk_floats) {
     chunk = chunk_floats;
-    first.x = carver.take<cell>(threads * chunk);
+    first.x = carver.take<cell>(threads * chunk * kTogether);
     first.sums = carver.take<float>(threads * chunk);
     first.dots = carver.take<float>(threads * Dots<false>::BUFFER);
   }
   Own of(int thread) const {
-    return {first.x + thread * chunk, first.sums + thread * chunk, first.dots + thread * Dots<false>::BUFFER};
+    return {first.x + thread * chunk * kTogether, first.sums + thread * chunk, first.dots + thread * Dots<false>::BUFFER};
   }
 };
 
@@ -243,22 +243,36 @@ void gradients_chunk(const Gradients &g, int64_t chunk, const cell *dy_panels, i
   const Matrix &m = g.m;
   const int64_t c0 = m.first_output(chunk), c1 = m.first_output(chunk + 1);
   const auto backward = DX ? m.kernels->backward : m.kernels->backward_values;
+  const Panels panels = {g.out() * kPanel, (c1 - c0) * kPanel};
   for (int64_t at = 0; at < count; ++at) {
-    load(first_panel + at, c0, c1, own.x);
+    // Whether this panel's dot products wait for those of its group.
+    const bool wait = m.kernels->dot_products != nullptr && at / kTogether * kTogether + kTogether <= count;
+    cell *x = own.x + (wait ? at % kTogether * panels.x : 0);
+    const cell *panel = dy_panels + at * panels.dy;
+    load(first_panel + at, c0, c1, x);
     if (DX) {
-      for (int64_t i = 0; i < (c1 - c0) * kPanel; i += VL) store(own.sums + i, vec{});
+      for (int64_t i = 0; i < panels.x; i += VL) store(own.sums + i, vec{});
     }
-    for (int64_t t = 0; t < m.s.num_tiles; ++t) {
-      const cell *panel = dy_panels + at * g.out() * kPanel;
+    for (int64_t t = 0; t < m.s.num_tiles && (DX || !wait); ++t) {
       const int64_t f0 = m.first_input(t), f1 = m.first_input(t + 1), f2 = m.first_input(t + 2);
+      const int64_t place = chunk * m.s.num_tiles + t;
       Prefetch prefetch;
       const int64_t next = f1 < g.out() ? f2 - f1 : at + 1 < count ? m.first_input(1) : 0;  // the next panel's after the last
       prefetch.add(panel + f1 * kPanel, 0, next > 0, next * kPanelBytes);
       expect(first_panel + at, c0, c1, t, prefetch);
-      backward(m.s, chunk * m.s.num_tiles + t, panel + f0 * kPanel, own.x, own.sums, own.dots, g.in_order, first_panel + at > 0,
-               prefetch);
+      if (wait) {
+        m.kernels->multiply_t(m.s, place, panel + f0 * kPanel, own.sums, prefetch);
+      } else {
+        backward(m.s, place, panel + f0 * kPanel, x, own.sums, own.dots, g.in_order, first_panel + at > 0, prefetch);
+      }
     }
     if (DX) emit(first_panel + at, c0, c1, own.sums);
+    if (!wait || (at + 1) % kTogether != 0) continue;
+    const int64_t begin = at + 1 - kTogether;
+    for (int64_t t = 0; t < m.s.num_tiles; ++t) {
+      m.kernels->dot_products(m.s, chunk * m.s.num_tiles + t, dy_panels + begin * panels.dy + m.first_input(t) * kPanel, own.x,
+                              panels, own.dots, g.in_order, first_panel + begin > 0);
+    }
   }
 }
 

@@ -44,13 +44,11 @@ inline void fill_affine(const Norm &n, const Affine &a) {
 inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
 inline vec load_lanes(const float *p, int64_t count) { return vec(_mm512_maskz_loadu_ps(first_lanes(count), p)); }
 inline vec load_lanes(const bf16 *p, int64_t count) {
-  const halves narrow = reinterpret_cast<halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p));
-  return reinterpret_cast<vec>(__builtin_convertvector(narrow, words) << 16);
+  return wide(reinterpret_cast<halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p)));
 }
 inline void store_lanes(float *p, vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), __m512(v)); }
 inline void store_lanes(bf16 *p, vec v, int64_t count) {
-  const halves narrow = __builtin_convertvector(round_to_bf16(v) >> 16, halves);
-  _mm256_mask_storeu_epi16(p, first_lanes(count), __m256i(narrow));
+  _mm256_mask_storeu_epi16(p, first_lanes(count), __m256i(narrow(v)));
 }
 #else
 template <class T>

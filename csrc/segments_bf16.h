@@ -126,26 +126,27 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
   }
 }
 
-// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j]. Tiles of 4 x 4 need the fewest loads,
-// which these cores have one of in a cycle.
-template <int BR, int BC, int NV>
-inline void unit_dots(const cell *dy, const cell *x, int64_t x_step, Dots<false> &dots) {
+// The dot products of one unit over some panels: BR rows of dy with BC rows of x, at target[i * BC + j]. Tiles of 4 x 4 need
+// the fewest loads, which these cores have one of in a cycle.
+template <int BR, int BC, int NV, int PANELS>
+inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64_t x_step, Dots<false> &dots) {
   constexpr int P = NV * VL;
   constexpr int RJ = min_int(BC, 4), RI = min_int(BR, VL / RJ);
   for (int i0 = 0; i0 < BR; i0 += RI) {
     for (int j0 = 0; j0 < BC; j0 += RJ) {
       vec acc[VL] = {};
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v += 2) {
+#pragma GCC unroll 16
+      for (int part = 0; part < PANELS * (NV / 2); ++part) {
+        const int panel = part / (NV / 2), v = part % (NV / 2) * 2;
         __m512i columns[RJ];
 #pragma GCC unroll 4
         for (int j = 0; j < RJ; ++j) {
-          columns[j] = cells_at(x + (j0 + j) * P + v / 2 * x_step);
+          columns[j] = cells_at(x + panel * panels.x + (j0 + j) * P + v / 2 * x_step);
           pin(columns[j]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < RI; ++i) {
-          __m512i y = cells_at(dy + (i0 + i) * P + v * VL);
+          __m512i y = cells_at(dy + panel * panels.dy + (i0 + i) * P + v * VL);
           pin(y);
 #pragma GCC unroll 4
           for (int j = 0; j < RJ; ++j) acc[i * RJ + j] = dot_pairs(acc[i * RJ + j], y, columns[j]);

@@ -109,21 +109,23 @@ inline void backward_segments(const Segment *segments, int64_t length, const uin
   }
 }
 
-// The dot products of one unit: BR rows of dy with BC rows of x, at target[i * BC + j]. x's vectors lie `x_step` cells apart.
-template <int BR, int BC, int NV>
-inline void unit_dots(const cell *dy, const cell *x, int64_t x_step, Dots<false> &dots) {
+// The dot products of one unit over some panels: BR rows of dy with BC rows of x, at target[i * BC + j]. x's vectors lie
+// `x_step` cells apart.
+template <int BR, int BC, int NV, int PANELS>
+inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64_t x_step, Dots<false> &dots) {
   constexpr int P = NV * VL;
   constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
   for (int i0 = 0; i0 < BR; i0 += RI) {
     for (int j0 = 0; j0 < BC; j0 += RJ) {
       vec acc[VL] = {};
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+      for (int part = 0; part < PANELS * NV; ++part) {
+        const int panel = part / NV, v = part % NV;
 #pragma GCC unroll 16
         for (int i = 0; i < RI; ++i) {
-          const vec y = load(dy + (i0 + i) * P + v * VL);
+          const vec y = load(dy + panel * panels.dy + (i0 + i) * P + v * VL);
 #pragma GCC unroll 16
-          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + (j0 + j) * P + v * x_step);
+          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + panel * panels.x + (j0 + j) * P + v * x_step);
         }
       }
       put_unit<BR, BC, RI, RJ>(acc, dots);

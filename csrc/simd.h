@@ -56,22 +56,30 @@ typedef uint16_t halves_any __attribute__((vector_size(VL * 2), aligned(2), may_
 typedef uint32_t words __attribute__((vector_size(VL * 4)));
 typedef int32_t ints __attribute__((vector_size(VL * 4)));
 
-inline vec load_any(const bf16 *p) {
-  const halves narrow = *reinterpret_cast<const halves_any *>(p);
+// By name with AVX-512: of a conversion of 16 the compiler makes two of 8, and joins them.
+inline vec wide(halves narrow) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec>(words(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(narrow))) << 16);
+#else
   return reinterpret_cast<vec>(__builtin_convertvector(narrow, words) << 16);
+#endif
 }
+inline vec load_any(const bf16 *p) { return wide(*reinterpret_cast<const halves_any *>(p)); }
 // In the upper halves: to nearest, ties to even; NaN stays NaN. The lower halves are anything.
 inline words round_to_bf16(vec v) {
   const words bits = reinterpret_cast<words>(v), is_nan = reinterpret_cast<words>(v != v);
   return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~is_nan) | (is_nan & 0x7fc00000);
 }
-inline void store_any(bf16 *p, vec v) {
+inline halves narrow(vec v) {
 #if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), __m256i(_mm512_cvtneps_pbh(__m512(v))));
+  return halves(_mm512_cvtneps_pbh(__m512(v)));
+#elif defined(__AVX512F__)
+  return halves(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(round_to_bf16(v) >> 16)));
 #else
-  *reinterpret_cast<halves_any *>(p) = __builtin_convertvector(round_to_bf16(v) >> 16, halves);
+  return __builtin_convertvector(round_to_bf16(v) >> 16, halves);
 #endif
 }
+inline void store_any(bf16 *p, vec v) { *reinterpret_cast<halves_any *>(p) = narrow(v); }
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
   const uint32_t bits = uint32_t(x) << 16;

@@ -29,6 +29,10 @@ struct InPanels {
 constexpr int kWide = 4;           // vectors in a panel when there are tokens enough to fill it
 constexpr int kPanel = kWide * VL;  // its tokens
 
+// Panels over which the dot products of blocks of several columns are taken at once, so that they are added across once for all
+// of them: with bfloat16 cells that takes as long as the products of one panel.
+constexpr int kTogether = kDotCells ? 4 : 2;
+
 struct Scattered {  // for rows of one output
   const int32_t *places;
   int64_t step;
@@ -66,6 +70,26 @@ inline void multiply_tile(const Stream &s, int64_t at, const cell *tile, float *
   }
 }
 
+// The dot products of one (chunk, tile) of the view W^T over some panels. dvalues is in the stream's order.
+template <int BR, int BC, int NV, int PANELS, class Places>
+inline void dots_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, const Panels &panels, float *dots_buffer,
+                      float *dvalues, bool add, Prefetch &prefetch, const Places places) {
+  const Segment *segments = s.segments + at * s.chunk_rows;
+  const int32_t count = s.num_segments[at];
+  const uint16_t *offsets = s.offsets + s.first_unit[at];
+  Dots<false> dots(dots_buffer);
+  dots.begin(dvalues + int64_t(s.first_unit[at]) * (BR * BC), add);
+  prefetch.spread(count);
+  for (int32_t i = 0; i < count; ++i) {
+    prefetch.step();
+    const cell *row = x + places.at(segments[i].row);
+    for (int64_t k = 0; k < segments[i].length; ++k) {
+      unit_dots<BR, BC, NV, PANELS>(input_at(tile, *offsets++), row, panels, places.step, dots);
+    }
+  }
+  dots.finish();
+}
+
 // All segments of one (chunk, tile) of the view W^T (units of BC rows, BR inputs). dvalues is in the stream's order.
 template <int BR, int BC, int NV, bool DX, class Places>
 inline void backward_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
@@ -74,8 +98,8 @@ inline void backward_tile(const Stream &s, int64_t at, const cell *tile, const c
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
   const weight *values = s.values + int64_t(s.first_unit[at]) * (BR * BC);
-  dvalues += int64_t(s.first_unit[at]) * (BR * BC);
   if constexpr (BC == 1) {
+    dvalues += int64_t(s.first_unit[at]) * (BR * BC);
     Dots<true> dots(dots_buffer);
     dots.begin(dvalues, add);
     prefetch.spread(BR == 1 ? count / 2 : count);
@@ -105,16 +129,7 @@ inline void backward_tile(const Stream &s, int64_t at, const cell *tile, const c
       Prefetch none;
       multiply_tile<BC, BR, NV, true>(s, at, tile, dx_sums, none, places);
     }
-    Dots<false> dots(dots_buffer);
-    dots.begin(dvalues, add);
-    prefetch.spread(count);
-    for (int32_t i = 0; i < count; ++i) {
-      prefetch.step();
-      for (int64_t k = 0; k < segments[i].length; ++k) {
-        unit_dots<BR, BC, NV>(input_at(tile, *offsets++), x + places.at(segments[i].row), places.step, dots);
-      }
-    }
-    dots.finish();
+    dots_tile<BR, BC, NV, 1>(s, at, tile, x, Panels(), dots_buffer, dvalues, add, prefetch, places);
   }
 }
 
@@ -127,6 +142,10 @@ struct TileKernels {
   using Backward = void(const Stream &, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
                         float *dvalues, bool add, Prefetch &);
   Backward *backward, *backward_values;
+  // The dot products alone, of kTogether panels; null for units of one column, for which one pass over dy makes both gradients.
+  using DotProducts = void(const Stream &, int64_t at, const cell *tile, const cell *x, const Panels &, float *dots_buffer,
+                           float *dvalues, bool add);
+  DotProducts *dot_products;
   // The same with the rows of x and dx_sums in pieces; null for blocks of several columns.
   using ScatteredBackward = void(const Stream &, int64_t at, const cell *tile, const cell *x, float *dx_sums,
                                  float *dots_buffer, float *dvalues, bool add, Scattered);
@@ -145,6 +164,12 @@ template <int BR, int BC, bool DX>
 void backward_panel_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
                          float *dvalues, bool add, Prefetch &prefetch) {
   backward_tile<BR, BC, kWide, DX>(s, at, tile, x, dx_sums, dots_buffer, dvalues, add, prefetch, InPanels<BC, kWide>());
+}
+template <int BR, int BC>
+void dots_panels_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, const Panels &panels, float *dots_buffer,
+                      float *dvalues, bool add) {
+  Prefetch none;
+  dots_tile<BR, BC, kWide, kTogether>(s, at, tile, x, panels, dots_buffer, dvalues, add, none, InPanels<BC, kWide>());
 }
 template <int BR, bool DX, class Places>
 void backward_placed_tile(const Stream &s, int64_t at, const cell *tile, const cell *x, float *dx_sums, float *dots_buffer,
@@ -165,6 +190,7 @@ constexpr TileKernels kTileKernels = {multiply_panel_tile<BR, BC, false>,
                                       multiply_panel_tile<BC, BR, true>,
                                       backward_panel_tile<BR, BC, true>,
                                       backward_panel_tile<BR, BC, false>,
+                                      BC > 1 ? dots_panels_tile<BR, (BC > 1 ? BC : 4)> : nullptr,
                                       BC == 1 ? backward_placed_tile<(BC == 1 ? BR : 1), true, Scattered> : nullptr,
                                       BC == 1 ? backward_placed_tile<(BC == 1 ? BR : 1), false, Scattered> : nullptr,
                                       kApart<BR, BC> ? backward_placed_tile<(kApart<BR, BC> ? BR : 1), true, Apart> : nullptr,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rarefy.init import magnitude_pattern
 from rarefy.nn.layer import SparseLayer, gather_units
+from rarefy.ops import operators
 from rarefy.ops.geometry import Geometry
 from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
 
@@ -133,9 +134,7 @@ class SparseConvolution(SparseLayer):
 
     def _convolve(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, h, w)."""
-        return torch.ops.rarefy.conv2d(
-            self.values, *self.index, self.cast(images), self.bias, *self.geometry, self.sink
-        )
+        return operators.conv2d(self.values, *self.index, self.cast(images), self.bias, *self.geometry, self.sink)
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """The dense convolution that computes the same, with its own memory."""

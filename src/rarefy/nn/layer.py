@@ -197,9 +197,10 @@ class SparseLayer(nn.Module):
     @staticmethod
     def cast(x: Tensor) -> Tensor:
         """x in the dtype that autocast asks for."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            return x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # of meta tensors autocast knows nothing
+            return x
+        known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if known else x
 
     def dense_weight(self) -> Tensor:
         """(out_features, in_features) with zeros where no unit is; for export and tests."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rarefy.init import magnitude_pattern
 from rarefy.nn.layer import SparseLayer, gather_units
+from rarefy.ops import operators
 from rarefy.pattern import Block, Pattern, as_block, check_density, unit_grid
 
 
@@ -110,7 +111,7 @@ class SparseLinear(SparseLayer):
         x = self.cast(x)
         # Buffers by their dictionary: through attributes they cost as much as a small product at one token.
         index = self._buffers
-        y = torch.ops.rarefy.spmm(
+        y = operators.spmm(
             self.values,
             index["crow_indices"],
             index["col_indices"],

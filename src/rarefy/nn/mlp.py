@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from rarefy.nn.linear import SparseLinear
+from rarefy.ops import operators
 from rarefy.ops.mlp import activate
 
 
@@ -60,7 +61,7 @@ def _fused(op: str, x: Tensor, modules: list[nn.Module], activation: str) -> Ten
         matrices += [layer.values, *layer.index]
         biases.append(layer.bias)
         sinks.append(layer.sink)
-    y, _ = getattr(torch.ops.rarefy, op)(
+    y, _ = getattr(operators, op)(
         *matrices,
         x.reshape(x.shape[:-1].numel(), x.shape[-1]),
         *biases,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rarefy.nn.conv import SparseConv2d
 from rarefy.nn.mlp import has_hooks
-from rarefy.ops import norm_convolution
+from rarefy.ops import norm_convolution, operators
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.norm import batch_norm, runs_kernel
 
@@ -42,7 +42,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Module, x: Tensor) -> Tensor:
         geometry = [list(pair) for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)]
         same_dtype = not torch.is_autocast_enabled(x.device.type) or conv.cast(x).dtype is x.dtype
         if same_dtype and norm_convolution.runs_kernel(conv.values, conv.index, x, Geometry(*geometry)):
-            y, mean, var = torch.ops.rarefy.norm_conv2d(
+            y, mean, var = operators.norm_conv2d(
                 conv.values, *conv.index, x, norm.weight, norm.bias, *_given(norm), norm.eps, conv.bias, *geometry,
                 conv.sink,
             )  # fmt: skip

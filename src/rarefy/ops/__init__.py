@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from rarefy.ops import convolution, expanded, mlp, norm_convolution, reference, schema, sink, tiled
@@ -14,6 +13,7 @@ from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, names_plain_torch, using
 from rarefy.ops.index import Index, index_dtype
 from rarefy.ops.layer_norm import token_shift
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.rotary import rotary_table, rotate
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "index_dtype",
     "mlp",
     "norm_convolution",
+    "operators",
     "rotary_table",
     "rotate",
     "sink",
@@ -63,8 +64,9 @@ def _grow_candidates(crow, cols, t_crow, t_rows, t_perm, block, dy, x, k) -> tup
 
 
 def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, needs, sink=None):
-    schema.check_backward("spmm_backward", crow, t_crow, block, dy, x)
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
+    if dy.shape != (x.shape[0], index.out_features) or x.shape != (x.shape[0], index.in_features):
+        schema.check_backward("spmm_backward", crow, t_crow, block, dy, x)
     backend = _backend(values, index)
     if backend in (reference, tiled):
         wide = (dy.to(values.dtype), x.to(values.dtype))
@@ -75,12 +77,15 @@ def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, nee
         dx, dvalues, dbias = backend.spmm_backward(values, index, dy, x, list(needs))
     if sink is not None:
         _feed(sink, index, dy, x)
-    likes = ((dx, dy), (dvalues, values), (dbias, values))
-    return tuple(like.new_empty(0) if gradient is None else gradient for gradient, like in likes)
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        values.new_empty(0) if dvalues is None else dvalues,
+        values.new_empty(0) if dbias is None else dbias,
+    )
 
 
 _feed = sink.feed  # the ops' own argument is called sink too
 
-# One function an op for every device, as the choice between implementations depends on more than the device.
 for _name in ("spmm", "spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])
+    implement(_name, globals()[f"_{_name}"])
+differentiate("spmm", schema.backward, schema.setup_context)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from rarefy.ops import backend
 from rarefy.ops.library import call, load
 from rarefy.ops.memory import empty
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.rotary import rotate
 from rarefy.ops.schema import refuse_second_derivative
 
@@ -46,7 +47,7 @@ def causal_attention(qkv: Tensor, rotary: Tensor | None = None) -> Tensor:
         ValueError: qkv or rotary has another shape or dtype, or a backend was named (`rarefy.ops.using`) that cannot.
     """
     _check(qkv, rotary)
-    return torch.ops.rarefy.causal_attention(qkv, rotary)[0] if _runs_kernel(qkv) else reference(qkv, rotary)
+    return operators.causal_attention(qkv, rotary)[0] if _runs_kernel(qkv) else reference(qkv, rotary)
 
 
 def reference(qkv: Tensor, rotary: Tensor | None = None) -> Tensor:
@@ -113,8 +114,8 @@ def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, rotary: Tenso
     return _reference_backward(dout, qkv, out, lse, rotary)
 
 
-for _name, _function in (("causal_attention", _forward), ("causal_attention_backward", _backward)):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", _function)
+implement("causal_attention", _forward)
+implement("causal_attention_backward", _backward)
 
 
 # ---- kernel ----------------------------------------------------------------------------------------------------------
@@ -215,8 +216,8 @@ def _gradient(ctx, dout: Tensor | None, _):
     if dout is None:
         return None, None
     with torch.no_grad():
-        dqkv = torch.ops.rarefy.causal_attention_backward(dout, *ctx.saved_tensors)
+        dqkv = operators.causal_attention_backward(dout, *ctx.saved_tensors)
     return refuse_second_derivative("causal attention", dqkv)[0], None
 
 
-torch.library.register_autograd("rarefy::causal_attention", _gradient, setup_context=_setup_context)
+differentiate("causal_attention", _gradient, _setup_context)

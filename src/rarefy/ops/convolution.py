@@ -26,6 +26,7 @@ from torch import Tensor
 from rarefy.ops import backend, expanded, native, native_convolution, sink, tiled
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.schema import INDEX_ARGUMENTS, refuse_second_derivative
 from rarefy.ops.tiled import Tile
 
@@ -182,7 +183,7 @@ def _conv2d(
     shape = check_conv2d(index, x, geometry)
     y = None
     if geometry.is_product:
-        y = _images(torch.ops.rarefy.spmm(values, *index, _rows(x), bias), shape)
+        y = _images(operators.spmm(values, *index, _rows(x), bias, None), shape)
     elif _runs_kernel(values, index):
         y = native_convolution.convolve(values, index, x, bias, geometry, shape)
     if y is None:
@@ -199,7 +200,7 @@ def _conv2d_backward(
     )
     _check_backward(index, dy, x, geometry)
     if geometry.is_product:
-        dx, dvalues, dbias = torch.ops.rarefy.spmm_backward(values, *index, _rows(dy), _rows(x), needs)
+        dx, dvalues, dbias = operators.spmm_backward(values, *index, _rows(dy), _rows(x), needs)
         found = _Gradients(_images(dx, tuple(x.shape)) if needs[0] else None, dvalues, dbias)
     elif _runs_kernel(values, index):
         found = _Gradients(*native_convolution.convolve_backward(values, index, dy, x, geometry, needs))
@@ -269,7 +270,7 @@ def _backward(ctx, dy: Tensor):
     values, *index, x = ctx.saved_tensors
     needs = [ctx.needs_input_grad[7], ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[8]]
     with torch.no_grad():
-        gradients = torch.ops.rarefy.conv2d_backward(values, *index, ctx.block, dy, x, *ctx.geometry, needs, ctx.sink)
+        gradients = operators.conv2d_backward(values, *index, ctx.block, dy, x, *ctx.geometry, needs, ctx.sink)
     dx, dvalues, dbias = refuse_second_derivative("conv2d", *gradients)
     return (
         *(dvalues if needs[1] else None, None, None, None, None, None, None),
@@ -277,7 +278,6 @@ def _backward(ctx, dy: Tensor):
     )
 
 
-torch.library.register_autograd("rarefy::conv2d", _backward, setup_context=_setup_context)
-
-for _name in ("conv2d", "conv2d_backward"):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}"])
+implement("conv2d", _conv2d)
+implement("conv2d_backward", _conv2d_backward)
+differentiate("conv2d", _backward, _setup_context)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from rarefy.ops import backend
 from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.schema import refuse_second_derivative
 
 torch.library.define(
@@ -168,8 +169,8 @@ def _check_period(x: Tensor, period: int) -> None:
 
 # ---- shapes and gradient ---------------------------------------------------------------------------------------------
 
-for _name, _function in (("add_layer_norm", _forward), ("add_layer_norm_backward", _backward)):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", _function)
+implement("add_layer_norm", _forward)
+implement("add_layer_norm_backward", _backward)
 
 
 @torch.library.register_fake("rarefy::add_layer_norm")
@@ -205,7 +206,7 @@ def _gradient(ctx, dsum: Tensor | None, dy: Tensor | None, _mean, _rstd):
         return dsum, None if dsum is None else dsum.to(ctx.delta_dtype), None, None, None, None, None
     with torch.no_grad():
         inputs = (dy, dsum, total, weight, mean, rstd, ctx.delta_dtype, ctx.period)
-        found = torch.ops.rarefy.add_layer_norm_backward(*inputs)
+        found = operators.add_layer_norm_backward(*inputs)
     dx, ddelta, dweight, dbias = refuse_second_derivative("layer norm", *found)
     if ctx.delta_dtype is None:
         ddelta = None
@@ -214,7 +215,7 @@ def _gradient(ctx, dsum: Tensor | None, dy: Tensor | None, _mean, _rstd):
     return dx, ddelta, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
 
 
-torch.library.register_autograd("rarefy::add_layer_norm", _gradient, setup_context=_setup_context)
+differentiate("add_layer_norm", _gradient, _setup_context)
 
 
 def add_layer_norm(
@@ -244,5 +245,5 @@ def add_layer_norm(
             f"add_layer_norm: weight and bias must be ({width},), got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     rows = (t if t is None else t.reshape(-1, width) for t in (x, delta))
-    total, y, _, _ = torch.ops.rarefy.add_layer_norm(*rows, weight, bias, eps, dtype, x.shape[-2] if shift else 0)
+    total, y, _, _ = operators.add_layer_norm(*rows, weight, bias, eps, dtype, x.shape[-2] if shift else 0)
     return x if delta is None else total.view(x.shape), y.view(x.shape)

@@ -25,6 +25,7 @@ from rarefy.ops import native, reference, sink, tiled, triton
 from rarefy.ops.backend import choose
 from rarefy.ops.index import Index
 from rarefy.ops.native import SAVED_TOKENS
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.schema import check_backward, check_spmm, refuse_second_derivative
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
@@ -194,7 +195,7 @@ def _composed_backward(
     needs: Sequence[bool],
     sinks: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    spmm_backward = torch.ops.rarefy.spmm_backward
+    spmm_backward = operators.spmm_backward
     first, *factors = unpack(z, x.shape[0]).to(x.dtype).chunk(len(m) - 1, dim=1)
     act = activate(first, activation)
     h = act * factors[0] if factors else act
@@ -241,7 +242,7 @@ def _backward(ctx, dy: Tensor | None, op: str, count: int):
     for i, dtype in enumerate(ctx.biases):
         needs[2 * i + 2] = needs[2 * i + 2] and dtype is not None
     with torch.no_grad():
-        backward = getattr(torch.ops.rarefy, f"{op}_backward")
+        backward = getattr(operators, f"{op}_backward")
         gradients = backward(*matrices, dy, x, z, ctx.activation, needs, *ctx.sinks)
     gradients = refuse_second_derivative(op, *gradients)
     for at, need, gradient in zip(wants, needs, gradients, strict=True):
@@ -254,14 +255,12 @@ def _register(op: str, count: int) -> None:
     name = f"rarefy::{op}"
     torch.library.register_fake(name, lambda *arguments: _fake(count, arguments))
     torch.library.register_fake(f"{name}_backward", lambda *arguments: _fake_backward(count, arguments))
-    torch.library.impl(name, "CompositeExplicitAutograd", lambda *arguments: _forward(count, arguments))
-    torch.library.impl(
-        f"{name}_backward", "CompositeExplicitAutograd", lambda *arguments: _backward_op(count, arguments)
-    )
-    torch.library.register_autograd(
-        name,
+    implement(op, lambda *arguments: _forward(count, arguments))
+    implement(f"{op}_backward", lambda *arguments: _backward_op(count, arguments))
+    differentiate(
+        op,
         lambda ctx, dy, _dz: _backward(ctx, dy, op, count),
-        setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output, count),
+        lambda ctx, inputs, output: _setup_context(ctx, inputs, output, count),
     )
 
 

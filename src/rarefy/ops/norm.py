@@ -23,6 +23,7 @@ from torch import Tensor
 from rarefy.ops import backend
 from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.schema import refuse_second_derivative
 
 _ARGUMENTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
@@ -197,8 +198,8 @@ def _reference_backward(
 # ---- shapes and gradient ---------------------------------------------------------------------------------------------
 
 
-for _name, _function in (("batch_norm", _forward), ("batch_norm_backward", _backward)):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", _function)
+implement("batch_norm", _forward)
+implement("batch_norm_backward", _backward)
 
 
 @torch.library.register_fake("rarefy::batch_norm")
@@ -228,7 +229,7 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
         return (None,) * 8
     x, y, weight, bias, mean, var = ctx.saved_tensors
     with torch.no_grad():
-        found = torch.ops.rarefy.batch_norm_backward(
+        found = operators.batch_norm_backward(
             dy, x, y, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.training, ctx.needs_input_grad[1]
         )
     dx, dweight, dbias, dresidual = refuse_second_derivative("batch norm", *found)
@@ -241,7 +242,7 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
     )
 
 
-torch.library.register_autograd("rarefy::batch_norm", _gradient, setup_context=_setup_context)
+differentiate("batch_norm", _gradient, _setup_context)
 
 
 def batch_norm(
@@ -264,4 +265,4 @@ def batch_norm(
         raise ValueError(f"batch_norm: x must be (images, channels, height, width), got {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"batch_norm: the residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
-    return torch.ops.rarefy.batch_norm(x, residual, weight, bias, mean, var, eps, relu)
+    return operators.batch_norm(x, residual, weight, bias, mean, var, eps, relu)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rarefy.ops import backend, convolution, native, native_convolution, norm
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
+from rarefy.ops.operator import differentiate, implement, operators
 from rarefy.ops.schema import INDEX_ARGUMENTS, refuse_second_derivative
 
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation"
@@ -63,7 +64,7 @@ def _forward(
     scale, shift = norm.affine(weight, bias, mean, var, eps)
     y = native_convolution.convolve(values, index, x, conv_bias, geometry, shape, (scale, shift))
     if y is None:  # taps too far apart
-        y = torch.ops.rarefy.conv2d(values, *index, _activated(x, scale, shift), conv_bias, *geometry)
+        y = operators.conv2d(values, *index, _activated(x, scale, shift), conv_bias, *geometry, None)
     return y, mean, var
 
 
@@ -83,7 +84,7 @@ def _backward(
     needs = [True, True, need_conv_bias]
     dz, dvalues, dbias = native_convolution.convolve_backward(values, index, dy, x, geometry, needs, (scale, shift))
     assert dz is not None
-    dx, dweight, dshift, _ = torch.ops.rarefy.batch_norm_backward(
+    dx, dweight, dshift, _ = operators.batch_norm_backward(
         dz, x, None, weight, bias, mean, var, eps, True, training, False
     )
     if sink is not None:
@@ -92,8 +93,8 @@ def _backward(
     return dx, dweight, dshift, dvalues.to(values.dtype), nothing if dbias is None else dbias.to(values.dtype)
 
 
-for _name, _function in (("norm_conv2d", _forward), ("norm_conv2d_backward", _backward)):
-    torch.library.impl(f"rarefy::{_name}", "CompositeExplicitAutograd", _function)
+implement("norm_conv2d", _forward)
+implement("norm_conv2d_backward", _backward)
 
 
 @torch.library.register_fake("rarefy::norm_conv2d")
@@ -133,7 +134,7 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
         return (None,) * 19
     values, *index, x, weight, bias, mean, var = ctx.saved_tensors
     with torch.no_grad():
-        found = torch.ops.rarefy.norm_conv2d_backward(
+        found = operators.norm_conv2d_backward(
             values, *index, ctx.block, dy, x, weight, bias, mean, var, ctx.eps, ctx.training, *ctx.geometry,
             ctx.conv_bias_dtype is not None, ctx.sink,
         )  # fmt: skip
@@ -148,4 +149,4 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
     )
 
 
-torch.library.register_autograd("rarefy::norm_conv2d", _gradient, setup_context=_setup_context)
+differentiate("norm_conv2d", _gradient, _setup_context)

@@ -26,6 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rarefy.ops.operator import operators
+
 INDEX_ARGUMENTS = "Tensor crow, Tensor cols, Tensor t_crow, Tensor t_rows, Tensor t_perm, int[] block"
 """An `Index` in a schema."""
 
@@ -119,7 +121,8 @@ def _(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, needs, sink=None
     return dx, dvalues, dbias
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
+    """Keep what `backward` needs."""
     values, crow, cols, t_crow, t_rows, t_perm, block, x, bias, sink = inputs
     ctx.save_for_backward(values, crow, cols, t_crow, t_rows, t_perm, x)
     ctx.block = block
@@ -138,11 +141,12 @@ def refuse_second_derivative(op: str, *gradients: Tensor) -> tuple[Tensor, ...]:
     return (refused,) if isinstance(refused, Tensor) else refused
 
 
-def _backward(ctx, dy: Tensor):
+def backward(ctx, dy: Tensor):
+    """Of `spmm`."""
     values, crow, cols, t_crow, t_rows, t_perm, x = ctx.saved_tensors
     needs = [ctx.needs_input_grad[7], ctx.needs_input_grad[0], ctx.bias_dtype is not None and ctx.needs_input_grad[8]]
     with torch.no_grad():
-        gradients = torch.ops.rarefy.spmm_backward(
+        gradients = operators.spmm_backward(
             values, crow, cols, t_crow, t_rows, t_perm, ctx.block, dy, x, needs, ctx.sink
         )
     dx, dvalues, dbias = refuse_second_derivative("spmm", *gradients)
@@ -150,6 +154,3 @@ def _backward(ctx, dy: Tensor):
         *(dvalues if needs[1] else None, None, None, None, None, None, None),
         *(dx if needs[0] else None, dbias.to(ctx.bias_dtype) if needs[2] else None, None),
     )
-
-
-torch.library.register_autograd("rarefy::spmm", _backward, setup_context=_setup_context)
