@@ -99,6 +99,10 @@ inline void put_in_order(const Stream &s, int64_t entries, int64_t parts, const 
 #pragma omp for schedule(static) nowait
   for (int64_t k = 0; k < s.num_places; ++k) {
     if (s.order[k] < 0) continue;
+    if (parts == 1 && entries > 1) {
+      memcpy(dvalues + s.order[k] * entries, in_order + k * entries, size_t(entries) * sizeof(float));
+      continue;
+    }
     for (int64_t e = 0; e < entries; ++e) {
       const float *from = in_order + k * entries + e;
       float sum = from[0];

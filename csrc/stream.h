@@ -121,6 +121,10 @@ struct Unit {
 inline int32_t places_of(const Stream &s, int32_t length) { return kDotCells && s.even ? (length + 1) / 2 * 2 : length; }
 
 #if defined(RAREFY_DOT_CELLS)
+// Where the pairs of inputs of a block of 4 x 4 come from: of one stored [output][input], and of one stored [input][output].
+constexpr uint16_t kAlong4x4[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+constexpr uint16_t kAcross4x4[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+
 // A unit's values to place `to`, in pairs of inputs; null: zeros.
 inline void put_values(const Unit &unit, const float *from, int64_t to, weight *values) {
   if (unit.entries() == 1) {
@@ -132,15 +136,20 @@ inline void put_values(const Unit &unit, const float *from, int64_t to, weight *
     for (int64_t r = 0; r < unit.outputs; ++r) narrow_to(out + 2 * r, from != nullptr ? from[r] : 0.0f);
     return;
   }
-  alignas(64) weight narrow[256];
+  weight *out = values + to * unit.entries();
+  if (unit.entries() == 16) {
+    const __m256i order = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(unit.transposed ? kAcross4x4 : kAlong4x4));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_permutexvar_epi16(order, __m256i(narrow(load_any(from)))));
+    return;
+  }
+  alignas(64) weight halves_of[256];
   for (int64_t e = 0; e < unit.entries(); e += VL) {
     const __mmask16 live = __mmask16((1u << min64(VL, unit.entries() - e)) - 1);
-    store_any(narrow + e, vec(_mm512_maskz_loadu_ps(live, from + e)));
+    store_any(halves_of + e, vec(_mm512_maskz_loadu_ps(live, from + e)));
   }
-  weight *out = values + to * unit.entries();
   const int64_t row = unit.transposed ? 1 : unit.inputs, column = unit.transposed ? unit.outputs : 1;
   for (int64_t c = 0; c < unit.inputs; c += 2) {
-    const weight *first = narrow + c * column, *second = first + column;
+    const weight *first = halves_of + c * column, *second = first + column;
     for (int64_t r = 0; r < unit.outputs; ++r, out += 2) {
       out[0] = first[r * row];
       out[1] = second[r * row];
@@ -165,11 +174,18 @@ void build_chunk(const Stream &s, const View<Index> &view, const float *values, 
   const int64_t tiles = s.num_tiles;
   // bounds[r * (tiles + 1) + t]: the first unit of row r at or beyond tile t.
   int32_t *bounds = scratch, *places = scratch + s.chunk_rows * (tiles + 1);
+  // In the order of columns each block of values is somewhere else; of single values too many share no line to ask for all.
+  const bool announced = values != nullptr && view.perm != nullptr && shape.entries() >= 16;
   for (int64_t r = 0; r < rows; ++r) {
     int32_t *bound = bounds + r * (tiles + 1);
     const int32_t begin = view.ptr[first + r], end = view.ptr[first + r + 1];
     for (int64_t t = 0; t <= tiles; ++t) bound[t] = begin;
-    for (int32_t k = begin; k < end; ++k) bound[(int64_t(view.cols[k]) >> s.tile_shift) + 1] = k + 1;
+    for (int32_t k = begin; k < end; ++k) {
+      bound[(int64_t(view.cols[k]) >> s.tile_shift) + 1] = k + 1;
+      for (int64_t e = 0; announced && e < shape.entries(); e += 16) {
+        __builtin_prefetch(values + view.perm[k] * shape.entries() + e);
+      }
+    }
     for (int64_t t = 1; t <= tiles; ++t) bound[t] = bound[t] > bound[t - 1] ? bound[t] : bound[t - 1];
   }
   int32_t unit = int32_t(first_place(s, view.ptr[first], chunk));

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 operators = SimpleNamespace()
-"""By name, with the arguments of the schema by position, all of those that a gradient is defined for."""
+"""By name; called with the schema's arguments by position, all of them where the operator has a gradient."""
 
 _ORDINARY = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, str, list, tuple, torch.dtype))
 """Types of arguments that nobody has overridden: a subclass of Tensor wants to see the operator."""
