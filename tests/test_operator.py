@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy import SparseConv2d, SparseLinear
-from rarefy.ops import operator, operators
+from rarefy.ops import operators
 
 BF16 = torch.bfloat16
 
@@ -238,4 +238,3 @@ def test_the_name_says_what_a_node_of_the_graph_is() -> None:
     y = operators.spmm(*_spmm())
     assert y.grad_fn is not None
     assert type(y.grad_fn).__name__ == "SpmmBackward"
-    assert operator.operators is operators
