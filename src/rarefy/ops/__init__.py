@@ -13,7 +13,7 @@ from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, names_plain_torch, using
 from rarefy.ops.index import Index, index_dtype
 from rarefy.ops.layer_norm import token_shift
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.rotary import rotary_table, rotate
 
 __all__ = [
@@ -86,6 +86,6 @@ def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, nee
 
 _feed = sink.feed  # the ops' own argument is called sink too
 
-for _name in ("spmm", "spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
+for _name in ("spmm_t", "sddmm", "grow_candidates", "spmm_backward"):
     implement(_name, globals()[f"_{_name}"])
-differentiate("spmm", schema.backward, schema.setup_context)
+implement("spmm", _spmm, schema.backward, schema.setup_context)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from rarefy.ops import backend
 from rarefy.ops.library import call, load
 from rarefy.ops.memory import empty
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.rotary import rotate
 from rarefy.ops.schema import refuse_second_derivative
 
@@ -114,7 +114,6 @@ def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, rotary: Tenso
     return _reference_backward(dout, qkv, out, lse, rotary)
 
 
-implement("causal_attention", _forward)
 implement("causal_attention_backward", _backward)
 
 
@@ -220,4 +219,4 @@ def _gradient(ctx, dout: Tensor | None, _):
     return refuse_second_derivative("causal attention", dqkv)[0], None
 
 
-differentiate("causal_attention", _gradient, _setup_context)
+implement("causal_attention", _forward, _gradient, _setup_context)

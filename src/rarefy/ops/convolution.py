@@ -26,7 +26,7 @@ from torch import Tensor
 from rarefy.ops import backend, expanded, native, native_convolution, sink, tiled
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import INDEX_ARGUMENTS, refuse_second_derivative
 from rarefy.ops.tiled import Tile
 
@@ -278,6 +278,5 @@ def _backward(ctx, dy: Tensor):
     )
 
 
-implement("conv2d", _conv2d)
+implement("conv2d", _conv2d, _backward, _setup_context)
 implement("conv2d_backward", _conv2d_backward)
-differentiate("conv2d", _backward, _setup_context)

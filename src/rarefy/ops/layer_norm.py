@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from rarefy.ops import backend
 from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import refuse_second_derivative
 
 torch.library.define(
@@ -169,7 +169,6 @@ def _check_period(x: Tensor, period: int) -> None:
 
 # ---- shapes and gradient ---------------------------------------------------------------------------------------------
 
-implement("add_layer_norm", _forward)
 implement("add_layer_norm_backward", _backward)
 
 
@@ -215,7 +214,7 @@ def _gradient(ctx, dsum: Tensor | None, dy: Tensor | None, _mean, _rstd):
     return dx, ddelta, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
 
 
-differentiate("add_layer_norm", _gradient, _setup_context)
+implement("add_layer_norm", _forward, _gradient, _setup_context)
 
 
 def add_layer_norm(

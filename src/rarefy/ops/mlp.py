@@ -25,7 +25,7 @@ from rarefy.ops import native, reference, sink, tiled, triton
 from rarefy.ops.backend import choose
 from rarefy.ops.index import Index
 from rarefy.ops.native import SAVED_TOKENS
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import check_backward, check_spmm, refuse_second_derivative
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
@@ -255,10 +255,10 @@ def _register(op: str, count: int) -> None:
     name = f"rarefy::{op}"
     torch.library.register_fake(name, lambda *arguments: _fake(count, arguments))
     torch.library.register_fake(f"{name}_backward", lambda *arguments: _fake_backward(count, arguments))
-    implement(op, lambda *arguments: _forward(count, arguments))
     implement(f"{op}_backward", lambda *arguments: _backward_op(count, arguments))
-    differentiate(
+    implement(
         op,
+        lambda *arguments: _forward(count, arguments),
         lambda ctx, dy, _dz: _backward(ctx, dy, op, count),
         lambda ctx, inputs, output: _setup_context(ctx, inputs, output, count),
     )

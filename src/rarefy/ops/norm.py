@@ -23,7 +23,7 @@ from torch import Tensor
 from rarefy.ops import backend
 from rarefy.ops.library import INT64, POINTER, call, load
 from rarefy.ops.memory import empty
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import refuse_second_derivative
 
 _ARGUMENTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
@@ -198,7 +198,6 @@ def _reference_backward(
 # ---- shapes and gradient ---------------------------------------------------------------------------------------------
 
 
-implement("batch_norm", _forward)
 implement("batch_norm_backward", _backward)
 
 
@@ -242,7 +241,7 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
     )
 
 
-differentiate("batch_norm", _gradient, _setup_context)
+implement("batch_norm", _forward, _gradient, _setup_context)
 
 
 def batch_norm(

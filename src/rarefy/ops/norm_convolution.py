@@ -18,7 +18,7 @@ from torch import Tensor
 from rarefy.ops import backend, convolution, native, native_convolution, norm
 from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
-from rarefy.ops.operator import differentiate, implement, operators
+from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import INDEX_ARGUMENTS, refuse_second_derivative
 
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation"
@@ -93,7 +93,6 @@ def _backward(
     return dx, dweight, dshift, dvalues.to(values.dtype), nothing if dbias is None else dbias.to(values.dtype)
 
 
-implement("norm_conv2d", _forward)
 implement("norm_conv2d_backward", _backward)
 
 
@@ -149,4 +148,4 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
     )
 
 
-differentiate("norm_conv2d", _gradient, _setup_context)
+implement("norm_conv2d", _forward, _gradient, _setup_context)

@@ -22,34 +22,23 @@ _ORDINARY = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, str, li
 """Types of arguments that nobody has overridden: a subclass of Tensor wants to see the operator."""
 
 
-def implement(name: str, run: Callable[..., Any]) -> None:
-    """Let `run` be the operator on every device, as the choice between implementations depends on more than that."""
-    torch.library.impl(f"rarefy::{name}", "CompositeExplicitAutograd", run)
-    setattr(operators, name, _caller(name, run, run))
-
-
-def differentiate(name: str, gradient: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an operator that `implement` was called for its gradient, as `torch.library.register_autograd` does.
+def implement(
+    name: str,
+    run: Callable[..., Any],
+    gradient: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Let `run` be the operator on every device, as the choice between implementations depends on more than that.
 
     Args:
-        gradient: (ctx, gradients of the results) -> one gradient or None for each argument.
+        gradient: (ctx, gradients of the results) -> one gradient or None for each argument; None: it has none.
         setup_context: (ctx, arguments, results); the arguments of the schema, all of them.
     """
-    torch.library.register_autograd(f"rarefy::{name}", gradient, setup_context=setup_context)
-    run = getattr(operators, name).run
-
-    def forward(ctx, *arguments):
-        results = run(*arguments)
-        setup_context(ctx, arguments, results)
-        return results
-
-    # Not by Function.setup_context: with it every call looks at the signature of forward.
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
-    function = type(name.title().replace("_", ""), (torch.autograd.Function,), methods)
-    setattr(operators, name, _caller(name, run, function.apply))
-
-
-def _caller(name: str, run: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    torch.library.impl(f"rarefy::{name}", "CompositeExplicitAutograd", run)
+    differentiable = run
+    if gradient is not None and setup_context is not None:
+        torch.library.register_autograd(f"rarefy::{name}", gradient, setup_context=setup_context)
+        differentiable = _function(name, run, gradient, setup_context).apply
     dispatched = getattr(torch.ops.rarefy, name)
 
     def call(*arguments):
@@ -57,8 +46,20 @@ def _caller(name: str, run: Callable[..., Any], differentiable: Callable[..., An
             return dispatched(*arguments)
         return differentiable(*arguments) if torch.is_grad_enabled() else run(*arguments)
 
-    call.run = run
-    return call
+    setattr(operators, name, call)
+
+
+def _function(
+    name: str, run: Callable[..., Any], gradient: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    def forward(ctx, *arguments):
+        results = run(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    # Not by Function.setup_context: with it every call looks at the signature of forward.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    return type(name.title().replace("_", ""), (torch.autograd.Function,), methods)
 
 
 def _observed(arguments: Sequence[Any]) -> bool:
