@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rarefy import selection
 from rarefy.methods.redistribution import split_lowest
 from rarefy.selection import all_finite, contains, highest, kth_lowest, lowest, num_below, num_true, positions
 
@@ -63,16 +64,19 @@ def test_layers_share_the_lowest_in_their_order(k):
     assert split_lowest(parts, k) == torch.bincount(gone, minlength=2).tolist()
 
 
+@pytest.mark.parametrize("size", [selection.SLICE, 7_000])
 @pytest.mark.parametrize("span", [1, 3, 1000])
 @pytest.mark.parametrize("many", [10, 20_000])
-def test_searches_are_the_same_by_table(span, many):
-    """Dense sets of many units are looked up in a table, the others by binary search."""
+def test_searches_are_the_same_by_tables(span, many, size, monkeypatch):
+    """Dense sets of many units are looked up in tables, the others by binary search."""
+    monkeypatch.setattr(selection, "SLICE", size)
     generator = torch.Generator().manual_seed(0)
     ascending = torch.randperm(many * span, generator=generator)[:many].sort().values
     wanted = torch.randint(many * span + 100, (many,), generator=generator).sort().values
 
     assert torch.equal(num_below(ascending, wanted), torch.searchsorted(ascending, wanted))
     assert torch.equal(contains(ascending, wanted), torch.isin(wanted, ascending))
+    assert torch.equal(contains(ascending, wanted.flip(0)), torch.isin(wanted.flip(0), ascending))
     assert not contains(ascending[:0], wanted).any() and contains(ascending, wanted[:0]).numel() == 0
     assert not num_below(ascending[:0], wanted).any()
 
