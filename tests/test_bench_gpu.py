@@ -14,7 +14,14 @@ from cases import scatter
 from rarefy import Pattern
 from rarefy.bench import Settings, timing
 from rarefy.bench import gpu_peers as peers
-from rarefy.bench.gpu import dense_on_gpu, kernels_on_gpu, peers_on_gpu, sparse_on_gpu
+from rarefy.bench.gpu import (
+    dense_in_fp8,
+    dense_on_gpu,
+    kernels_on_gpu,
+    peers_on_gpu,
+    sparse_in_fp8,
+    sparse_on_gpu,
+)
 from rarefy.bench.gpu_peers import GpuPeer, installed_for_gpu
 from rarefy.cli.bench import Bench, name_of, wish
 from rarefy.cli.bench_tables import show
@@ -52,10 +59,11 @@ def test_a_bench_of_layers_and_gpts_has_its_rows(monkeypatch):
     told: list[str] = []
     results = timing._run_on_gpu(wanted, told.append)
     layers = [(row.contender, row.dtype, row.kernels) for row in results.rows if row.kind == "layer"]
-    assert layers[:3] == [("dense", "fp32", "torch"), ("dense", "bf16", "torch"), ("rarefy", "bf16", "triton")]
+    dense = [("dense", dtype, "torch") for dtype in ("fp32", "bf16", "fp8")]
+    assert layers == [*dense, ("rarefy", "bf16", "triton"), ("rarefy", "fp8", "triton")]
     gpts = [(row.contender, row.dtype, row.kernels) for row in results.rows if row.kind == "gpt"]
     assert gpts[0] == ("dense", "fp32", "torch") and gpts[-1] == ("rarefy", "bf16", "triton")
-    ours = results.rows[2]
+    ours = results.rows[3]
     assert ours.growth_ms is not None and ours.speedup is not None and ours.ceiling_gflops is None
     assert told == ["32x48, 32 tokens", "GPT 32x1"] and timing.ON_GPU in results.notes
     json.dumps(results.to_json(), allow_nan=False)
@@ -86,6 +94,22 @@ def test_the_laps_compute_what_they_are_named_after(dtype):
     close(run(dense.laps["dw"]), exact, rtol=0.05, atol=0.3)
     assert run(dense.laps["forward"]).dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
     assert dense.flops == 6 * 32 * 48 * 32 and ours.flops == 6 * 4 * 256 * 32
+
+
+@interpreted
+def test_laps_in_fp8_compute_the_same_but_for_eight_bits():
+    x, dy = batch()
+    layer = SparseLinear.from_pattern(PATTERN, generator=torch.Generator().manual_seed(0))
+    with using("triton"):
+        for half, eight in (
+            (sparse_on_gpu(layer, x, dy, "bf16", with_growth=False), sparse_in_fp8(layer, x, dy)),
+            (dense_on_gpu((32, 48), x, dy, "bf16"), dense_in_fp8((32, 48), x, dy)),
+        ):
+            assert eight.dtype == "fp8" and eight.laps.keys() == half.laps.keys()
+            for name in ("forward", "dx"):
+                exact, found = run(half.laps[name]), run(eight.laps[name])
+                assert 0 < (found - exact).norm() < 0.1 * exact.norm()
+            assert torch.equal(run(eight.laps["dw"]), run(half.laps["dw"]))
 
 
 def test_blocks_without_a_kernel_are_named_tiled_and_timed(monkeypatch):

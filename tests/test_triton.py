@@ -23,7 +23,7 @@ import mlp_cases
 from cases import CASES, Case, Problem, problem, scatter
 from near import Near
 from rarefy import AdamW, Constant, Pattern, Plan, Rewirer, RigL, SparseLinear, load_into, save, sparsify
-from rarefy.ops import Index, backend, reference, tiled, triton, using
+from rarefy.ops import Index, backend, fp8_products, reference, tiled, triton, using
 from rarefy.ops.mlp import ACTIVATIONS
 from rarefy.recipes.text.networks import make_sparse
 from rarefy.recipes.text.task import batches
@@ -159,6 +159,76 @@ def test_values_may_be_half_too(block, dtype):
     admits(expected_values_gradient(p).stored(dtype), dvalues)
     admits(Near.of(p.dy.cpu()).sum().stored(dtype), dbias)
     admits(expected_values_gradient(p).stored(dtype), OPS.sddmm(*p.index, p.dy, p.x))
+
+
+# -- in 8-bit floats --------------------------------------------------------------------------------------------------
+
+
+def eighths(given: Tensor, dtype: torch.dtype) -> Near:
+    """What products see of a factor in fp8, the scale included."""
+    limit = torch.finfo(dtype).max
+    scale = max(given.abs().max().item() if given.numel() else 0.0, 1e-30) / limit
+    rounded = (given.float() / torch.tensor(scale)).to(dtype).double() * scale
+    return Near(rounded.cpu(), 4 * torch.finfo(torch.float32).eps * rounded.abs().cpu())
+
+
+def weight_in_eighths(p: Problem) -> Near:
+    weight = eighths(p.values, torch.float8_e4m3fn)
+    return Near(scatter(weight.exact, p.pattern), scatter(weight.off, p.pattern))
+
+
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.block[1] > 1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_in_fp8(case, dtype):
+    """Forward and the gradient of the input by factors of eight bits; gradients of values and bias as ever."""
+    p = there(problem(case, activations=dtype))
+    before = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
+    with fp8_products():
+        y = OPS.spmm(*sparse(p), p.x, p.bias)
+        dx, dvalues, dbias = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
+    weight = weight_in_eighths(p)
+    expected = eighths(p.x, torch.float8_e4m3fn) @ weight.T
+    admits((expected if p.bias is None else expected + Near.of(p.bias.cpu())).stored(dtype), y)
+    admits((eighths(p.dy, torch.float8_e5m2) @ weight).stored(dtype), dx)
+    assert torch.equal(dvalues, before[1]) and torch.equal(dbias, before[2])
+    assert torch.equal(OPS.spmm_t(*sparse(p), p.dy), before[0])  # outside, as before
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_an_mlp_in_fp8_is_near_one_in_half_precision(layers):
+    p = there(problem(shaped((32, 32), 4, 4, density=0.5, batch=40), activations=torch.bfloat16))
+    matrices = [(p.values, p.index)] * layers
+    biases = [None] * layers
+
+    def run() -> list[Tensor | None]:
+        y, z = operations.mlp(matrices, p.x, biases, 0, torch.bfloat16)
+        return [y, *operations.mlp_backward(matrices, p.dy, p.x, z, 0, [True] * (1 + 2 * layers))]
+
+    exact = run()
+    with fp8_products():
+        found = run()
+    for one, other in zip(found, exact, strict=True):
+        assert one is not None and other is not None
+        assert not torch.equal(one, other) or one.dim() == 1  # the last bias sums dy, which nothing rounds
+        # Up to six factors, each off by at most an eighth (e5m2) or a sixteenth: at random signs less than their sum.
+        assert (one - other).norm() < 0.25 * other.norm()
+
+
+def test_fp8_leaves_fp32_and_panels_alone():
+    for case, dtype in ((cases_of((32, 32))[0], torch.float32), (cases_of((64, 1))[0], torch.bfloat16)):
+        p = there(problem(case, activations=dtype))
+        before = OPS.spmm(*sparse(p), p.x, p.bias)
+        with fp8_products():
+            assert torch.equal(OPS.spmm(*sparse(p), p.x, p.bias), before)
+
+
+def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "usable", lambda: False)
+    with pytest.raises(ValueError, match="need a GPU and triton; leave fp8_products out"), fp8_products():
+        pass
+    with fp8_products(False):
+        pass
 
 
 @on_every_block

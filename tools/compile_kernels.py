@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,11 +27,15 @@ from torch import Tensor
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """What a program may use, by compute capability."""
 
+FP8_FROM = 89
+"""Compute capability, times 10, whose tensor cores multiply 8-bit floats."""
+
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint16: "u16",
@@ -122,10 +127,10 @@ def build(kernel: Any, arguments: dict[str, Any], config: Any, capability: int) 
     )
 
 
-def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: int) -> None:
-    """Every operation once."""
+def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: int, *, eight_bits: bool) -> None:
+    """Every operation once, and products of square blocks again in fp8 if the GPU multiplies it."""
     from rarefy import Pattern
-    from rarefy.ops import Index
+    from rarefy.ops import Index, fp8
     from rarefy.ops.triton import adamw, is_square, operations
 
     for block in blocks:
@@ -146,6 +151,11 @@ def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: in
                 matrices = [(values, index)] * layers
                 _, z = operations.mlp(matrices, x, [None] * layers, 0, dtype)
                 operations.mlp_backward(matrices, dy, x, z, 0, [True] * (1 + 2 * layers))
+            if eight_bits and is_square(list(block)) and dtype != torch.float32:
+                print("in fp8")
+                with mock.patch.object(fp8, "why_not", return_value=None), fp8.fp8_products():
+                    operations.spmm(values, index, x, torch.zeros(side, dtype=dtype))
+                    operations.spmm_t(values, index, dy)
 
 
 def compiling(capability: int, *, first: bool, failures: list[str]) -> Callable[..., None]:
@@ -195,6 +205,7 @@ def main() -> int:
         [(sides[0], sides[-1]) for sides in blocks],
         [getattr(torch, name) for name in options.dtypes],
         options.tokens,
+        eight_bits=options.target >= FP8_FROM,
     )
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)

@@ -20,7 +20,7 @@ from rarefy.bench.results import DENSE, Row
 from rarefy.bench.settings import Pair, Settings
 from rarefy.cost import Lap, Precision, in_precision, layer_flops, random_batch, working_in
 from rarefy.nn import SparseLinear
-from rarefy.ops import backend, triton
+from rarefy.ops import backend, fp8, triton
 from rarefy.pattern import Pattern
 
 WARM_UP = 3
@@ -85,6 +85,9 @@ def bench_layer_on_gpu(
     x, dy = (tensor.detach().to(device) for tensor in random_batch(shape, tokens, generator))
     at = middle(settings.densities)
     contenders = [dense_on_gpu(shape, x, dy, dtype) for dtype in DENSE_PRECISIONS]
+    in_fp8 = "bf16" in settings.dtypes and fp8.why_not() is None
+    if in_fp8:
+        contenders.append(dense_in_fp8(shape, x, dy))
     for block in settings.blocks:
         for density in settings.densities:
             pattern = Pattern.random(shape, density, block, generator)
@@ -92,6 +95,8 @@ def bench_layer_on_gpu(
             for dtype in settings.dtypes:
                 growth = density == at and dtype == settings.dtypes[0]
                 contenders.append(sparse_on_gpu(layer, x, dy, dtype, with_growth=growth))
+            if in_fp8 and triton.is_square(list(block)):
+                contenders.append(sparse_in_fp8(layer, x, dy))
             if density == at:
                 contenders += peers_on_gpu(peers, pattern, x, dy, notes)
     contenders = [as_timed_on(device, contender, notes) for contender in contenders]
@@ -158,6 +163,46 @@ def sparse_on_gpu(layer: SparseLinear, x: Tensor, dy: Tensor, dtype: Precision, 
         laps={name: _within(dtype, lap) for name, lap in laps.items()},
         flops=layer_flops(layer.values.numel()) * x.shape[0],
     )
+
+
+def dense_in_fp8(shape: Pair, x: Tensor, dy: Tensor) -> Contender:
+    """torch's scaled products, forward and for the gradient of the input; that of the weight in bf16."""
+    from rarefy.ops.triton.factors import scaled
+
+    half = dense_on_gpu(shape, x, dy, "bf16")
+    given, out = (tensor.detach() for tensor in in_precision(x, dy, "bf16"))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(given)
+
+    def multiplied(a: Tensor, b: Tensor, a_dtype: torch.dtype) -> Tensor:
+        """a b^T."""
+        (left, left_scale), (right, right_scale) = scaled(a, a_dtype), scaled(b, torch.float8_e4m3fn)
+        scales = (left_scale, right_scale)
+        return torch.ops.aten._scaled_mm(left, right.T, *scales, out_dtype=torch.bfloat16)
+
+    def dx() -> Tensor:
+        return multiplied(out, weight.T, torch.float8_e5m2)
+
+    laps: dict[str, Lap] = {
+        "forward": lambda: multiplied(given, weight, torch.float8_e4m3fn),
+        "backward": lambda: (dx(), out.T @ given, out.sum(dim=0)),
+        "dx": dx,
+        "dw": half.laps["dw"],
+    }
+    return dataclasses.replace(half, dtype="fp8", laps=laps)
+
+
+def sparse_in_fp8(layer: SparseLinear, x: Tensor, dy: Tensor) -> Contender:
+    """As `sparse_on_gpu` in bf16, within `rarefy.ops.fp8_products`."""
+    half = sparse_on_gpu(layer, x, dy, "bf16", with_growth=False)
+
+    def within(lap: Lap) -> Lap:
+        def run() -> object:
+            with fp8.fp8_products():
+                return lap()
+
+        return run
+
+    return dataclasses.replace(half, dtype="fp8", laps={name: within(lap) for name, lap in half.laps.items()})
 
 
 def peers_on_gpu(

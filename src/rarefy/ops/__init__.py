@@ -11,6 +11,7 @@ from torch import Tensor
 from rarefy.ops import convolution, expanded, mlp, norm_convolution, reference, schema, sink, tiled
 from rarefy.ops.attention import causal_attention
 from rarefy.ops.backend import available, choose, names_plain_torch, using
+from rarefy.ops.fp8 import fp8_products
 from rarefy.ops.index import Index, index_dtype
 from rarefy.ops.layer_norm import token_shift
 from rarefy.ops.operator import implement, operators
@@ -21,6 +22,7 @@ __all__ = [
     "available",
     "causal_attention",
     "convolution",
+    "fp8_products",
     "index_dtype",
     "mlp",
     "norm_convolution",

@@ -1,7 +1,8 @@
 """Values and activations as the kernels read them.
 
 Half-precision activations are multiplied with values rounded to their dtype, fp32 ones in fp32 (TF32 where
-`torch.set_float32_matmul_precision` allows it); sums are fp32.
+`torch.set_float32_matmul_precision` allows it), and half-precision ones in 8-bit floats where
+`rarefy.ops.fp8_products` asks for it; sums are fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rarefy.ops.index import Index
 from rarefy.ops.triton import is_panel
+from rarefy.ops.triton.factors import factors
 from rarefy.ops.triton.panel import panel_input_gradient
 from rarefy.ops.triton.product import Epilogue, product
 from rarefy.ops.triton.sddmm import sddmm
@@ -50,11 +52,11 @@ def forward(
     epilogue: Epilogue | None = None,
 ) -> Tensor:
     """x W^T + bias, or what the epilogue makes of it."""
-    dtype, panel = product_dtype(values, x), is_panel(index.block)
-    rows = by_token(x, dtype)
+    panel = is_panel(index.block)
+    rows, weights, scale, _ = factors(by_token(x, product_dtype(values, x)), values, gradient=False)
     return product(
         by_feature(rows) if panel else rows,
-        values.detach().to(dtype).contiguous(),
+        weights,
         None if bias is None else bias.detach().contiguous(),
         index.crow,
         index.cols,
@@ -64,6 +66,7 @@ def forward(
         side=index.block[1],
         out_dtype=out_dtype,
         by_feature=panel,
+        scale=scale,
         epilogue=epilogue,
     )
 
@@ -72,8 +75,7 @@ def input_gradient(
     values: Tensor, index: Index, dy: Tensor, *, out_dtype: torch.dtype, epilogue: Epilogue | None = None
 ) -> Tensor:
     """dy W, or what the epilogue makes of it, which a panel cannot have."""
-    dtype = product_dtype(values, dy)
-    rows, weights = by_token(dy, dtype), values.detach().to(dtype).contiguous()
+    rows, weights, scale, turned = factors(by_token(dy, product_dtype(values, dy)), values, gradient=True)
     if is_panel(index.block):
         assert epilogue is None
         return panel_input_gradient(index, weights, rows, out_dtype=out_dtype)
@@ -88,6 +90,8 @@ def input_gradient(
         outputs=index.block[1],
         side=index.block[0],
         out_dtype=out_dtype,
+        turned=turned,
+        scale=scale,
         epilogue=epilogue,
     )
 

@@ -46,6 +46,7 @@ _CONFIGS = [
 def product_kernel(
     x,
     values,
+    scale,
     bias,
     y,
     second,
@@ -69,6 +70,7 @@ def product_kernel(
     VALUE_N: tl.constexpr,
     VALUE_SIDE: tl.constexpr,
     PERMUTED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -114,6 +116,8 @@ def product_kernel(
                 known = in_x[:, None] & exists[None, :]
                 a = tl.load(x + token[:, None] * x_token + feature[None, :] * x_feature, known, other=0.0)
             acc = dot(a, w, acc, PRECISION)
+        if SCALED:
+            acc *= tl.load(scale)
         if BIAS:
             acc += tl.load(bias + row * N + n).to(tl.float32)[None, :]
         is_token = token < num_tokens
@@ -162,6 +166,8 @@ def product(
     side: int,
     out_dtype: torch.dtype,
     by_feature: bool = False,
+    turned: bool = False,
+    scale: Tensor | None = None,
     epilogue: Epilogue | None = None,
 ) -> Tensor:
     """(tokens, rows * outputs): each row's units applied to the inputs they name, and the bias; or what an epilogue
@@ -169,17 +175,19 @@ def product(
 
     Args:
         x: (tokens, inputs), or if `by_feature` (inputs, tokens, and zeros beyond them); of the values' dtype.
-        values: (units, b_r, b_c) contiguous, fp32, bf16 or fp16.
+        values: (units, b_r, b_c) contiguous, fp32, bf16, fp16, or 8-bit floats.
         pointers: (rows + 1,) where each row's units begin.
         columns: (units,) which `side` inputs each reads.
         perm: where in `values` each unit is; None: in order, and a unit is (outputs, side). Else (side, outputs).
+        turned: with `perm`, units are (outputs, side) too.
+        scale: () float32, which sums are multiplied by; None: 1.
     """
     rows = pointers.shape[0] - 1
     y = torch.empty(tokens, rows * outputs, dtype=out_dtype, device=x.device)
     if not y.numel():
         return y
     x_token, x_feature = (x.stride(1), x.stride(0)) if by_feature else (x.stride(0), x.stride(1))
-    processors = device.num_processors(x)
+    processors, in_order = device.num_processors(x), perm is None or turned
 
     def grid(meta: Meta) -> tuple[int, ...]:
         tiles = triton.cdiv(tokens, meta["TOKENS"]) * rows
@@ -190,6 +198,7 @@ def product(
             grid,
             x,
             values,
+            scale,
             bias,
             y,
             *((None, None, None) if epilogue is None else (epilogue.second, epilogue.third, epilogue.kept)),
@@ -208,9 +217,10 @@ def product(
             bucket(columns.shape[0] // rows),
             N=outputs,
             SIDE=side,
-            VALUE_N=side if perm is None else 1,
-            VALUE_SIDE=1 if perm is None else outputs,
+            VALUE_N=side if in_order else 1,
+            VALUE_SIDE=1 if in_order else outputs,
             PERMUTED=perm is not None,
+            SCALED=scale is not None,
             BIAS=bias is not None,
             EPILOGUE="none" if epilogue is None else epilogue.kind,
             ACTIVATION=0 if epilogue is None else epilogue.activation,
