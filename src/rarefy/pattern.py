@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,6 +215,8 @@ class Pattern:
     def row_indices(self) -> Tensor:
         """(K,) int64 unit row of each unit."""
         counts = torch.diff(self.crow_indices.long())
+        if counts.device.type == "cpu":  # torch would list the places beside them
+            return torch.from_numpy(np.repeat(np.arange(self.num_unit_rows), counts.numpy()))
         rows = torch.arange(self.num_unit_rows, device=counts.device)
         return torch.repeat_interleave(rows, counts, output_size=self.num_units)
 

@@ -35,6 +35,16 @@ def positions(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten()
 
 
+def put(numbers: Tensor, mask: Tensor) -> Tensor:
+    """The numbers, in order, at the true entries of a flat mask that has as many; 0 elsewhere."""
+    into = numbers.new_zeros(mask.numel())
+    if mask.device.type == "cpu":  # torch would list the positions first
+        into.numpy()[mask.numpy()] = numbers.numpy()
+    else:
+        into[mask] = numbers
+    return into
+
+
 def num_true(mask: Tensor) -> int:
     """How many entries are true."""
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
@@ -109,7 +119,7 @@ def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     return place
 
 
-SLICE = 1 << 20
+SLICE = 1 << 18
 """Numbers that a table of what is there covers at a time: its memory follows neither the units nor the matrix."""
 
 
@@ -181,5 +191,5 @@ def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -
     before.
     """
     ranks = sample_without_replacement(num_all - present.numel(), k, generator)
-    absent_before = present.cpu() - torch.arange(present.numel())
+    absent_before = torch.arange(present.numel()).neg_().add_(present.cpu())
     return ranks + torch.searchsorted(absent_before, ranks, right=True)

@@ -15,7 +15,7 @@ from rarefy.nn import SparseLayer
 from rarefy.nn.layer import resize
 from rarefy.ops import Index
 from rarefy.pattern import Pattern
-from rarefy.selection import contains, num_below, positions
+from rarefy.selection import contains, num_below, positions, put
 
 MATRIX_OPTIMIZERS = ("LBFGS", "Muon", "Shampoo", "SOAP", "KFAC")
 """Optimizers whose state mixes units, so that no unit's part of it can be moved."""
@@ -200,8 +200,7 @@ def exchanged_units(pattern: Pattern, drop: Tensor, grown: Tensor) -> Exchanged:
     if newborn.numel():
         survives = torch.ones(survivors.numel() + newborn.numel(), dtype=torch.bool, device=drop.device)
         survives[born] = False
-        source = survivors.new_zeros(survives.numel())
-        source[positions(survives)] = survivors
+        source = put(survivors, survives)
     move = Move(source, born, drop)
     cols = moved_units(pattern.col_indices, move)
     cols[born] = (newborn % max(pattern.num_unit_cols, 1)).int()
