@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -120,7 +119,10 @@ def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
 
 SLICE = 1 << 18
-"""Numbers that a table of what is there covers at a time: its memory follows neither the units nor the matrix."""
+"""Numbers that a table of counts covers at a time: its memory follows neither the units nor the matrix."""
+
+TABLE = 1 << 24
+"""Numbers that a table of what is there covers at most: 16 MiB."""
 
 
 def num_below(ascending: Tensor, wanted: Tensor) -> Tensor:
@@ -130,22 +132,27 @@ def num_below(ascending: Tensor, wanted: Tensor) -> Tensor:
     if not _counts(ascending, wanted):
         return torch.searchsorted(ascending, wanted)
     below = torch.empty_like(wanted)
-    for asked, before, there, at in _slices(ascending, wanted):
-        below[asked] = torch.cumsum(there, 0, dtype=torch.int32)[at] - there[at].int() + before
+    last = max(int(ascending[-1]), int(wanted[-1]))
+    begins = torch.arange(0, last + SLICE + 1, SLICE, device=ascending.device)  # one more than slices
+    held, asked = (torch.searchsorted(numbers, begins).tolist() for numbers in (ascending, wanted))
+    there = torch.empty(min(SLICE, last + 1), dtype=torch.bool, device=ascending.device)
+    for i in range(len(begins) - 1):
+        if asked[i] == asked[i + 1]:
+            continue
+        mine = slice(asked[i], asked[i + 1])
+        at = wanted[mine] - i * SLICE
+        there.zero_().index_fill_(0, ascending[held[i] : held[i + 1]] - i * SLICE, True)
+        below[mine] = torch.cumsum(there, 0, dtype=torch.int32)[at] - there[at].int() + held[i]
     return below
 
 
 def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
-    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search, or, where that is less and they
-    ascend too, by tables.
-    """
+    """For each of `wanted`, whether it is in `ascending`; boolean, by binary search, or a table where that is less."""
     if not ascending.numel() or not wanted.numel():
         return torch.zeros(wanted.shape, dtype=torch.bool, device=wanted.device)
-    if _counts(ascending, wanted) and bool((wanted[1:] >= wanted[:-1]).all()):
-        found = torch.empty(wanted.shape, dtype=torch.bool, device=wanted.device)
-        for asked, _, there, at in _slices(ascending, wanted):
-            found[asked] = there[at]
-        return found
+    if _counts(ascending, wanted) and int(ascending[-1]) < TABLE:
+        there = torch.zeros(int(ascending[-1]) + 2, dtype=torch.bool, device=ascending.device)
+        return there.index_fill_(0, ascending, True)[wanted.clamp(max=there.numel() - 1)]
     at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
     return ascending[at] == wanted
 
@@ -163,22 +170,6 @@ def _counts(ascending: Tensor, wanted: Tensor) -> bool:
     if min(ascending.numel(), wanted.numel()) < 1 << 12:
         return False
     return int(ascending[-1]) < 8 * (ascending.numel() + wanted.numel())
-
-
-def _slices(ascending: Tensor, wanted: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Slice by slice of the numbers: which of `wanted` lie in it, how many of `ascending` come before it, of each of
-    its numbers whether it is there, and where those wanted are in it.
-    """
-    last = max(int(ascending[-1]), int(wanted[-1]))
-    begins = torch.arange(0, last + SLICE + 1, SLICE, device=ascending.device)  # one more than slices
-    held, asked = (torch.searchsorted(numbers, begins).tolist() for numbers in (ascending, wanted))
-    there = torch.empty(min(SLICE, last + 1), dtype=torch.bool, device=ascending.device)
-    for i in range(len(begins) - 1):
-        if asked[i] == asked[i + 1]:
-            continue
-        mine = slice(asked[i], asked[i + 1])
-        there.zero_().index_fill_(0, ascending[held[i] : held[i + 1]] - i * SLICE, True)
-        yield mine, held[i], there, wanted[mine] - i * SLICE
 
 
 def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -> Tensor:
