@@ -223,12 +223,15 @@ def test_the_command_passes_the_device_on_and_a_machine_without_one_says_so():
 @interpreted
 def test_a_table_and_a_file_name_say_which_gpu(monkeypatch, capsys):
     monkeypatch.setattr(timing, "GPU_SIDE", 16)
-    wanted = Settings(shapes=((32, 48),), blocks=((16, 16),), tokens=(16,), seconds=0.1, rounds=3, isa="triton")
+    shape: dict[str, Any] = {"shapes": ((32, 48),), "blocks": ((16, 16),), "tokens": (16,), "dtypes": ("fp32", "bf16")}
+    wanted = Settings(**shape, seconds=0.1, rounds=3, isa="triton")
     results = timing._run_on_gpu(wanted, lambda text: None)
     results.machine["gpu"] = "NVIDIA H200"
     results.settings["device"] = "cuda"
     show(results, Console(width=120))
     said = capsys.readouterr().out
     assert said.startswith("NVIDIA H200, torch ") and "rarefy 16x16 fp32" in said and "CUDA graphs" in said
-    assert "NVIDIA H200 · " in bench_page(results.to_json())
+    assert "dense fp8" in said and "rarefy 16x16 fp8" in said
+    page = bench_page(results.to_json())
+    assert "NVIDIA H200 · " in page and "fp8" in page
     assert name_of(results) == f"{results.machine['date'][:10]}-nvidia-h200.json"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from typing import Any
+
 import pytest
 
+import fit_time
 from fit_time import Curves, Point, best_points, fit, resampled, spread_over_seeds
+from rarefy.foresight.records import NETWORK
 
 TRUE = Curves(1.2, {"dense": (0.40, 0.30), "sparse": (0.39, 0.33)})
 
@@ -13,8 +19,10 @@ def points(*minutes: float) -> list[Point]:
     return [Point(side, 60 * m, TRUE.bits(side, 60 * m)) for side in TRUE.sides for m in minutes]
 
 
-def record(label: str, seconds: float, final: float, *, dense: bool) -> dict:
-    return {"label": label, "dense": dense, "final": final, "clock": {"train_s": seconds}}
+def record(label: str, seconds: float, final: float, *, dense: bool, **settings: Any) -> dict[str, Any]:
+    settings = {**NETWORK, "layers": 4, **settings}
+    common = {"task": "text", "state": "finished", "settings": settings}
+    return {**common, "label": label, "dense": dense, "final": final, "clock": {"train_s": seconds}}
 
 
 def test_the_constants_are_found_again():
@@ -58,7 +66,7 @@ def test_the_best_network_of_a_budget_counts_by_the_mean_of_its_seeds():
         Point("dense", 600, pytest.approx(1.615), 2, "wide"),  # type: ignore[arg-type]
         Point("sparse", 620, 1.61, 1, "sparse"),
     ]
-    assert spread_over_seeds(records) == pytest.approx(0.03 / 2**0.5)
+    assert spread_over_seeds(records, [10, 30]) == pytest.approx(0.03 / 2**0.5)
 
 
 def test_too_few_points_are_refused():
@@ -66,3 +74,33 @@ def test_too_few_points_are_refused():
         fit(points(3, 10))
     with pytest.raises(ValueError, match="sparse has fewer"):
         fit([point for point in points(3, 10, 30) if point.side == "dense"])
+
+
+def said(tmp_path, monkeypatch, records: list[dict[str, Any]], *more: str) -> None:
+    for at, one in enumerate(records):
+        (tmp_path / f"{at}.json").write_text(json.dumps(one))
+    monkeypatch.setattr(sys, "argv", ["fit_time.py", str(tmp_path), "--layers", "4", *more])
+    fit_time.main()
+
+
+def test_what_races_predict_is_printed(tmp_path, monkeypatch, capsys):
+    """A budget that is held out is predicted; runs of other networks than today's, or of other depths, do not count."""
+    records = [
+        record(side, 60 * m, TRUE.bits(side, 60 * m) + noise, dense=side == "dense")
+        for side in TRUE.sides for m in (3, 10, 30, 90) for noise in (-0.002, 0.002)
+    ]  # fmt: skip
+    records += [record("other", 600, 1.0, dense=True, **other) for other in ({"positions": "learned"}, {"layers": 2})]
+    said(tmp_path, monkeypatch, records, "--hold-out", "90")
+
+    printed = capsys.readouterr().out
+    assert "other" not in printed and printed.count("(2 seeds)") == 6 and "spread of a run 0.0028" in printed
+    assert f"held out: dense {TRUE.bits('dense', 5400):.4f}, predicted {TRUE.bits('dense', 5400):.3f}"[:-1] in printed
+    assert "a day on 64 cores at 0.5 of 32 times the speed: dense" in printed
+
+
+@pytest.mark.parametrize("seeds, wanted", [(1, "no network has two seeds"), (2, "five points, got 4")])
+def test_too_few_races_are_an_error_without_a_traceback(tmp_path, monkeypatch, capsys, seeds, wanted):
+    records = [record(s, 60 * m, 2.0, dense=s == "dense") for s in TRUE.sides for m in (3, 10) for _ in range(seeds)]
+    with pytest.raises(SystemExit):
+        said(tmp_path, monkeypatch, records)
+    assert wanted in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_values_may_be_half_too(block, dtype):
 # -- in 8-bit floats --------------------------------------------------------------------------------------------------
 
 
-def eighths(given: Tensor, dtype: torch.dtype) -> Near:
+def in_fp8(given: Tensor, dtype: torch.dtype) -> Near:
     """What products see of a factor in fp8, the scale included."""
     limit = torch.finfo(dtype).max
     scale = max(given.abs().max().item() if given.numel() else 0.0, 1e-30) / limit
@@ -172,8 +172,8 @@ def eighths(given: Tensor, dtype: torch.dtype) -> Near:
     return Near(rounded.cpu(), 4 * torch.finfo(torch.float32).eps * rounded.abs().cpu())
 
 
-def weight_in_eighths(p: Problem) -> Near:
-    weight = eighths(p.values, torch.float8_e4m3fn)
+def weight_in_fp8(p: Problem) -> Near:
+    weight = in_fp8(p.values, torch.float8_e4m3fn)
     return Near(scatter(weight.exact, p.pattern), scatter(weight.off, p.pattern))
 
 
@@ -186,10 +186,10 @@ def test_products_in_fp8(case, dtype):
     with fp8_products():
         y = OPS.spmm(*sparse(p), p.x, p.bias)
         dx, dvalues, dbias = OPS.spmm_backward(*sparse(p), p.dy, p.x, [True, True, True])
-    weight = weight_in_eighths(p)
-    expected = eighths(p.x, torch.float8_e4m3fn) @ weight.T
+    weight = weight_in_fp8(p)
+    expected = in_fp8(p.x, torch.float8_e4m3fn) @ weight.T
     admits((expected if p.bias is None else expected + Near.of(p.bias.cpu())).stored(dtype), y)
-    admits((eighths(p.dy, torch.float8_e5m2) @ weight).stored(dtype), dx)
+    admits((in_fp8(p.dy, torch.float8_e5m2) @ weight).stored(dtype), dx)
     assert torch.equal(dvalues, before[1]) and torch.equal(dbias, before[2])
     assert torch.equal(OPS.spmm_t(*sparse(p), p.dy), before[0])  # outside, as before
 
@@ -226,8 +226,6 @@ def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch):
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(triton, "usable", lambda: False)
     with pytest.raises(ValueError, match="need a GPU and triton; leave fp8_products out"), fp8_products():
-        pass
-    with fp8_products(False):
         pass
 
 

@@ -30,6 +30,8 @@ def test_kernels_compile_for(target, blocks, tmp_path):
     assert made.returncode == 0, made.stdout + made.stderr
     products = [line for line in made.stdout.splitlines() if line.startswith(("product_kernel", "sddmm_kernel"))]
     assert len(products) >= 2 * len(blocks)
+    in_eight_bits = sum(int(re.search(r" fp8 +(\d+)", line)[1]) > 0 for line in products)  # type: ignore[index]
+    assert in_eight_bits == (0 if target < 89 or "x1" in blocks[0] else 2 * len(blocks))
     by_tensor_cores = "wgmma" if target == 90 else "mma"
     for line in products:
         figures = dict(re.findall(r"(registers|spilled|wgmma|mma|cp\.async|in flight) +(\d+)", line))

@@ -27,9 +27,6 @@ from torch import Tensor
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """What a program may use, by compute capability."""
 
-FP8_FROM = 89
-"""Compute capability, times 10, whose tensor cores multiply 8-bit floats."""
-
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -55,6 +52,8 @@ class Built:
     """A thread's stack, which holds what found no register."""
     wgmma: int
     mma: int
+    fp8: int
+    """Of both, those of 8-bit floats."""
     async_copies: int
     in_flight: int
     """Copies that the inner loop leaves under way while it computes; 0: it waits for all of them."""
@@ -65,7 +64,8 @@ class Built:
         tiles = " ".join(f"{key}={value}" for key, value in self.tiles.items())
         return (
             f"{self.name:22} {tiles:56} registers {self.registers:3} spilled {self.spilled_bytes:5} "
-            f"shared {self.shared_bytes >> 10:3}K wgmma {self.wgmma:3} mma {self.mma:3} cp.async {self.async_copies:3} "
+            f"shared {self.shared_bytes >> 10:3}K wgmma {self.wgmma:3} mma {self.mma:3} fp8 {self.fp8:3} "
+            f"cp.async {self.async_copies:3} "
             f"in flight {self.in_flight:2} narrow {self.narrow_loads:3}"
         )
 
@@ -121,6 +121,7 @@ def build(kernel: Any, arguments: dict[str, Any], config: Any, capability: int) 
         int(found[2]),
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"mma\.sync", ptx)),
+        len(re.findall(r"mma\S*\.e4m3", ptx)),
         len(re.findall(r"cp\.async\.c[ag]", ptx)),
         max([int(num) for num in re.findall(r"async_wait .*?num = (\d+)", made.asm["ttgir"])], default=0),
         len(re.findall(r"ld\.global(?:\.\w+)*\.b(?:8|16)\b", ptx)),
@@ -192,6 +193,7 @@ def main() -> int:
     parser.add_argument("--first", action="store_true", help="the first tiles of every kernel only")
     options = parser.parse_args()
 
+    from rarefy.ops import fp8
     from rarefy.ops.triton import interpreted
     from rarefy.ops.triton.tuning import Tuned
 
@@ -205,7 +207,7 @@ def main() -> int:
         [(sides[0], sides[-1]) for sides in blocks],
         [getattr(torch, name) for name in options.dtypes],
         options.tokens,
-        eight_bits=options.target >= FP8_FROM,
+        eight_bits=divmod(options.target, 10) >= fp8.CAPABILITY,
     )
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)

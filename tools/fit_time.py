@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
 import numpy as np
 
-from rarefy.foresight.records import read_records
+from rarefy.foresight.records import NETWORK, read_records
 
 UNIT_S = 600.0
 """t of L = E + A."""
@@ -26,6 +27,8 @@ NEAR = 1.25
 """A run belongs to a budget if its time is at most so many times longer or shorter."""
 FLOORS = 400
 """Values of E that are tried, from 0 to below the best run."""
+DRAWS = 200
+"""Refits."""
 DAY_S = 86_400.0
 SIDES = ("dense", "sparse")
 
@@ -61,35 +64,34 @@ class Curves:
         return ((self.bits("dense", seconds) - self.floor) / A) ** (-1 / b) * UNIT_S / seconds
 
 
+def of_budget(records: Sequence[Mapping[str, Any]], minutes: float) -> dict[str, list[Mapping[str, Any]]]:
+    """Label -> runs of about so long."""
+    networks: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if 1 / NEAR <= record["clock"]["train_s"] / (60 * minutes) <= NEAR:
+            networks.setdefault(record["label"], []).append(record)
+    return networks
+
+
 def best_points(records: Sequence[Mapping[str, Any]], budgets_min: Sequence[float]) -> list[Point]:
     """Of each side and budget the network of the least mean loss over its seeds."""
     found = []
     for minutes in budgets_min:
+        networks = of_budget(records, minutes)
         for side in SIDES:
-            networks: dict[str, list[Mapping[str, Any]]] = {}
-            for record in records:
-                ratio = record["clock"]["train_s"] / (60 * minutes)
-                if record["dense"] == (side == "dense") and 1 / NEAR <= ratio <= NEAR:
-                    networks.setdefault(record["label"], []).append(record)
-            if networks:
-                label, same = min(networks.items(), key=lambda item: float(np.mean([r["final"] for r in item[1]])))
-                seconds, bits = (float(np.mean(v)) for v in zip(*map(_end, same), strict=True))
-                found.append(Point(side, seconds, bits, len(same), label))
+            mine = {label: runs for label, runs in networks.items() if runs[0]["dense"] == (side == "dense")}
+            if mine:
+                label, runs = min(mine.items(), key=lambda item: fmean(run["final"] for run in item[1]))
+                seconds = fmean(run["clock"]["train_s"] for run in runs)
+                found.append(Point(side, seconds, fmean(run["final"] for run in runs), len(runs), label))
     return found
 
 
-def spread_over_seeds(records: Sequence[Mapping[str, Any]]) -> float:
+def spread_over_seeds(records: Sequence[Mapping[str, Any]], budgets_min: Sequence[float]) -> float:
     """Standard deviation of a run's end around its network's mean; nan where no network has two seeds."""
-    networks: dict[tuple[str, int], list[float]] = {}
-    for record in records:
-        networks.setdefault((record["label"], round(math.log(record["clock"]["train_s"], NEAR))), []).append(
-            record["final"]
-        )
-    several = [ends for ends in networks.values() if len(ends) > 1]
-    if not several:
-        return math.nan
-    squares = sum(float(np.sum((np.array(ends) - np.mean(ends)) ** 2)) for ends in several)
-    return math.sqrt(squares / sum(len(ends) - 1 for ends in several))
+    networks = [runs for minutes in budgets_min for runs in of_budget(records, minutes).values() if len(runs) > 1]
+    squares = sum((len(runs) - 1) * variance(run["final"] for run in runs) for runs in networks)
+    return math.sqrt(squares / sum(len(runs) - 1 for runs in networks)) if networks else math.nan
 
 
 def fit(points: Sequence[Point]) -> Curves:
@@ -124,10 +126,6 @@ def resampled(points: Sequence[Point], spread: float, draws: int, seed: int = 0)
     return found
 
 
-def _end(record: Mapping[str, Any]) -> tuple[float, float]:
-    return record["clock"]["train_s"], record["final"]
-
-
 def _lines(points: Sequence[Point], floors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of one side, for each floor: A, b, and the sum of squared errors in bits."""
     bits, seeds = np.array([p.bits for p in points]), np.array([p.seeds for p in points], dtype=float)
@@ -138,6 +136,12 @@ def _lines(points: Sequence[Point], floors: np.ndarray) -> tuple[np.ndarray, np.
     slope = (y @ (weights * x_off)) / (weights @ x_off**2)
     found = np.exp(middle[:, None] + slope[:, None] * x_off) + floors[:, None]
     return np.exp(middle - slope * (weights @ x)), -slope, ((found - bits) ** 2 @ seeds)
+
+
+def _counts(record: Mapping[str, Any]) -> bool:
+    """Whether a run ended, and is of a network as races make them now: those before learned at another speed."""
+    network = {name: record["settings"].get(name) for name in NETWORK}
+    return record["task"] == "text" and record["state"] == "finished" and network == NETWORK
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -155,19 +159,22 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=None, help="bits per byte of a run; by default of the seeds")
     parser.add_argument("--cores", type=int, nargs=2, default=[2, 64], help="of these runs, and of a day's")
     parser.add_argument("--scaling", type=float, nargs="+", default=[1.0, 0.5], help="shares of the cores' speed")
-    parser.add_argument("--draws", type=int, default=200)
     asked = parser.parse_args()
-    records = [record for record in read_records(asked.records) if record["state"] == "finished"]
+    records = [record for record in read_records(asked.records) if _counts(record)]
     if asked.layers is not None:
         records = [record for record in records if record["settings"]["layers"] == asked.layers]
-    spread = asked.spread if asked.spread is not None else spread_over_seeds(records)
+    spread = asked.spread if asked.spread is not None else spread_over_seeds(records, asked.budgets)
     if math.isnan(spread):
-        raise SystemExit("no network has two seeds: say --spread")
+        parser.error("no network has two seeds: say --spread")
     kept = [minutes for minutes in asked.budgets if minutes != asked.hold_out]
     points = best_points(records, kept)
     for point in points:
         print(f"{point.side:6} {point.seconds:7.0f} s {point.bits:.4f} ({point.seeds} seeds) {point.label}")
-    curves, others = fit(points), resampled(points, spread, asked.draws)
+    try:
+        curves = fit(points)
+    except ValueError as error:
+        parser.error(f"{error}: run `rarefy race` with another budget, or leave more of --budgets in")
+    others = resampled(points, spread, DRAWS)
     print(f"\nspread of a run {spread:.4f}; L = {curves.floor:.3f} + A (t / 10 min)^-b")
     for side, (A, b) in curves.sides.items():
         print(f"{side:6} A = {A:.3f}, b = {b:.3f}")

@@ -121,9 +121,6 @@ def places(score: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 SLICE = 1 << 18
 """Numbers that a table of counts covers at a time: its memory follows neither the units nor the matrix."""
 
-TABLE = 1 << 24
-"""Numbers that a table of what is there covers at most: 16 MiB."""
-
 
 def num_below(ascending: Tensor, wanted: Tensor) -> Tensor:
     """For each of `wanted`, which ascend too, how many of `ascending` are lower: by binary search, or by counting where
@@ -150,7 +147,7 @@ def contains(ascending: Tensor, wanted: Tensor) -> Tensor:
     """For each of `wanted`, whether it is in `ascending`; boolean, by binary search, or a table where that is less."""
     if not ascending.numel() or not wanted.numel():
         return torch.zeros(wanted.shape, dtype=torch.bool, device=wanted.device)
-    if _counts(ascending, wanted) and int(ascending[-1]) < TABLE:
+    if _counts(ascending, wanted):
         there = torch.zeros(int(ascending[-1]) + 2, dtype=torch.bool, device=ascending.device)
         return there.index_fill_(0, ascending, True)[wanted.clamp(max=there.numel() - 1)]
     at = torch.searchsorted(ascending, wanted).clamp_(max=ascending.numel() - 1)
@@ -166,8 +163,10 @@ def _ascending(units: Tensor) -> Tensor:
 
 
 def _counts(ascending: Tensor, wanted: Tensor) -> bool:
-    """Whether tables of all numbers are quicker than searches."""
-    if min(ascending.numel(), wanted.numel()) < 1 << 12:
+    """Whether tables are quicker than searches, which are one kernel on a GPU. A table of all numbers, a byte each, is
+    no larger than what is asked about.
+    """
+    if ascending.device.type != "cpu" or min(ascending.numel(), wanted.numel()) < 1 << 12:
         return False
     return int(ascending[-1]) < 8 * (ascending.numel() + wanted.numel())
 

@@ -167,23 +167,22 @@ def sparse_on_gpu(layer: SparseLinear, x: Tensor, dy: Tensor, dtype: Precision, 
 
 def dense_in_fp8(shape: Pair, x: Tensor, dy: Tensor) -> Contender:
     """torch's scaled products, forward and for the gradient of the input; that of the weight in bf16."""
-    from rarefy.ops.triton.factors import scaled
-
     half = dense_on_gpu(shape, x, dy, "bf16")
     given, out = (tensor.detach() for tensor in in_precision(x, dy, "bf16"))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(given)
+    bias = torch.zeros(shape[0]).to(given)
 
-    def multiplied(a: Tensor, b: Tensor, a_dtype: torch.dtype) -> Tensor:
-        """a b^T."""
-        (left, left_scale), (right, right_scale) = scaled(a, a_dtype), scaled(b, torch.float8_e4m3fn)
+    def multiplied(a: Tensor, b: Tensor, a_dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+        """a b^T + bias."""
+        (left, left_scale), (right, right_scale) = fp8.scaled(a, a_dtype), fp8.scaled(b, torch.float8_e4m3fn)
         scales = (left_scale, right_scale)
-        return torch.ops.aten._scaled_mm(left, right.T, *scales, out_dtype=torch.bfloat16)
+        return torch.ops.aten._scaled_mm(left, right.T, *scales, bias, out_dtype=torch.bfloat16)
 
     def dx() -> Tensor:
         return multiplied(out, weight.T, torch.float8_e5m2)
 
     laps: dict[str, Lap] = {
-        "forward": lambda: multiplied(given, weight, torch.float8_e4m3fn),
+        "forward": lambda: multiplied(given, weight, torch.float8_e4m3fn, bias),
         "backward": lambda: (dx(), out.T @ given, out.sum(dim=0)),
         "dx": dx,
         "dw": half.laps["dw"],

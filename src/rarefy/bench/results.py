@@ -53,7 +53,7 @@ class Row:
     """dense, rarefy, or a peer's name and version."""
 
     dtype: str = "fp32"
-    """fp32, medium or bf16: see `rarefy.cost.Precision`."""
+    """fp32, medium or bf16: see `rarefy.cost.Precision`; on a GPU fp8 too."""
 
     compiled: bool = False
     """Whether by torch.compile."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from rarefy.ops import triton
 
 CAPABILITY = (8, 9)
 """Compute capability from which tensor cores multiply 8-bit floats: Ada, then Hopper."""
@@ -14,7 +17,7 @@ _wanted = False
 
 
 @contextmanager
-def fp8_products(wanted: bool = True) -> Iterator[None]:
+def fp8_products() -> Iterator[None]:
     """Inside, with half-precision activations on a GPU, blocks of 16 to 128 are multiplied in 8-bit floats, forward and
     for the gradient of the input. Around a whole training step: its backward pass asks too.
 
@@ -27,9 +30,9 @@ def fp8_products(wanted: bool = True) -> Iterator[None]:
         ValueError: no GPU is at hand that multiplies them, nor Triton's interpreter, where they are emulated.
     """
     global _wanted
-    if wanted and (reason := why_not()) is not None:
+    if (reason := why_not()) is not None:
         raise ValueError(f"products in fp8 {reason}; leave fp8_products out, and they run in half precision")
-    before, _wanted = _wanted, wanted
+    before, _wanted = _wanted, True
     try:
         yield
     finally:
@@ -43,8 +46,6 @@ def wanted() -> bool:
 
 def why_not() -> str | None:
     """Why this machine cannot compute in fp8; None if it can."""
-    from rarefy.ops import triton
-
     if triton.interpreted():
         return None
     if not triton.usable():
@@ -52,3 +53,11 @@ def why_not() -> str | None:
     if torch.cuda.get_device_capability() < CAPABILITY:
         return f"need a GPU of Ada, Hopper or newer, not {torch.cuda.get_device_name()}"
     return None
+
+
+def scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The tensor over its scale, contiguous, and the scale, () float32: the largest magnitude becomes the dtype's."""
+    limit = torch.finfo(dtype).max
+    largest = tensor.abs().amax().float() if tensor.numel() else tensor.new_zeros((), dtype=torch.float32)
+    scale = (largest / limit).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (tensor.float() / scale).to(dtype).contiguous(), scale

@@ -33,17 +33,9 @@ def factors(rows: Tensor, values: Tensor, *, gradient: bool) -> Factors:
         values: (units, b_r, b_c) in any.
     """
     values = values.detach()
-    if not fp8.wanted() or rows.dtype not in HALVES or values.dim() == 1 or values.shape[2] == 1:
+    if not fp8.wanted() or rows.dtype not in HALVES or values.shape[2] == 1:
         return Factors(rows, values.to(rows.dtype).contiguous(), None, False)
     # Tensor cores take 8-bit factors with what is summed over side by side, so for dy W units are turned on the way.
-    x, x_scale = scaled(rows, torch.float8_e5m2 if gradient else torch.float8_e4m3fn)
-    w, w_scale = scaled(values.transpose(1, 2) if gradient else values, torch.float8_e4m3fn)
+    x, x_scale = fp8.scaled(rows, torch.float8_e5m2 if gradient else torch.float8_e4m3fn)
+    w, w_scale = fp8.scaled(values.transpose(1, 2) if gradient else values, torch.float8_e4m3fn)
     return Factors(x, w, x_scale * w_scale, gradient)
-
-
-def scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The tensor over its scale, contiguous, and the scale, () float32: the largest magnitude becomes the dtype's."""
-    limit = torch.finfo(dtype).max
-    largest = tensor.abs().amax().float() if tensor.numel() else tensor.new_zeros((), dtype=torch.float32)
-    scale = (largest / limit).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (tensor.float() / scale).to(dtype).contiguous(), scale
