@@ -11,7 +11,7 @@ from rarefy.report.plots import PALETTE, Figure, View, name_axis, plain, plot_la
 
 Row = Mapping[str, Any]
 
-DASHES = {"fp32": "solid", "medium": "dash", "bf16": "dot"}
+DASHES = {"fp32": "solid", "medium": "dash", "bf16": "dot", "fp8": "dashdot"}
 """A block has its colour, a dtype its kind of line."""
 
 PARTS = (("forward", "forward_ms"), ("backward", "backward_ms"), ("optimizer", "optimizer_ms"))
