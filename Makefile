@@ -31,7 +31,7 @@ test: .venv/dev     ## all tests
 
 test-gpu: .venv/dev ## the Triton kernels' tests on this machine's NVIDIA GPU, compiled, not interpreted
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no NVIDIA GPU here"; exit 1; }
-	@$(BIN)/python -m pytest -q tests/test_triton.py $(ARGS)
+	@$(BIN)/python -m pytest -q tests/test_triton.py tests/test_two_four.py $(ARGS)
 
 check: lint         ## before a push: lint and the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not browser and not data" $(ARGS)

@@ -131,9 +131,17 @@ def build(kernel: Any, arguments: dict[str, Any], config: Any, capability: int) 
 def run_all(blocks: list[tuple[int, int]], dtypes: list[torch.dtype], tokens: int, *, eight_bits: bool) -> None:
     """Every operation once, and products of square blocks again in fp8 if the GPU multiplies it."""
     from rarefy import Pattern
+    from rarefy.init import two_four_pattern
     from rarefy.ops import Index, fp8
-    from rarefy.ops.triton import adamw, is_square, operations
+    from rarefy.ops.triton import adamw, is_square, operations, two_four
 
+    fours = Index.of(two_four_pattern((1024, 1024), 1 << 19))
+    for dtype in dtypes:
+        if dtype in two_four.HALVES:
+            print(f"\ntwo in four, {str(dtype).removeprefix('torch.')}")
+            values = torch.zeros(fours.num_units, dtype=dtype)
+            two_four.expand(values, fours.cols, None, fours.out_features)
+            two_four.expand(values, fours.t_rows, fours.t_perm, fours.in_features)
     for block in blocks:
         side = 1024
         index = Index.of(Pattern.random((side, side), 0.1, block, torch.Generator().manual_seed(0)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from rarefy.pattern import Block, Pattern, as_block, unit_grid
 
-PatternInit = Literal["random", "balanced", "butterfly", "magnitude", "constant_fan_in"]
-DrawnInit = Literal["random", "balanced", "butterfly", "constant_fan_in"]
+PatternInit = Literal["random", "balanced", "butterfly", "magnitude", "constant_fan_in", "2:4"]
+DrawnInit = Literal["random", "balanced", "butterfly", "constant_fan_in", "2:4"]
 """Those that need no weights."""
 
 _DRAWN_ENTRIES = 1 << 22
@@ -34,6 +36,7 @@ def drawn_pattern(
         "random": Pattern.with_units,
         "balanced": balanced_pattern,
         "constant_fan_in": constant_fan_in_pattern,
+        "2:4": two_four_pattern,
     }
     return draws[init](shape, num_units, block, generator=generator)
 
@@ -146,6 +149,38 @@ def constant_fan_in_pattern(
         columns = torch.sort(noise.topk(fan_in, dim=1).indices, dim=1).values
         chosen.append((columns + torch.arange(first, first + count)[:, None] * cols).flatten())
     return Pattern.from_sorted_units(torch.cat(chosen), shape, block)
+
+
+@functools.cache
+def _two_four_tiles() -> Tensor:
+    """(90, 8) int64: the columns, row by row, of every 4x4 tile with two units in each row and column."""
+    rows = list(itertools.combinations(range(4), 2))
+    tiles = (tile for tile in itertools.product(rows, repeat=4) if all(sum(tile, ()).count(c) == 2 for c in range(4)))
+    return torch.tensor([sum(tile, ()) for tile in tiles])
+
+
+def two_four_pattern(
+    shape: Sequence[int], num_units: int, block: Block = 1, *, generator: torch.Generator | None = None
+) -> Pattern:
+    """Two units in every aligned four of a row, and of a column: each 4x4 tile is one of the 90 such, at random.
+
+    So GPUs' sparse tensor cores take the matrix forward and turned (Hubara et al. 2021, arXiv:2102.08124, section 4:
+    transposable masks).
+
+    Raises:
+        ValueError: blocks, a number of units that is not half of the entries, or a side that 4 does not divide.
+    """
+    rows, cols = unit_grid(shape, as_block(block))
+    if as_block(block) != (1, 1) or rows % 4 or cols % 4 or 2 * num_units != rows * cols:
+        raise ValueError(
+            f"two in four are single units, half of a matrix whose sides 4 divides: got {num_units} of "
+            f"{rows} x {cols} units of {block}"
+        )
+    tiles = _two_four_tiles()
+    drawn = torch.randint(len(tiles), (rows // 4, cols // 4), generator=generator)
+    columns = tiles[drawn].view(rows // 4, cols // 4, 4, 2) + 4 * torch.arange(cols // 4)[:, None, None]
+    columns = columns.transpose(1, 2).reshape(rows, cols // 2)
+    return Pattern.from_sorted_units((columns + cols * torch.arange(rows)[:, None]).flatten(), shape, block)
 
 
 def magnitude_pattern(weight: Tensor, num_units: int, block: Block = 1) -> Pattern:

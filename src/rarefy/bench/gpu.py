@@ -19,8 +19,9 @@ from rarefy.bench.layers import GROWTH_FRACTION, middle
 from rarefy.bench.results import DENSE, Row
 from rarefy.bench.settings import Pair, Settings
 from rarefy.cost import Lap, Precision, in_precision, layer_flops, random_batch, working_in
+from rarefy.init import two_four_pattern
 from rarefy.nn import SparseLinear
-from rarefy.ops import backend, fp8, triton
+from rarefy.ops import Index, backend, fp8, triton, two_four
 from rarefy.pattern import Pattern
 
 WARM_UP = 3
@@ -30,9 +31,11 @@ DENSE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 """In which dense layers are timed; fp32 comes first, as rows are compared with it."""
 
 
-def kernels_on_gpu(block: Pair, device: torch.device) -> str:
-    """What runs products of such blocks there: "triton", "tiled" or "reference"."""
-    chosen = backend.choose(torch.bfloat16, device, list(block)).__name__
+def kernels_on_gpu(block: Pair, device: torch.device, index: Index | None = None) -> str:
+    """What runs products of such blocks, or of a pattern, there: "triton", "cuSPARSELt", "tiled" or "reference"."""
+    chosen = backend.choose(torch.bfloat16, device, list(block), index).__name__
+    if chosen.endswith(two_four.__name__.rpartition(".")[2]):
+        return "cuSPARSELt"
     return "triton" if chosen.startswith(triton.__name__) else chosen.rpartition(".")[2]
 
 
@@ -99,6 +102,8 @@ def bench_layer_on_gpu(
                 contenders.append(sparse_in_fp8(layer, x, dy))
             if density == at:
                 contenders += peers_on_gpu(peers, pattern, x, dy, notes)
+    if "bf16" in settings.dtypes and two_four.why_not(device) is None:
+        contenders += sparse_in_fours(shape, x, dy)
     contenders = [as_timed_on(device, contender, notes) for contender in contenders]
     times = time_in_turn(contenders, budget_s=budget_s, rounds=settings.rounds)
     return rows("layer", shape, tokens, contenders, times)
@@ -157,7 +162,7 @@ def sparse_on_gpu(layer: SparseLinear, x: Tensor, dy: Tensor, dtype: Precision, 
     return Contender(
         name="rarefy",
         dtype=dtype,
-        kernels=kernels_on_gpu(layer.block, values.device),
+        kernels=kernels_on_gpu(layer.block, values.device, index),
         density=layer.density,
         block=layer.block,
         laps={name: _within(dtype, lap) for name, lap in laps.items()},
@@ -202,6 +207,19 @@ def sparse_in_fp8(layer: SparseLinear, x: Tensor, dy: Tensor) -> Contender:
         return run
 
     return dataclasses.replace(half, dtype="fp8", laps={name: within(lap) for name, lap in half.laps.items()})
+
+
+def sparse_in_fours(shape: Pair, x: Tensor, dy: Tensor) -> list[Contender]:
+    """As `sparse_on_gpu` in bf16, of two units in every four, whatever densities are asked for; none where 16 does not
+    divide the layer.
+    """
+    if any(side % two_four.SIDE for side in shape):
+        return []
+    generator = torch.Generator().manual_seed(0)
+    pattern = two_four_pattern(shape, shape[0] * shape[1] // 2, generator=generator)
+    layer = SparseLinear.from_pattern(pattern, generator=generator).to(x.device)
+    found = sparse_on_gpu(layer, x, dy, "bf16", with_growth=False)
+    return [dataclasses.replace(found, name="rarefy 2:4")]
 
 
 def peers_on_gpu(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.init import DrawnInit, bias_bound, drawn_pattern, grouped_pattern, linear_values, values_shape
-from rarefy.ops import Index, index_dtype
+from rarefy.ops import Index, index_dtype, two_four
 from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
 from rarefy.ops.triton import order
@@ -135,6 +135,7 @@ class SparseLayer(nn.Module):
         for name, array in zip(INDEX_BUFFERS, index, strict=False):
             getattr(self, name).copy_(array)
         order.refresh(self.crow_indices, self.t_crow)
+        two_four.refresh(self.index)
         self.has_pattern = True
 
     def make_room(self, num_units: int) -> None:

@@ -37,7 +37,9 @@ __all__ = [
 
 def _backend(values: Tensor, index: Index) -> ModuleType:
     """The module that runs an op on these values."""
-    return expanded if index.expands and not names_plain_torch() else choose(values.dtype, values.device, index.block)
+    if index.expands and not names_plain_torch():
+        return expanded
+    return choose(values.dtype, values.device, index.block, index)
 
 
 def _spmm(values, crow, cols, t_crow, t_rows, t_perm, block, x, bias=None, sink=None) -> Tensor:
@@ -62,7 +64,7 @@ def _sddmm(crow, cols, t_crow, t_rows, t_perm, block, dy, x) -> Tensor:
 def _grow_candidates(crow, cols, t_crow, t_rows, t_perm, block, dy, x, k) -> tuple[Tensor, Tensor]:
     schema.check_backward("grow_candidates", crow, t_crow, block, dy, x)
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    return choose(x.dtype, x.device, index.block).grow_candidates(index, dy, x, k)
+    return choose(x.dtype, x.device, index.block, index).grow_candidates(index, dy, x, k)
 
 
 def _spmm_backward(values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, needs, sink=None):

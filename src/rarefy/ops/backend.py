@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from rarefy.ops import library, native, reference, tiled, triton
+from rarefy.ops import library, native, reference, tiled, triton, two_four
+from rarefy.ops.index import Index
 
 _named = os.environ.get("RAREFY_BACKEND", "auto")
 _told: set[str] = set()
@@ -72,9 +73,11 @@ def runs_triton(device: torch.device) -> bool:
     return _named == "auto" and device.type == "cuda" and triton.usable() and not triton.interpreted()
 
 
-def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> ModuleType:
+def choose(dtype: torch.dtype, device: torch.device, block: list[int], index: Index | None = None) -> ModuleType:
     """The module whose functions run an op for values of this dtype, device and block.
 
+    Args:
+        index: of the values, where some patterns of a block have kernels of their own.
     Raises:
         ValueError: the backend that the user named cannot.
     """
@@ -86,6 +89,8 @@ def choose(dtype: torch.dtype, device: torch.device, block: list[int]) -> Module
         why_not = triton.why_not(dtype, device, block)
         if why_not is None:
             return importlib.import_module("rarefy.ops.triton.operations")
+        if index is not None and two_four.why_not(device) is None and two_four.by_row(index):
+            return importlib.import_module("rarefy.ops.triton.two_four")
         if _named == "triton":
             raise ValueError(f"backend 'triton' was asked for, but {why_not}")
         return _fallback(why_not, device, dtype)

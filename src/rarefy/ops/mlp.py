@@ -140,7 +140,7 @@ def _fake_backward(count: int, arguments: Sequence) -> tuple[Tensor, ...]:
 
 def _fused(m: Matrices, x: Tensor, saved: torch.dtype) -> ModuleType | None:
     """The kernels that take the whole MLP at once, if any do."""
-    first, *others = (choose(values.dtype, values.device, index.block) for values, index in m)
+    first, *others = (choose(values.dtype, values.device, index.block, index) for values, index in m)
     if any(other is not first for other in others):
         return None
     if first is native:
@@ -153,7 +153,7 @@ def _fused(m: Matrices, x: Tensor, saved: torch.dtype) -> ModuleType | None:
 
 def _spmm(matrix: tuple[Tensor, Index], x: Tensor, bias: Tensor | None) -> Tensor:
     values, index = matrix
-    return choose(values.dtype, x.device, index.block).spmm(values, index, x, bias)
+    return choose(values.dtype, x.device, index.block, index).spmm(values, index, x, bias)
 
 
 def _forward(count: int, arguments: Sequence) -> tuple[Tensor, Tensor]:

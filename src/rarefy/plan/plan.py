@@ -20,7 +20,7 @@ from rarefy.budget import Budget, as_matrix, check_densities, moves
 from rarefy.cost import CostModel, LayerCost
 from rarefy.distributions import DISTRIBUTIONS
 from rarefy.init import PatternInit, constant_fan_in
-from rarefy.methods import Method, RigL
+from rarefy.methods import Method, RigL, Static
 from rarefy.nn.low_rank import check_alpha, low_rank_weights, no_room, units_beside
 from rarefy.pattern import as_block, unit_grid
 from rarefy.plan.compute import check_dense_above
@@ -65,8 +65,8 @@ class Plan:
 
     init: PatternInit = "random"
     """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), magnitude (largest
-    present weights), or constant_fan_in: as many units in every row of a layer, which a method that needs it makes of
-    random."""
+    present weights), 2:4 (two single units in every four, along rows and columns, for GPUs that multiply those), or
+    constant_fan_in: as many units in every row of a layer, which a method that needs it makes of random."""
 
     low_rank: int | float = 0
     """A dense part of low rank beside the sparse one, paid from the same density: an int is its rank in every layer, a
@@ -122,6 +122,8 @@ class Plan:
             raise ValueError(
                 f"{type(self.method).__name__} keeps the rows of a layer equal already: leave out balance="
             )
+        if self.init == "2:4":
+            self._check_two_four()
         self._check_low_rank()
         asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
         fixed = self.keeps_sizes or bool(self.balance)
@@ -141,6 +143,18 @@ class Plan:
     def keeps_sizes(self) -> bool:
         """Whether layers are rounded one by one, so that no budget can move between them or in time."""
         return bool(self.low_rank) or self.first_pattern == "constant_fan_in"
+
+    def _check_two_four(self) -> None:
+        half = all(density == 0.5 for density in (self.density, *self.overrides.values()))
+        blocks = (self.block, *self.block_overrides.values())
+        single = all(not isinstance(block, str) and as_block(block) == (1, 1) for block in blocks)
+        if not half or not single or self.distribution != "uniform":
+            raise ValueError('init="2:4" is half of the single units of every layer: density=0.5, block=1, uniform')
+        if not isinstance(self.method, Static) or self.low_rank or self.balance:
+            raise ValueError(
+                'init="2:4" has two units in every four, which a rewire, a low-rank part and balanced groups would not '
+                "keep: use method=Static(), and leave low_rank= and balance= out"
+            )
 
     def _check_low_rank(self) -> None:
         if isinstance(self.low_rank, bool) or not (
@@ -226,7 +240,7 @@ class Plan:
         check_filters(globs, self.keep_dense, layers, model)
         why_dense = {
             name: why_left_dense(layer, self.include, self.keep_dense, self._asked_block(name) or (1, 1))
-            or (_NO_LOW_RANK if self.low_rank and layer.kernel is not None and not layer.adopted else "")
+            or ("" if layer.adopted else self._why_unfit(layer))
             for name, layer in layers.items()
         }
         times = Times.of_model(
@@ -348,6 +362,12 @@ class Plan:
                 blocks[name] = times.fastest_block(layer, densities[name] - _share(layer.shape, ranks[name]))
         return blocks
 
+    def _why_unfit(self, layer: Layer) -> str:
+        """Why a layer cannot have the low-rank part or the first pattern that is asked for; empty: it can."""
+        if self.low_rank and layer.kernel is not None:
+            return _NO_LOW_RANK
+        return _NO_FOURS if self.init == "2:4" and any(side % 4 for side in layer.shape) else ""
+
     def _asked_block(self, name: str) -> tuple[int, int] | None:
         """The unit shape that the plan names for a layer; None: it leaves it open."""
         for pattern, block in self.block_overrides.items():
@@ -440,6 +460,8 @@ class Plan:
     def _override(self, name: str) -> float | Schedule | None:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
 
+
+_NO_FOURS = "its sides are no multiples of 4, which 2:4 needs"
 
 _NO_LOW_RANK = "it is a convolution, and low_rank= is for linear layers"
 
