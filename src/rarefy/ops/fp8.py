@@ -22,9 +22,10 @@ def fp8_products() -> Iterator[None]:
     for the gradient of the input. Around a whole training step: its backward pass asks too.
 
     Both factors are divided by their largest magnitude and rounded: values and activations to e4m3 (three bits of
-    mantissa), gradients of outputs to e5m2 (two); sums are fp32, and multiplied back (Micikevicius et al. 2022,
-    arXiv:2209.05433, with the scale of the tensor at hand). Gradients of values keep their half-precision factors, and
-    row panels do. Costs a pass over each factor, for its largest magnitude, and one that rounds it.
+    mantissa), gradients of outputs to e5m2 (two). What tensor cores make of 32 to 128 products, which is less than fp32
+    exact, is summed in fp32 on Hopper, and multiplied back (Micikevicius et al. 2022, arXiv:2209.05433, with the scale
+    of the tensor at hand). Gradients of values keep their half-precision factors, and row panels do. Costs a pass over
+    each factor, for its largest magnitude, and one that rounds it.
 
     Raises:
         ValueError: no GPU is at hand that multiplies them, nor Triton's interpreter, where they are emulated.

@@ -47,7 +47,11 @@ def int32_of(halves, at, mask):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in fp32."""
+    """acc + a b, accumulated in fp32. Of a sum of 8-bit products Hopper's tensor cores keep some 14 bits, so that of
+    one tile is added to `acc` outside of them.
+    """
+    if a.dtype.primitive_bitwidth == 8:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
