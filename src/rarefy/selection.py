@@ -174,6 +174,8 @@ def _counts(ascending: Tensor, wanted: Tensor) -> bool:
 def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -> Tensor:
     """k of the units not in `present`, ascending, uniform without replacement (6.5). Memory O(K + k).
 
+    What is drawn comes from the CPU, so that every device has the same; `present` stays where it is.
+
     Args:
         present: ascending unit indices that may not be drawn.
 
@@ -181,5 +183,6 @@ def random_absent(present: Tensor, num_all: int, k: int, generator: Generator) -
     before.
     """
     ranks = sample_without_replacement(num_all - present.numel(), k, generator)
-    absent_before = torch.arange(present.numel()).neg_().add_(present.cpu())
+    ranks = ranks.to(present.device)
+    absent_before = torch.arange(present.numel(), device=present.device).neg_().add_(present)
     return ranks + torch.searchsorted(absent_before, ranks, right=True)
