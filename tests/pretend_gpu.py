@@ -166,14 +166,13 @@ def trained(plan: rarefy.Plan, *, there: bool, before: bool = True, ours: bool =
     return model
 
 
-def check(plan: rarefy.Plan, **how: bool) -> str:
+def check(plan: rarefy.Plan, *, before: bool, ours: bool) -> str:
     """What went wrong; empty: nothing."""
-    here = trained(plan, there=False, ours=how["ours"])
-    there = trained(plan, there=True, **how)
+    here, there = (trained(plan, there=there, before=before, ours=ours) for there in (False, True))
     mine, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (here, there))
     left = [name for name, each in theirs.items() if not isinstance(each, Elsewhere) and not name.endswith("sink")]
     other = [name for name in mine if name not in left and not torch.equal(mine[name], _held(theirs[name]))]
-    return "; ".join([*(f"{name} is on the CPU" for name in left if "sink" not in name), *other])
+    return "; ".join([*(f"{name} is on the CPU" for name in left), *(f"{name} differs" for name in other)])
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ def test_all_ninety_tiles_come_about_equally_often():
 
 def test_follows_from_the_generator():
     assert drawn(32, 64, 1) == drawn(32, 64, 1) != drawn(32, 64, 2)
-    by_name = drawn_pattern("2:4", (32, 64), 1024, generator=torch.Generator().manual_seed(1))
+    by_name = drawn_pattern("two_four", (32, 64), 1024, generator=torch.Generator().manual_seed(1))
     assert by_name == drawn(32, 64, 1)
 
 
@@ -64,10 +64,11 @@ def test_other_sizes_are_refused(shape, units, block):
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_draws_them_and_leaves_dense_what_does_not_fit():
+def test_a_plan_draws_them_and_leaves_dense_what_does_not_fit(tmp_path):
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10))
-    plan = Plan(density=0.5, init="2:4", method=Static())
-    assert Plan.from_dict(plan.to_dict()) == plan
+    plan = Plan(density=0.5, init="two_four", method=Static())
+    (tmp_path / "plan.yaml").write_text("density: 0.5\ninit: two_four\nmethod: {name: static}\n")
+    assert Plan.from_yaml(tmp_path / "plan.yaml") == plan
     rewirer = sparsify(model, plan)
     layer = model[0]
     assert isinstance(layer, SparseLinear) and isinstance(model[1], nn.Linear)
@@ -95,7 +96,7 @@ def test_a_plan_draws_them_and_leaves_dense_what_does_not_fit():
 )
 def test_what_would_not_keep_them_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
-        Plan(**{"density": 0.5, "init": "2:4", "method": Static(), **wrong})
+        Plan(**{"density": 0.5, "init": "two_four", "method": Static(), **wrong})
 
 
 # -- which patterns are taken ------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ def test_where_torch_has_no_kernels_the_fallback_runs(monkeypatch):
     layer = SparseLinear.from_pattern(drawn(32, 48))
     assert "GPU" in str(two_four.why_not(torch.device("cpu")))
     monkeypatch.setattr(triton, "usable", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert "cuSPARSELt" in str(two_four.why_not(torch.device("cuda")))
     monkeypatch.setattr(backend, "_told", set())
     with pytest.warns(UserWarning, match="plain torch"):

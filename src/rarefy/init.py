@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rarefy.pattern import Block, Pattern, as_block, unit_grid
 
-PatternInit = Literal["random", "balanced", "butterfly", "magnitude", "constant_fan_in", "2:4"]
-DrawnInit = Literal["random", "balanced", "butterfly", "constant_fan_in", "2:4"]
+PatternInit = Literal["random", "balanced", "butterfly", "magnitude", "constant_fan_in", "two_four"]
+DrawnInit = Literal["random", "balanced", "butterfly", "constant_fan_in", "two_four"]
 """Those that need no weights."""
 
 _DRAWN_ENTRIES = 1 << 22
@@ -36,7 +36,7 @@ def drawn_pattern(
         "random": Pattern.with_units,
         "balanced": balanced_pattern,
         "constant_fan_in": constant_fan_in_pattern,
-        "2:4": two_four_pattern,
+        "two_four": two_four_pattern,
     }
     return draws[init](shape, num_units, block, generator=generator)
 

@@ -34,7 +34,7 @@ DENSE_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 def kernels_on_gpu(block: Pair, device: torch.device, index: Index | None = None) -> str:
     """What runs products of such blocks, or of a pattern, there: "triton", "cuSPARSELt", "tiled" or "reference"."""
     chosen = backend.choose(torch.bfloat16, device, list(block), index).__name__
-    if chosen.endswith(two_four.__name__.rpartition(".")[2]):
+    if chosen.endswith(".two_four"):
         return "cuSPARSELt"
     return "triton" if chosen.startswith(triton.__name__) else chosen.rpartition(".")[2]
 

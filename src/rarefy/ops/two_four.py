@@ -21,7 +21,7 @@ SIDE = 16
 def _in_fours(pointers: Tensor, places: Tensor) -> bool:
     """Whether the lines that pointers delimit have two places in each aligned four. Reads one number back."""
     lines = pointers.shape[0] - 1
-    length = 2 * places.shape[0] // max(lines, 1)  # of a line, if it is so
+    length = 2 * places.shape[0] // lines  # of a line, if it is so
     fours = torch.arange(length // 4, device=places.device).repeat(lines)
     found = places.to(torch.int32).view(-1, 2) // 4
     return bool((found == fours[:, None]).all() & (torch.diff(pointers) == length // 2).all())

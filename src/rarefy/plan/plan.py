@@ -65,7 +65,7 @@ class Plan:
 
     init: PatternInit = "random"
     """First pattern: random, balanced (equal rows and columns), butterfly (flat block butterfly), magnitude (largest
-    present weights), 2:4 (two single units in every four, along rows and columns, for GPUs that multiply those), or
+    present weights), two_four (two single units in every four, along rows and columns: what GPUs call 2:4), or
     constant_fan_in: as many units in every row of a layer, which a method that needs it makes of random."""
 
     low_rank: int | float = 0
@@ -122,7 +122,7 @@ class Plan:
             raise ValueError(
                 f"{type(self.method).__name__} keeps the rows of a layer equal already: leave out balance="
             )
-        if self.init == "2:4":
+        if self.init == "two_four":
             self._check_two_four()
         self._check_low_rank()
         asked = [self.method.densities(density) for density in (self.density, *self.overrides.values())]
@@ -149,11 +149,13 @@ class Plan:
         blocks = (self.block, *self.block_overrides.values())
         single = all(not isinstance(block, str) and as_block(block) == (1, 1) for block in blocks)
         if not half or not single or self.distribution != "uniform":
-            raise ValueError('init="2:4" is half of the single units of every layer: density=0.5, block=1, uniform')
+            raise ValueError(
+                'init="two_four" is half of the single units of every layer: density=0.5, block=1, uniform'
+            )
         if not isinstance(self.method, Static) or self.low_rank or self.balance:
             raise ValueError(
-                'init="2:4" has two units in every four, which a rewire, a low-rank part and balanced groups would not '
-                "keep: use method=Static(), and leave low_rank= and balance= out"
+                'init="two_four" has two units in every four, which a rewire, low-rank parts and balanced groups would '
+                "not keep: use method=Static(), and leave low_rank= and balance= out"
             )
 
     def _check_low_rank(self) -> None:
@@ -366,7 +368,7 @@ class Plan:
         """Why a layer cannot have the low-rank part or the first pattern that is asked for; empty: it can."""
         if self.low_rank and layer.kernel is not None:
             return _NO_LOW_RANK
-        return _NO_FOURS if self.init == "2:4" and any(side % 4 for side in layer.shape) else ""
+        return _NO_FOURS if self.init == "two_four" and any(side % 4 for side in layer.shape) else ""
 
     def _asked_block(self, name: str) -> tuple[int, int] | None:
         """The unit shape that the plan names for a layer; None: it leaves it open."""
@@ -461,7 +463,7 @@ class Plan:
         return next((density for pattern, density in self.overrides.items() if fnmatch.fnmatch(name, pattern)), None)
 
 
-_NO_FOURS = "its sides are no multiples of 4, which 2:4 needs"
+_NO_FOURS = "its sides are no multiples of 4, which two_four needs"
 
 _NO_LOW_RANK = "it is a convolution, and low_rank= is for linear layers"
 
