@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     pictures, grey = write_pictures(folder / "pictures"), write_images(folder / "grey")
     threads = torch.get_num_threads()
-    network = ["--depth", "10", "--width", "0.5", "--density", "0.3", "--batch", "12", "--steps", "8"]
+    network = ["--depth", "10", "--width", "0.5", "1", "1", "--density", "0.3", "--batch", "12", "--steps", "8"]
     assert main(["train", "images", "--data", str(pictures), "--run", str(folder / "wrn"), *COMMON, *network]) == 0
     network = ["--hidden", "32", "--density", "0.3", "--batch", "16", "--steps", "30", "--no-twin", "--method", "set"]
     assert main(["train", "images", "--data", str(grey), "--run", str(folder / "mlp"), *COMMON, *network]) == 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rarefy.models.images import check_sizes, draw_he, image_batch
+from rarefy.models.images import check_sizes, draw_he, every, image_batch, per_stage, skip_strides
 from rarefy.nn import norm_relu, norm_relu_conv
 
 
@@ -22,8 +22,8 @@ class ResNetConfig:
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Of each stage; every stage but the first halves height and width."""
 
-    width: int = 64
-    """Channels of the first stage; each next stage has twice as many."""
+    width: int | tuple[int, ...] = 64
+    """Channels of the first stage, and each next stage has twice as many; several numbers: channels of each stage."""
 
     channels: int = 3
     """Of an image."""
@@ -33,8 +33,15 @@ class ResNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        check_sizes(width=self.width, channels=self.channels, classes=self.classes, stages=len(self.blocks))
+        check_sizes(channels=self.channels, classes=self.classes, stages=len(self.blocks))
         check_sizes(**{f"blocks of stage {at}": count for at, count in enumerate(self.blocks)})
+        per_stage(self.width, len(self.blocks))  # raises
+
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        if isinstance(self.width, int):
+            return tuple(self.width << at for at in range(len(self.blocks)))
+        return tuple(self.width)
 
 
 class BasicBlock(nn.Module):
@@ -47,14 +54,15 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         changes = stride != 1 or inputs != outputs
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+        self.skip_step, skip_stride = skip_strides(inputs, stride)
+        self.skip = nn.Conv2d(inputs, outputs, 1, skip_stride, bias=False) if changes else None
         self.skip_norm = nn.BatchNorm2d(outputs) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
         y = norm_relu_conv(self.norm1, self.conv2, self.conv1(x))
         if self.skip is not None and self.skip_norm is not None:
-            x = self.skip_norm(self.skip(x))
+            x = self.skip_norm(self.skip(every(self.skip_step, x)))
         return norm_relu(self.norm2, y, x)
 
 
@@ -69,11 +77,12 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(config.width)
-        inputs, stages = config.width, []
-        for at, count in enumerate(config.blocks):
-            outputs, blocks = config.width << at, []
+        channels = config.stage_channels()
+        self.stem = nn.Conv2d(config.channels, channels[0], 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(channels[0])
+        inputs, stages = channels[0], []
+        for at, (count, outputs) in enumerate(zip(config.blocks, channels, strict=True)):
+            blocks = []
             for block in range(count):
                 blocks.append(BasicBlock(inputs, outputs, stride=2 if at and not block else 1))
                 inputs = outputs

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rarefy.models.images import check_sizes, draw_he, image_batch
+from rarefy.models.images import check_sizes, draw_he, every, image_batch, per_stage, skip_strides
 from rarefy.nn import norm_relu, norm_relu_conv
 
 
@@ -22,8 +22,10 @@ class WRNConfig:
     depth: int = 22
     """Layers with weights: 6 n + 4 for n blocks in each of three groups."""
 
-    width: float = 2
-    """Times 16, 32 and 64 channels."""
+    width: float | tuple[float, ...] = 2
+    """Times 16, 32 and 64 channels, those of the three groups; three numbers: each its own. What a later group costs
+    besides its products is little, as it has a quarter of the pixels of the one before: that is where to be wide and
+    sparse."""
 
     channels: int = 3
     """Of an image."""
@@ -35,12 +37,12 @@ class WRNConfig:
         check_sizes(channels=self.channels, classes=self.classes)
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4 for n blocks a group, such as 10, 16, 22 or 28, got {self.depth}")
-        if self.width <= 0:
-            raise ValueError(f"width must be positive, got {self.width}")
+        per_stage(self.width, stages=3)  # raises
 
     def group_channels(self) -> tuple[int, int, int]:
         """Channels of each group."""
-        first, second, third = (max(1, round(base * self.width)) for base in (16, 32, 64))
+        widths = zip((16, 32, 64), per_stage(self.width, stages=3), strict=True)
+        first, second, third = (max(1, round(channels * width)) for channels, width in widths)
         return first, second, third
 
 
@@ -54,7 +56,8 @@ class WideBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         changes = stride != 1 or inputs != outputs
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+        self.skip_step, skip_stride = skip_strides(inputs, stride)
+        self.skip = nn.Conv2d(inputs, outputs, 1, skip_stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
@@ -62,7 +65,7 @@ class WideBlock(nn.Module):
             y = norm_relu_conv(self.norm1, self.conv1, x)
         else:
             shared = norm_relu(self.norm1, x)
-            x, y = self.skip(shared), self.conv1(shared)
+            x, y = self.skip(every(self.skip_step, shared)), self.conv1(shared)
         return x + norm_relu_conv(self.norm2, self.conv2, y)
 
 

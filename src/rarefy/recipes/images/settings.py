@@ -63,8 +63,9 @@ class ImageSettings(RunSettings):
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Of each stage of a resnet; the default is ResNet-18's."""
 
-    width: float = 1.0
-    """Of a wrn or resnet, in channels, times 16, 32 and 64, or times 64, 128, ... ."""
+    width: float | tuple[float, ...] = 1.0
+    """Of a wrn or resnet, in channels, times 16, 32 and 64, or times 64, 128, ...; several numbers: of each group or
+    stage."""
 
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes, in training."""
@@ -93,6 +94,8 @@ class ImageSettings(RunSettings):
         self._not_negative("shift")
         object.__setattr__(self, "hidden", tuple(self.hidden))
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        if isinstance(self.width, list | tuple):  # one number on the command line is a tuple of it
+            object.__setattr__(self, "width", tuple(self.width) if len(self.width) > 1 else float(*self.width))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing:g}")
         super().__post_init__()
@@ -146,8 +149,19 @@ class ImageSettings(RunSettings):
             return MLPConfig(inputs=image.numbers, hidden=self.hidden, classes=image.classes)
         if model == "wrn":
             return WRNConfig(depth=self.depth, width=self.width, channels=image.channels, classes=image.classes)
-        width = max(1, round(64 * self.width))
+        if isinstance(self.width, tuple):
+            width = tuple(max(1, round((64 << at) * times)) for at, times in enumerate(self.width))
+        else:
+            width = max(1, round(64 * self.width))
         return ResNetConfig(blocks=self.blocks, width=width, channels=image.channels, classes=image.classes)
+
+    def scaled(self, scale: float) -> Self:
+        """With all hidden layers, or numbers of channels, times `scale`."""
+        if self.model == "mlp":
+            return dataclasses.replace(self, hidden=tuple(max(1, round(size * scale)) for size in self.hidden))
+        if isinstance(self.width, tuple):
+            return dataclasses.replace(self, width=tuple(times * scale for times in self.width))
+        return dataclasses.replace(self, width=self.width * scale)
 
     @property
     def tokens_per_step(self) -> int:

@@ -83,18 +83,13 @@ class ImagesTask(Task[ImageSettings]):
     def narrowed(self, settings: ImageSettings, nonzeros: int) -> ImageSettings:
         """With all hidden layers, or numbers of channels, scaled alike, to the nearest number of parameters."""
 
-        def at(scale: float) -> ImageSettings:
-            if settings.model != "mlp":
-                return dataclasses.replace(settings, width=settings.width * scale)
-            return dataclasses.replace(settings, hidden=tuple(max(1, round(size * scale)) for size in settings.hidden))
-
         def size(part: int) -> int:
-            return num_parameters(at(part / TRIED), self._set.shape)
+            return num_parameters(settings.scaled(part / TRIED), self._set.shape)
 
         parts = range(1, TRIED + 1)
         above = bisect.bisect_left(parts, nonzeros, key=size)  # a wider network is never smaller
         around = [parts[i] for i in (above - 1, above) if 0 <= i < TRIED]
-        return at(min(around, key=lambda part: abs(size(part) - nonzeros)) / TRIED)
+        return settings.scaled(min(around, key=lambda part: abs(size(part) - nonzeros)) / TRIED)
 
     def sample(self, settings: ImageSettings) -> tuple[nn.Module, Tensor]:
         image = self._set.shape
