@@ -24,8 +24,8 @@ class Rung:
     widths: tuple[float, float, float]
     depth: int
     """Of all but two."""
-    depths: tuple[int, int]
-    """Of the network of the middle width, besides."""
+    more: tuple[str, str]
+    """Two other shapes, as settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Ladder:
     sparse_rate: float
     """Peak rate of a sparse network; its sparse values have twice that at 10%, as `--sparse-lr` says."""
     sparse: tuple[tuple[str, float, str], ...]
-    """("wide" or "wider", density, block): twice as wide as the narrowest or as the middle dense one. Units of 4x1 take
-    less time than single ones, which may lie anywhere and so learn more a step: the race is to say what that is worth.
-    """
+    """(shape, density, block): "wide" or "wider", twice as wide as the narrowest or as the middle dense one, or the
+    settings of another shape. Units of 4x1 take less time than single ones, which may lie anywhere and so learn more a
+    step: the race is to say what that is worth."""
 
 
 def _hidden(width: float, depth: int) -> str:
@@ -52,6 +52,10 @@ def _hidden(width: float, depth: int) -> str:
 
 def _wide(width: float, depth: int) -> str:
     return f"width={width:g},depth={depth}"
+
+
+LATE_DENSE, LATE_SPARSE = "width=[1,1,2],depth=10", "width=[1,2,4],depth=10,keep_dense=[head,groups.0]"
+"""Wide where the pixels are few: what a wide layer costs besides its products goes with them (docs/log.md)."""
 
 
 def _stages(width: float, depth: int) -> str:
@@ -65,9 +69,9 @@ LADDERS = {
     "mlp": Ladder(
         shape=_hidden,
         rungs=(
-            Rung(up_to=2, widths=(128, 256, 512), depth=3, depths=(2, 4)),
-            Rung(up_to=10, widths=(256, 512, 1024), depth=3, depths=(2, 4)),
-            Rung(up_to=FOREVER, widths=(512, 1024, 2048), depth=3, depths=(2, 4)),
+            Rung(up_to=2, widths=(128, 256, 512), depth=3, more=(_hidden(256, 2), _hidden(256, 4))),
+            Rung(up_to=10, widths=(256, 512, 1024), depth=3, more=(_hidden(512, 2), _hidden(512, 4))),
+            Rung(up_to=FOREVER, widths=(512, 1024, 2048), depth=3, more=(_hidden(1024, 2), _hidden(1024, 4))),
         ),
         rates=(1e-3, 3e-3),
         sparse_rate=2e-3,
@@ -78,21 +82,21 @@ LADDERS = {
     "wrn": Ladder(
         shape=_wide,
         rungs=(
-            Rung(up_to=6, widths=(0.5, 1, 2), depth=10, depths=(16, 22)),
-            Rung(up_to=30, widths=(1, 1.5, 2), depth=16, depths=(10, 22)),
-            Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, depths=(16, 28)),
+            Rung(up_to=6, widths=(0.5, 1, 2), depth=10, more=(_wide(1, 16), LATE_DENSE)),
+            Rung(up_to=30, widths=(1, 1.5, 2), depth=16, more=(_wide(1.5, 10), LATE_DENSE)),
+            Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, more=(_wide(2, 16), _wide(2, 28))),
         ),
         rates=(5e-3, 1e-2),
         sparse_rate=1.5e-2,
-        sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), ("wider", 0.1, "[4,1]"), ("wide", 0.2, "[4,1]")),
+        sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), (LATE_SPARSE, 0.2, "[4,1]"), ("wide", 0.2, "[4,1]")),
     ),
     # Its narrowest stage has 64 channels times the width: a ResNet-18 of full width takes seconds a step on two cores.
     "resnet": Ladder(
         shape=_stages,
         rungs=(
-            Rung(up_to=6, widths=(0.125, 0.25, 0.5), depth=1, depths=(2, 3)),
-            Rung(up_to=30, widths=(0.25, 0.375, 0.5), depth=1, depths=(2, 3)),
-            Rung(up_to=FOREVER, widths=(0.25, 0.5, 1), depth=2, depths=(1, 3)),
+            Rung(up_to=6, widths=(0.125, 0.25, 0.5), depth=1, more=(_stages(0.25, 2), _stages(0.25, 3))),
+            Rung(up_to=30, widths=(0.25, 0.375, 0.5), depth=1, more=(_stages(0.375, 2), _stages(0.375, 3))),
+            Rung(up_to=FOREVER, widths=(0.25, 0.5, 1), depth=2, more=(_stages(0.5, 1), _stages(0.5, 3))),
         ),
         rates=(1e-3, 3e-3),
         sparse_rate=3e-3,
@@ -115,10 +119,13 @@ def image_field(settings: ImageSettings, minutes: float) -> tuple[str, ...]:
     narrowest, middle, _ = rung.widths
     shapes = [ladder.shape(width, rung.depth) for width in rung.widths]
     dense = [f"dense:{shape},dense_lr={rate:g}" for shape in shapes for rate in rates]
-    dense += [f"dense:{ladder.shape(middle, depth)},dense_lr={rates[0]:g}" for depth in rung.depths]
+    dense += [f"dense:{shape},dense_lr={rates[0]:g}" for shape in rung.more]
     wide = {"wide": ladder.shape(2 * narrowest, rung.depth), "wider": ladder.shape(2 * middle, rung.depth)}
     rate_said = "" if sparse_rate == settings.lr else f",lr={sparse_rate:g}"
-    sparse = [f"{wide[size]},density={density:g},block={block}{rate_said}" for size, density, block in ladder.sparse]
+    sparse = [
+        f"{wide.get(shape, shape)},density={density:g},block={block}{rate_said}"
+        for shape, density, block in ladder.sparse
+    ]
     return (*dense, *(f"{method}:{shape}" for method in METHODS for shape in sparse))
 
 
