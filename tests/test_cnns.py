@@ -81,6 +81,9 @@ def test_a_width_for_each_group_or_stage():
         (lambda: WRNConfig(width=(1, 2, -1)), "width must be positive"),
         (lambda: WRNConfig(width=(1, 2)), "width must be one number or 3, one a stage, got 2"),
         (lambda: ResNetConfig(width=0), "width must be positive"),
+        (lambda: ImageSettings(model="resnet", width=0), "width must be positive"),
+        (lambda: ImageSettings(model="resnet", width=()), "width must be positive"),
+        (lambda: ResNetConfig(width=0.5), "width of stage 0 must be at least 1"),  # pyright: ignore[reportArgumentType]
         (lambda: ResNetConfig(width=(64, 64)), "width must be one number or 4"),
         (lambda: ImageSettings(model="wrn", width=(1, 2)), "width must be one number or 3"),
         (lambda: ResNetConfig(blocks=(2, 0)), "blocks of stage 1 must be at least 1"),

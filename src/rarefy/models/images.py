@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+N = TypeVar("N", int, float)
 
 
 def image_batch(x: Tensor) -> Tensor:
@@ -39,13 +42,13 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def per_stage(width: float | Sequence[float], stages: int) -> tuple[float, ...]:
+def per_stage(width: N | Sequence[N], stages: int) -> tuple[N, ...]:
     """The width of each stage: the one that all have, or those given.
 
     Raises:
         ValueError: one is not positive, or there are not as many as stages.
     """
-    widths = (width,) * stages if isinstance(width, int | float) else tuple(width)
+    widths = tuple(width) if isinstance(width, Sequence) else (width,) * stages
     if len(widths) != stages:
         raise ValueError(f"width must be one number or {stages}, one a stage, got {len(widths)}: {list(widths)}")
     if not all(one > 0 for one in widths):

@@ -6,6 +6,7 @@ Layer names, for the globs of a plan: stem, stages.S.B.{conv1,conv2,skip}, head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,14 @@ class ResNetConfig:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         check_sizes(channels=self.channels, classes=self.classes, stages=len(self.blocks))
         check_sizes(**{f"blocks of stage {at}": count for at, count in enumerate(self.blocks)})
-        per_stage(self.width, len(self.blocks))  # raises
+        check_sizes(**{f"width of stage {at}": channels for at, channels in enumerate(self.stage_channels())})
 
     def stage_channels(self) -> tuple[int, ...]:
-        """Channels of each stage."""
-        if isinstance(self.width, int):
-            return tuple(self.width << at for at in range(len(self.blocks)))
-        return tuple(self.width)
+        """Channels of each stage. Raises ValueError if `width` has not as many numbers as there are stages."""
+        given = per_stage(self.width, len(self.blocks))
+        return (
+            tuple(given) if isinstance(self.width, Sequence) else tuple(one * (1 << at) for at, one in enumerate(given))
+        )
 
 
 class BasicBlock(nn.Module):

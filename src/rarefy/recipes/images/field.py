@@ -54,15 +54,14 @@ def _wide(width: float, depth: int) -> str:
     return f"width={width:g},depth={depth}"
 
 
-LATE_DENSE, LATE_SPARSE = "width=[1,1,2],depth=10", "width=[1,2,4],depth=10,keep_dense=[head,groups.0]"
-"""Wide where the pixels are few: what a wide layer costs besides its products goes with them (docs/log.md)."""
-
-
 def _stages(width: float, depth: int) -> str:
     return f"width={width:g},blocks=[{','.join([str(depth)] * 4)}]"
 
 
 FOREVER = float("inf")
+
+LATE_DENSE, LATE_SPARSE = "width=[1,1,2],depth=10", "width=[1,2,4],depth=10,keep_dense=[head,groups.0]"
+"""Wide where the pixels are few: what a wide layer costs besides its products goes with them (docs/log.md)."""
 
 LADDERS = {
     # An mlp reads Fashion-MNIST a dozen times in three minutes: width is soon of no more use.
@@ -84,7 +83,7 @@ LADDERS = {
         rungs=(
             Rung(up_to=6, widths=(0.5, 1, 2), depth=10, more=(_wide(1, 16), LATE_DENSE)),
             Rung(up_to=30, widths=(1, 1.5, 2), depth=16, more=(_wide(1.5, 10), LATE_DENSE)),
-            Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, more=(_wide(2, 16), _wide(2, 28))),
+            Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, more=(_wide(2, 16), LATE_DENSE)),
         ),
         rates=(5e-3, 1e-2),
         sparse_rate=1.5e-2,

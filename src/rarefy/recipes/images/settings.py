@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from rarefy.models import MLPConfig, ResNetConfig, WRNConfig
+from rarefy.models.images import per_stage
 from rarefy.plan import Plan
 from rarefy.recipes.images.data import ImageShape
 from rarefy.recipes.settings import RunSettings
@@ -149,8 +150,9 @@ class ImageSettings(RunSettings):
             return MLPConfig(inputs=image.numbers, hidden=self.hidden, classes=image.classes)
         if model == "wrn":
             return WRNConfig(depth=self.depth, width=self.width, channels=image.channels, classes=image.classes)
+        widths = per_stage(self.width, len(self.blocks))  # raises
         if isinstance(self.width, tuple):
-            width = tuple(max(1, round((64 << at) * times)) for at, times in enumerate(self.width))
+            width = tuple(max(1, round((64 << at) * times)) for at, times in enumerate(widths))
         else:
             width = max(1, round(64 * self.width))
         return ResNetConfig(blocks=self.blocks, width=width, channels=image.channels, classes=image.classes)
