@@ -41,9 +41,9 @@ class ResNetConfig:
     def stage_channels(self) -> tuple[int, ...]:
         """Channels of each stage. Raises ValueError if `width` has not as many numbers as there are stages."""
         given = per_stage(self.width, len(self.blocks))
-        return (
-            tuple(given) if isinstance(self.width, Sequence) else tuple(one * (1 << at) for at, one in enumerate(given))
-        )
+        if isinstance(self.width, Sequence):
+            return given
+        return tuple(first * (1 << at) for at, first in enumerate(given))
 
 
 class BasicBlock(nn.Module):
