@@ -7,11 +7,81 @@
 namespace rarefy {
 namespace {
 
+// Four neighbours in the stream that have one entry each: their offsets in one load, and their values in another. Loads are
+// what such units are short of: each has four of inputs, one of an offset and one of a value to four multiply-adds, and a core
+// does as many loads as multiply-adds in a cycle, or few more.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kQuads = true;
+#define RAREFY_SEGMENTS __attribute__((noinline))  // among what callers hold the compiler keeps the loop's addresses in memory
+inline uint64_t four_offsets(const uint16_t *from) {
+  uint64_t offsets;
+  memcpy(&offsets, from, sizeof(offsets));
+  __asm__("" : "+r"(offsets));  // else the compiler loads them one by one after all
+  return offsets;
+}
+inline vec four_values(const weight *from) {  // in both halves
+  vec values = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(from));
+  pin(values);
+  return values;
+}
+template <int I>
+inline vec entry_of(vec four) {
+  return _mm256_permute_ps(four, I * 0x55);
+}
+#else
+constexpr bool kQuads = false;  // with other vectors not measured yet
+#define RAREFY_SEGMENTS inline
+inline uint64_t four_offsets(const uint16_t *) { return 0; }
+inline vec four_values(const weight *) { return vec{}; }
+template <int I>
+inline vec entry_of(vec four) {
+  return four;
+}
+#endif
+template <int I>
+inline const cell *input_of(const cell *tile, uint64_t offsets) {
+  return input_at(tile, uint16_t(offsets >> (16 * I)));
+}
+
+template <int NV>
+__attribute__((always_inline)) inline void add_unit(vec (&sum)[NV], const cell *x, vec entry) {
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) sum[v] += entry * load(x + v * VL);
+}
+
+// Units of one entry: of a row, or of two rows of equal length in turn. Either way a row's products are added one after the
+// other, as which rows have a partner depends on how many threads share them out.
+template <int NV, int ROWS, class Places>
+inline void multiply_singles(const Segment *segments, const uint16_t *offsets, const weight *values, const cell *tile,
+                             float *sums, const Places places) {
+  const int64_t count = ROWS * segments[0].length;
+  vec sum[NV] = {}, other[NV] = {};
+  vec(&second)[NV] = ROWS == 2 ? other : sum;  // of every other unit
+  int64_t k = 0;
+  if constexpr (kQuads) {
+    for (; k + 4 <= count; k += 4) {
+      const uint64_t at = four_offsets(offsets + k);
+      const vec four = four_values(values + k);
+      add_unit(sum, input_of<0>(tile, at), entry_of<0>(four));
+      add_unit(second, input_of<1>(tile, at), entry_of<1>(four));
+      add_unit(sum, input_of<2>(tile, at), entry_of<2>(four));
+      add_unit(second, input_of<3>(tile, at), entry_of<3>(four));
+    }
+  }
+  for (; k + ROWS <= count; k += ROWS) {
+    add_unit(sum, input_at(tile, offsets[k]), broadcast(values[k]));
+    if (ROWS == 2) add_unit(second, input_at(tile, offsets[k + 1]), broadcast(values[k + 1]));
+  }
+  add_to_row(sum, sums + places.at(segments[0].row), places.step);
+  if (ROWS == 2) add_to_row(second, sums + places.at(segments[ROWS - 1].row), places.step);
+}
+
 // ROWS segments of equal length, unit by unit of each in turn: sums[row] += units times inputs.
 // WT: a unit's values are [input][output] of this view, that is, the view is W^T.
 template <int RB, int CB, int NV, bool WT, int ROWS, class Places>
 inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const weight *values, const cell *tile,
                               float *sums, const Places places) {
+  if constexpr (RB * CB == 1) return multiply_singles<NV, ROWS>(segments, offsets, values, tile, sums, places);
   constexpr int P = NV * VL;
   // Where the rows of a unit do not fit at once, fewer rows by more vectors: a third fewer loads, measured to be faster.
   constexpr int RT = RB <= kBudget ? RB : kBudget / 2;
@@ -52,8 +122,9 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
 // gradients: dx_sums[row] += w dy, and the dot product of dy with x[row]. Dot products of neighbours in the stream leave
 // joined; a last one without a neighbour is joined with zero, and the stream has a place for the zero.
 template <int BR, int NV, bool DX, int ROWS, class Places>
-inline void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const weight *values,
-                              const cell *tile, const cell *x, float *dx_sums, float *out, const Places places) {
+RAREFY_SEGMENTS void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets,
+                                       const weight *values, const cell *tile, const cell *x, float *dx_sums, float *out,
+                                       const Places places) {
   vec own[ROWS][NV], sum[ROWS][NV] = {};
 #pragma GCC unroll 4
   for (int s = 0; s < ROWS; ++s) {
@@ -132,6 +203,8 @@ inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64
     }
   }
 }
+
+#undef RAREFY_SEGMENTS
 
 }  // namespace
 }  // namespace rarefy

@@ -122,7 +122,7 @@ def test_both_sides_have_as_many_heats(images, model, minutes):
 
 @pytest.mark.parametrize(
     "changes, dense, sparse",
-    [({}, {5e-3, 1e-2}, 1.5e-2), ({"lr": 0.02}, {0.01, 0.02}, 0.02), ({"optimizer": "sgd"}, {0.05, 0.1}, 0.1)],
+    [({}, {1e-2, 2e-2}, 2.5e-2), ({"lr": 0.02}, {0.01, 0.02}, 0.02), ({"optimizer": "sgd"}, {0.05, 0.1}, 0.1)],
 )
 def test_rates_are_the_users_where_there_are_some(images, changes, dense, sparse):
     task = ImagesTask(ImageSettings(data=str(images), batch=16, model="wrn", **changes))

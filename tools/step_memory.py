@@ -46,7 +46,9 @@ def shape(asked: argparse.Namespace, density: float, width: int) -> Any:
     rewirer = None
     if density < 1:
         method = rarefy.RigL(interval=INTERVAL) if asked.method == "rigl" else rarefy.SET(interval=INTERVAL)
-        rewirer = rarefy.sparsify(model, rarefy.Plan(density=density, method=method, keep_dense=("head",)))
+        block = tuple(asked.block) if len(asked.block) > 1 else asked.block[0]
+        plan = rarefy.Plan(density=density, block=block, method=method, keep_dense=("head",))
+        rewirer = rarefy.sparsify(model, plan)
     return model, rewirer
 
 
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.1])
     parser.add_argument("--method", choices=["rigl", "set"], default="rigl")
     parser.add_argument("--optimizer", choices=["rarefy", "torch"], default="rarefy", help="of the sparse network")
+    parser.add_argument("--block", type=int, nargs="+", default=[1], help="side of the units, or outputs and inputs")
     parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass")
     parser.add_argument("--bf16", action="store_true", help="activations in bfloat16")
     parser.add_argument("--threads", type=int, default=2)

@@ -77,7 +77,7 @@ LADDERS = {
         sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), ("wider", 0.1, "[4,1]"), ("wider", 0.05, "1")),
     ),
     # A wrn of 22 layers sees CIFAR-10 once in three minutes on two cores, one of 10 some four times. In 400 steps
-    # dense ones want 1e-2 and sparse ones 2e-2 (docs/log.md); longer runs want less.
+    # dense ones want 1e-2 and sparse ones 2e-2; in 1,200 and 1,600 twice that and somewhat more (docs/log.md).
     "wrn": Ladder(
         shape=_wide,
         rungs=(
@@ -85,9 +85,9 @@ LADDERS = {
             Rung(up_to=30, widths=(1, 1.5, 2), depth=16, more=(_wide(1.5, 10), LATE_DENSE)),
             Rung(up_to=FOREVER, widths=(1, 2, 4), depth=22, more=(_wide(2, 16), LATE_DENSE)),
         ),
-        rates=(5e-3, 1e-2),
-        sparse_rate=1.5e-2,
-        sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), (LATE_SPARSE, 0.2, "[4,1]"), ("wide", 0.2, "[4,1]")),
+        rates=(1e-2, 2e-2),
+        sparse_rate=2.5e-2,
+        sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), (LATE_SPARSE, 0.2, "1"), ("wide", 0.2, "[4,1]")),
     ),
     # Its narrowest stage has 64 channels times the width: a ResNet-18 of full width takes seconds a step on two cores.
     "resnet": Ladder(
