@@ -7,12 +7,11 @@
 namespace rarefy {
 namespace {
 
-// Four neighbours in the stream that have one entry each: their offsets in one load, and their values in another. Loads are
-// what such units are short of: each has four of inputs, one of an offset and one of a value to four multiply-adds, and a core
-// does as many loads as multiply-adds in a cycle, or few more.
+// With AVX2 units of one entry are read four at a time: four neighbours' offsets in one load, and their values in another. Loads
+// are what they are short of: each has four of inputs, one of an offset and one of a value to four multiply-adds, and a core
+// does as many loads as multiply-adds in a cycle, or few more. With other vectors that is not measured yet.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool kQuads = true;
-#define RAREFY_SEGMENTS __attribute__((noinline))  // among what callers hold the compiler keeps the loop's addresses in memory
+#define RAREFY_QUADS
 inline uint64_t four_offsets(const uint16_t *from) {
   uint64_t offsets;
   memcpy(&offsets, from, sizeof(offsets));
@@ -28,20 +27,11 @@ template <int I>
 inline vec entry_of(vec four) {
   return _mm256_permute_ps(four, I * 0x55);
 }
-#else
-constexpr bool kQuads = false;  // with other vectors not measured yet
-#define RAREFY_SEGMENTS inline
-inline uint64_t four_offsets(const uint16_t *) { return 0; }
-inline vec four_values(const weight *) { return vec{}; }
-template <int I>
-inline vec entry_of(vec four) {
-  return four;
-}
-#endif
 template <int I>
 inline const cell *input_of(const cell *tile, uint64_t offsets) {
   return input_at(tile, uint16_t(offsets >> (16 * I)));
 }
+#endif
 
 template <int NV>
 __attribute__((always_inline)) inline void add_unit(vec (&sum)[NV], const cell *x, vec entry) {
@@ -58,16 +48,16 @@ inline void multiply_singles(const Segment *segments, const uint16_t *offsets, c
   vec sum[NV] = {}, other[NV] = {};
   vec(&second)[NV] = ROWS == 2 ? other : sum;  // of every other unit
   int64_t k = 0;
-  if constexpr (kQuads) {
-    for (; k + 4 <= count; k += 4) {
-      const uint64_t at = four_offsets(offsets + k);
-      const vec four = four_values(values + k);
-      add_unit(sum, input_of<0>(tile, at), entry_of<0>(four));
-      add_unit(second, input_of<1>(tile, at), entry_of<1>(four));
-      add_unit(sum, input_of<2>(tile, at), entry_of<2>(four));
-      add_unit(second, input_of<3>(tile, at), entry_of<3>(four));
-    }
+#if defined(RAREFY_QUADS)
+  for (; k + 4 <= count; k += 4) {
+    const uint64_t at = four_offsets(offsets + k);
+    const vec four = four_values(values + k);
+    add_unit(sum, input_of<0>(tile, at), entry_of<0>(four));
+    add_unit(second, input_of<1>(tile, at), entry_of<1>(four));
+    add_unit(sum, input_of<2>(tile, at), entry_of<2>(four));
+    add_unit(second, input_of<3>(tile, at), entry_of<3>(four));
   }
+#endif
   for (; k + ROWS <= count; k += ROWS) {
     add_unit(sum, input_at(tile, offsets[k]), broadcast(values[k]));
     if (ROWS == 2) add_unit(second, input_at(tile, offsets[k + 1]), broadcast(values[k + 1]));
@@ -76,45 +66,50 @@ inline void multiply_singles(const Segment *segments, const uint16_t *offsets, c
   if (ROWS == 2) add_to_row(second, sums + places.at(segments[ROWS - 1].row), places.step);
 }
 
+// A segment of larger units.
+template <int RB, int CB, int NV, bool WT, class Places>
+inline void multiply_blocks(const Segment &segment, const uint16_t *offsets, const weight *values, const cell *tile,
+                            float *sums, const Places places) {
+  constexpr int P = NV * VL;
+  // Where the rows of a unit do not fit at once, fewer rows by more vectors: a third fewer loads, measured to be faster.
+  constexpr int RT = RB <= kBudget ? RB : kBudget / 2;
+  constexpr int VT = max_int(1, min_int(NV, kBudget / RT));
+  const int64_t length = segment.length;
+  for (int r0 = 0; r0 < RB; r0 += RT) {
+    for (int v0 = 0; v0 < NV; v0 += VT) {
+      vec sum[RT][VT] = {};
+      for (int64_t k = 0; k < length; ++k) {
+        const cell *x = input_at(tile, offsets[k]) + v0 * VL;
+        const weight *w = values + k * (RB * CB);
+#pragma GCC unroll 16
+        for (int c = 0; c < CB; ++c) {
+          vec inputs[VT];
+          load_cells<VT>(x + c * P, inputs);
+#pragma GCC unroll 16
+          for (int r = 0; r < RT; ++r) {
+            const vec entry = broadcast(WT ? w[c * RB + r0 + r] : w[(r0 + r) * CB + c]);
+#pragma GCC unroll 16
+            for (int v = 0; v < VT; ++v) sum[r][v] += entry * inputs[v];
+          }
+        }
+      }
+      float *out = sums + places.at(segment.row) + r0 * P + v0 * places.step;
+#pragma GCC unroll 16
+      for (int r = 0; r < RT; ++r) add_to_row(sum[r], out + r * P, places.step);
+    }
+  }
+}
+
 // ROWS segments of equal length, unit by unit of each in turn: sums[row] += units times inputs.
 // WT: a unit's values are [input][output] of this view, that is, the view is W^T.
 template <int RB, int CB, int NV, bool WT, int ROWS, class Places>
 inline void multiply_segments(const Segment *segments, const uint16_t *offsets, const weight *values, const cell *tile,
                               float *sums, const Places places) {
-  if constexpr (RB * CB == 1) return multiply_singles<NV, ROWS>(segments, offsets, values, tile, sums, places);
-  constexpr int P = NV * VL;
-  // Where the rows of a unit do not fit at once, fewer rows by more vectors: a third fewer loads, measured to be faster.
-  constexpr int RT = RB <= kBudget ? RB : kBudget / 2;
-  constexpr int VT = max_int(1, min_int(NV, kBudget / RT));
-  const int64_t length = segments[0].length;
-  for (int r0 = 0; r0 < RB; r0 += RT) {
-    for (int v0 = 0; v0 < NV; v0 += VT) {
-      vec sum[ROWS][RT][VT] = {};
-      for (int64_t k = 0; k < length; ++k) {
-#pragma GCC unroll 4
-        for (int s = 0; s < ROWS; ++s) {
-          const cell *x = input_at(tile, offsets[ROWS * k + s]) + v0 * VL;
-          const weight *w = values + (ROWS * k + s) * (RB * CB);
-#pragma GCC unroll 16
-          for (int c = 0; c < CB; ++c) {
-            vec inputs[VT];
-            load_cells<VT>(x + c * P, inputs);
-#pragma GCC unroll 16
-            for (int r = 0; r < RT; ++r) {
-              const vec entry = broadcast(WT ? w[c * RB + r0 + r] : w[(r0 + r) * CB + c]);
-#pragma GCC unroll 16
-              for (int v = 0; v < VT; ++v) sum[s][r][v] += entry * inputs[v];
-            }
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int s = 0; s < ROWS; ++s) {
-        float *out = sums + places.at(segments[s].row) + r0 * P + v0 * places.step;
-#pragma GCC unroll 16
-        for (int r = 0; r < RT; ++r) add_to_row(sum[s][r], out + r * P, places.step);
-      }
-    }
+  if constexpr (RB * CB == 1) {
+    multiply_singles<NV, ROWS>(segments, offsets, values, tile, sums, places);
+  } else {
+    static_assert(ROWS == 1, "only units of one entry share a loop");
+    multiply_blocks<RB, CB, NV, WT>(segments[0], offsets, values, tile, sums, places);
   }
 }
 
@@ -122,9 +117,13 @@ inline void multiply_segments(const Segment *segments, const uint16_t *offsets, 
 // gradients: dx_sums[row] += w dy, and the dot product of dy with x[row]. Dot products of neighbours in the stream leave
 // joined; a last one without a neighbour is joined with zero, and the stream has a place for the zero.
 template <int BR, int NV, bool DX, int ROWS, class Places>
-RAREFY_SEGMENTS void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets,
-                                       const weight *values, const cell *tile, const cell *x, float *dx_sums, float *out,
-                                       const Places places) {
+#if defined(RAREFY_QUADS)
+__attribute__((noinline))  // with 16 registers of each kind the compiler keeps the loop's addresses in memory, if inlined
+#else
+inline
+#endif
+void backward_segments(const Segment *segments, int64_t length, const uint16_t *offsets, const weight *values,
+                       const cell *tile, const cell *x, float *dx_sums, float *out, const Places places) {
   vec own[ROWS][NV], sum[ROWS][NV] = {};
 #pragma GCC unroll 4
   for (int s = 0; s < ROWS; ++s) {
@@ -203,8 +202,6 @@ inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64
     }
   }
 }
-
-#undef RAREFY_SEGMENTS
 
 }  // namespace
 }  // namespace rarefy

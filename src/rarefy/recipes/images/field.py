@@ -77,7 +77,7 @@ LADDERS = {
         sparse=(("wide", 0.1, "[4,1]"), ("wide", 0.1, "1"), ("wider", 0.1, "[4,1]"), ("wider", 0.05, "1")),
     ),
     # A wrn of 22 layers sees CIFAR-10 once in three minutes on two cores, one of 10 some four times. In 400 steps
-    # dense ones want 1e-2 and sparse ones 2e-2; in 1,200 and 1,600 twice that and somewhat more (docs/log.md).
+    # dense ones want 1e-2, in 1,200 rather 2e-2; sparse ones 2e-2, in 1,600 rather 2.5e-2 (docs/log.md).
     "wrn": Ladder(
         shape=_wide,
         rungs=(
