@@ -216,7 +216,7 @@ def gpt(block: Any, **shape: Any) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("shape", [{}, {"mlp": 48, "activation": "gelu"}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"mlp": 48, "activation": "gelu"}, {"base_width": 16, "base_head": 2}], ids=str)
 @pytest.mark.parametrize("block", [1, 4], ids=str)
 @pytest.mark.parametrize("positions, kind", [("learned", "GPT2LMHeadModel"), ("rotary", "GPTNeoXForCausalLM")])
 def test_our_gpt_becomes_one_of_transformers_with_the_same_logits(

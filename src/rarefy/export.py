@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,7 @@ def export_hf(path: StrPath, out: StrPath) -> Path:
     package, _, name = str(described.get("class", "")).rpartition(".")
     gpt = config if (package, name) == ("rarefy", "GPT") else None
     if gpt is not None and not gpt.get("token_shift", False) and gpt.get("attention") in (None, gpt["width"]):
+        state = _with_scaled_queries(state, gpt)
         state, config = (_as_gpt2 if gpt.get("positions", "learned") == "learned" else _as_gpt_neox)(state, gpt)
     elif isinstance(config, dict) and "model_type" in config:
         config = {**config, "architectures": [name]} if package == "transformers" else config
@@ -270,6 +272,21 @@ _GPT_NEOX_NAMES = {
 
 def _renamed(parts: Sequence[str], names: Mapping[str, str]) -> str:
     return ".".join(names.get(part, part) for part in parts)
+
+
+def _with_scaled_queries(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Weights of a GPT that scales scores by 1/sqrt(head), as transformers does, in place of 1/d (`base_head`)."""
+    width, heads, base_head = config["width"], config["heads"], config.get("base_head")
+    if base_head is None:
+        return state
+    scale = torch.ones(3 * width, dtype=torch.float64)
+    scale[:width] = math.sqrt(base_head * heads / width)  # GPTConfig.query_scale; positions turn what is scaled alike
+    return {
+        name: (scale.view(-1, *[1] * (tensor.ndim - 1)) * tensor).to(tensor.dtype)
+        if "qkv" in name.split(".")
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _as_gpt_neox(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
