@@ -21,11 +21,13 @@ from rarefy.bench import Check, Crossing, Peer, Results, Row, Settings, Spread, 
 from rarefy.bench import timing as timing_module
 from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.gpt import TrainingStep
+from rarefy.bench.images import network
 from rarefy.bench.layers import dense_contenders, sparse_contender
-from rarefy.bench.settings import Conv, gpt_config
+from rarefy.bench.networks import CONVS
+from rarefy.bench.settings import CNNS, Conv, gpt_config
 from rarefy.cli import bench as command
 from rarefy.cli import bench_tables
-from rarefy.cli.bench import conv_of
+from rarefy.cli.bench import Bench, conv_of, wish
 from rarefy.cli.bench_tables import show
 from rarefy.cli.main import main
 from rarefy.cost import dense_precisions, random_batch
@@ -855,3 +857,35 @@ def test_convolutions_on_the_command_line():
     for text in ("64x64x3", "64x64x3x0", "ax64x3x32", "64x64x3x32/", "64x64x3x32/0"):
         with pytest.raises(ValueError, match="write them like 64x64x3x32"):
             conv_of(text)
+
+
+def convolutions_of(model: nn.Module, side: int) -> list[str]:
+    """What may become sparse of a network on square images: all convolutions of more than three channels, one group."""
+    found = []
+
+    def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor]) -> None:
+        if conv.in_channels > 3 and conv.groups == 1:
+            sizes = f"{conv.out_channels}x{conv.in_channels}x{conv.kernel_size[0]}x{inputs[0].shape[2]}"
+            found.append(sizes + (f"/{conv.stride[0]}" if conv.stride[0] > 1 else ""))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, side, side))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(CONVS))
+def test_networks_have_the_convolutions_that_bench_times(name):
+    if name in CNNS:
+        model, side = network(name), 32
+    else:
+        transformers = pytest.importorskip("transformers")
+        config, kind, side = {
+            "resnet50": (transformers.ResNetConfig(), transformers.ResNetModel, 224),
+            "mobilenet": (transformers.MobileNetV1Config(), transformers.MobileNetV1Model, 224),
+        }[name]
+        model = kind(config)
+    assert set(CONVS[name]) == set(convolutions_of(model, side))
+    assert wish(Bench(shapes=(), convs=(name, CONVS[name][0]))).convs == tuple(map(conv_of, CONVS[name]))

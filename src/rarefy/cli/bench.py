@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rarefy.bench import Results, Settings
 from rarefy.bench import run as run_bench
+from rarefy.bench.networks import CONVS
 from rarefy.bench.results import DISTURBED
 from rarefy.bench.settings import Conv
 from rarefy.cli.bench_tables import show
@@ -49,7 +50,9 @@ class Bench:
     """GPTs whose training steps are timed, as WIDTHxLAYERS: 512x6."""
 
     convs: tuple[str, ...] = ()
-    """Convolutions, as OUTxINxKERNELxSIDE, with the stride after a slash if it is not 1: 64x64x3x32, 128x64x3x32/2."""
+    """Convolutions, as OUTxINxKERNELxSIDE, with the stride after a slash if it is not 1: 64x64x3x32, 128x64x3x32/2.
+    Or all that a network has: resnet18, wrn22x2 (of 32x32 pixels), resnet50, mobilenet (of 224x224; give few --images).
+    """
 
     cnns: tuple[str, ...] = ()
     """Networks for images of 32x32 whose training steps are timed: wrn16x2, wrn22x2, wrn28x10, resnet18."""
@@ -143,7 +146,7 @@ def wish(settings: Bench) -> Settings:
     return Settings(
         shapes=pairs(settings.shapes, "shapes"),
         gpt=pairs(settings.gpt, "gpt"),
-        convs=tuple(dict.fromkeys(conv_of(text) for text in settings.convs)),
+        convs=tuple(dict.fromkeys(conv_of(text) for given in settings.convs for text in CONVS.get(given, (given,)))),
         cnns=tuple(dict.fromkeys(settings.cnns)),
         images=settings.images,
         blocks=pairs(settings.blocks, "blocks"),
@@ -193,7 +196,8 @@ def conv_of(text: str) -> Conv:
     numbers = [*sizes.split("x"), *([stride] if "/" in text else [])]
     if len(sizes.split("x")) != 4 or not all(part.isdecimal() and int(part) > 0 for part in numbers):
         raise ValueError(
-            f"convs: {text!r} is none; write them like 64x64x3x32 or 128x64x3x32/2 (out, in, kernel, side)"
+            f"convs: {text!r} is none; write them like 64x64x3x32 or 128x64x3x32/2 (out, in, kernel, side), or name a "
+            f"network: {', '.join(CONVS)}"
         )
     return Conv(*(int(part) for part in numbers))
 
