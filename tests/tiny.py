@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import signal
 import struct
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -125,4 +126,5 @@ def cut_short(process: subprocess.Popen[str], number: signal.Signals, ready: Cal
     process.send_signal(number)
     said, err = process.communicate(timeout=60)
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in err
+        again = shlex.join(["rarefy", *cast(list[str], process.args)[3:]])
+        assert process.returncode == 130 and f"the same command goes on: {again}\n" in said and "Traceback" not in err

@@ -146,7 +146,7 @@ class Images(Asked, ImageSettings):
 
 def run(asked: Text | Images) -> None:
     """Make what is missing, and show the table. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False)
+    console = Console(stderr=asked.json, highlight=False, markup=False)
     progress = Progress(console)
     comparison = asked.comparison()
     task = asked.task()

@@ -145,7 +145,7 @@ def minutes_of(name: str, text: str) -> float:
 
 def run(asked: Text | Images) -> None:
     """Run what is missing, and show the verdict. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False)
+    console = Console(stderr=asked.json, highlight=False, markup=False)
     progress = Progress(console)
     wanted = asked.asked()
     task = asked.task()

@@ -113,7 +113,7 @@ class Images(Asked, ImageSettings):
 
 def run(asked: Text | Images) -> None:
     """Train, or go on training, and show the result. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False)
+    console = Console(stderr=asked.json, highlight=False, markup=False)
     listener = LiveLine(console, asked.kind.subject)
     if asked.resume is not None and asked.run is not None:
         raise ValueError(f"--run {asked.run} names a new run and --resume {asked.resume} an old one: give one of them")
