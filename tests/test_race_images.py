@@ -280,7 +280,8 @@ def test_a_browser_opens_the_page_in_silence(images, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_race_cut_short_goes_on_to_the_same_end(images, tmp_path, number):
     """With moved and mirrored images, in both precisions."""
-    field = ["dense:hidden=[64],precision=fp32", "set:hidden=[64],interval=3,density=0.2,precision=bf16,keep_dense=[head]"]
+    sparse = "set:hidden=[64],interval=3,density=0.2,precision=bf16,keep_dense=[head]"
+    field = ["dense:hidden=[64],precision=fp32", sparse]
     more = ["--contenders", *field, "--budget", "1s", "--checkpoint-s", "0", "--no-report", "--shift", "1", "--flip"]
     straight, out = tmp_path / "straight", tmp_path / "out"
     assert main(arguments(images, straight, *more)) == 0
