@@ -94,10 +94,21 @@ class Dots {
   bool add_;
 };
 
+// Whether the dot products of a block of several columns wait in pairs, instead of being added across at once: with AVX2's
+// registers a block of 4 x 4 is two tiles of eight, and the next would wait for their sums. A block's row of VL dot products or
+// more is better off without (measured), and other vectors are not measured.
+template <int BR, int BC>
+constexpr bool kPairsWait = VL == 8 && BC < VL && BR * BC >= VL;
+
 // Takes the dot products of RI x RJ places of a BR x BC unit.
-template <int BR, int BC, int RI, int RJ>
-inline void put_unit(vec (&acc)[VL], Dots<false> &dots) {
-  if constexpr (RI * RJ == VL) {
+template <int BR, int BC, int RI, int RJ, bool HALVED>
+inline void put_unit(vec (&acc)[VL], Dots<HALVED> &dots) {
+  if constexpr (HALVED) {
+    static_assert(RI * RJ == VL, "whole vectors wait");
+#pragma GCC unroll 16
+    for (int i = 0; i < VL / 2; ++i) store(dots.next() + i * VL, join<1>(acc[2 * i], acc[2 * i + 1]));
+    dots.advance(VL / 2);
+  } else if constexpr (RI * RJ == VL) {
     dots.put(acc);
   } else {
     static_assert(RI == BR && RJ == BC, "a unit smaller than a vector is one tile");

@@ -181,8 +181,8 @@ void backward_segments(const Segment *segments, int64_t length, const uint16_t *
 
 // The dot products of one unit over some panels: BR rows of dy with BC rows of x, at target[i * BC + j]. x's vectors lie
 // `x_step` cells apart.
-template <int BR, int BC, int NV, int PANELS>
-inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64_t x_step, Dots<false> &dots) {
+template <int BR, int BC, int NV, int PANELS, bool HALVED>
+inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64_t x_step, Dots<HALVED> &dots) {
   constexpr int P = NV * VL;
   constexpr int RJ = min_int(BC, VL), RI = min_int(BR, VL / RJ);  // neighbours in memory, VL of them if the unit has so many
   for (int i0 = 0; i0 < BR; i0 += RI) {
@@ -191,11 +191,18 @@ inline void unit_dots(const cell *dy, const cell *x, const Panels &panels, int64
 #pragma GCC unroll 16
       for (int part = 0; part < PANELS * NV; ++part) {
         const int panel = part / NV, v = part % NV;
+        const cell *inputs = x + panel * panels.x + j0 * P + v * x_step;
+        vec held[RJ];  // where sums are not added across at once it pays to load x once
+#pragma GCC unroll 16
+        for (int j = 0; HALVED && j < RJ; ++j) {
+          held[j] = load(inputs + j * P);
+          pin(held[j]);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < RI; ++i) {
           const vec y = load(dy + panel * panels.dy + (i0 + i) * P + v * VL);
 #pragma GCC unroll 16
-          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * load(x + panel * panels.x + (j0 + j) * P + v * x_step);
+          for (int j = 0; j < RJ; ++j) acc[i * RJ + j] += y * (HALVED ? held[j] : load(inputs + j * P));
         }
       }
       put_unit<BR, BC, RI, RJ>(acc, dots);

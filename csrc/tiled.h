@@ -77,7 +77,7 @@ inline void dots_tile(const Stream &s, int64_t at, const cell *tile, const cell 
   const Segment *segments = s.segments + at * s.chunk_rows;
   const int32_t count = s.num_segments[at];
   const uint16_t *offsets = s.offsets + s.first_unit[at];
-  Dots<false> dots(dots_buffer);
+  Dots<kPairsWait<BR, BC>> dots(dots_buffer);
   dots.begin(dvalues + int64_t(s.first_unit[at]) * (BR * BC), add);
   prefetch.spread(count);
   for (int32_t i = 0; i < count; ++i) {
