@@ -312,12 +312,13 @@ class Net(nn.Module):
         self.skip = nn.Conv2d(8, 16, 1, stride=2)
         self.point = nn.Conv2d(16, 16, 1)
         self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.paired = nn.Conv2d(16, 16, 1, groups=2)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
         x = F.relu(self.norm(self.conv1(x)) + self.skip(x))
-        return self.head(self.depth(self.point(x)).mean(dim=(2, 3)))
+        return self.head(self.paired(self.depth(self.point(x))).mean(dim=(2, 3)))
 
 
 def made(method, density=0.3, **options) -> tuple[Any, rarefy.Rewirer]:
@@ -336,6 +337,7 @@ def test_a_plan_converts_convolutions_and_says_why_not():
     }
     assert "first convolution" in rewirer.left_dense["stem"]
     assert "16 groups (depthwise)" in rewirer.left_dense["depth"]
+    assert "2 groups, which sparse convolutions do not have yet" in rewirer.left_dense["paired"]
     shapes = {"conv1": (16, 8, 3, 3), "skip": (16, 8, 1, 1), "point": (16, 16, 1, 1), "head": (4, 16)}
     wanted = rarefy.erk(shapes, 0.3)
     for name, layer in rewirer.layers.items():

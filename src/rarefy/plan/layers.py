@@ -121,9 +121,10 @@ def _conv_shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
 def _why_not_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
     if isinstance(conv, nn.Conv3d):
         return "it goes over three axes, and the kernels over two: nn.Conv1d and nn.Conv2d can be sparse"
+    if conv.groups > 1 and conv.groups == conv.in_channels:
+        return f"it has {conv.groups} groups (depthwise): each output reads few inputs already"
     if conv.groups > 1:
-        depthwise = " (depthwise)" if conv.groups == conv.in_channels else ""
-        return f"it has {conv.groups} groups{depthwise}: each output reads few inputs already"
+        return f"it has {conv.groups} groups, which sparse convolutions do not have yet"
     if conv.in_channels <= FEW_CHANNELS:
         return f"it has {conv.in_channels} input channels: a first convolution is small, and best dense"
     try:
