@@ -95,8 +95,8 @@ class Dots {
 };
 
 // Whether the dot products of a block of several columns wait in pairs, instead of being added across at once: with AVX2's
-// registers a block of 4 x 4 is two tiles of eight, and the next would wait for their sums. A block's row of VL dot products or
-// more is better off without (measured), and other vectors are not measured.
+// registers a block of 4 x 4 is two tiles of eight, and the next would wait for their sums. A block of 8 x 8, whose tile is a
+// row, was better off without; other vectors are not measured.
 template <int BR, int BC>
 constexpr bool kPairsWait = VL == 8 && BC < VL && BR * BC >= VL;
 

@@ -23,11 +23,11 @@ from rarefy.bench.contender import Contender, rows, time_in_turn
 from rarefy.bench.gpt import TrainingStep
 from rarefy.bench.images import network
 from rarefy.bench.layers import dense_contenders, sparse_contender
-from rarefy.bench.networks import CONVS
 from rarefy.bench.settings import CNNS, Conv, gpt_config
 from rarefy.cli import bench as command
 from rarefy.cli import bench_tables
 from rarefy.cli.bench import Bench, conv_of, wish
+from rarefy.cli.bench_networks import CONVS
 from rarefy.cli.bench_tables import show
 from rarefy.cli.main import main
 from rarefy.cost import dense_precisions, random_batch

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from rarefy.bench import Results, Settings
 from rarefy.bench import run as run_bench
-from rarefy.bench.networks import CONVS
 from rarefy.bench.results import DISTURBED
 from rarefy.bench.settings import Conv
+from rarefy.cli.bench_networks import CONVS
 from rarefy.cli.bench_tables import show
 from rarefy.cost import Precision
 from rarefy.files import atomic_write

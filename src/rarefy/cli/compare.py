@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from rarefy.cli.compare_table import show
+from rarefy.cli.console import plain_console
 from rarefy.cli.progress import Progress
 from rarefy.compare import Comparison, Equal, ImagesTask, Task, TextTask, compare
 from rarefy.plan import Plan
@@ -146,7 +146,7 @@ class Images(Asked, ImageSettings):
 
 def run(asked: Text | Images) -> None:
     """Make what is missing, and show the table. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False, markup=False)
+    console = plain_console(json=asked.json)
     progress = Progress(console)
     comparison = asked.comparison()
     task = asked.task()

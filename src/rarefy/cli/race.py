@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.text import Text as Line
 
 from rarefy.cli.compare import recipe
 from rarefy.cli.compare_table import show_table
+from rarefy.cli.console import plain_console
 from rarefy.cli.race_progress import Progress
 from rarefy.compare import ImagesTask, Task, TextTask
 from rarefy.plan import Plan
@@ -145,7 +145,7 @@ def minutes_of(name: str, text: str) -> float:
 
 def run(asked: Text | Images) -> None:
     """Run what is missing, and show the verdict. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False, markup=False)
+    console = plain_console(json=asked.json)
     progress = Progress(console)
     wanted = asked.asked()
     task = asked.task()

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
-from rich.console import Console
 
 from rarefy.cli.closing import close
+from rarefy.cli.console import plain_console
 from rarefy.plan import Plan
 from rarefy.recipes.images import ImageSettings, ImagesTask
 from rarefy.recipes.images.settings import DEFAULT_PLAN as IMAGE_PLAN
@@ -113,7 +113,7 @@ class Images(Asked, ImageSettings):
 
 def run(asked: Text | Images) -> None:
     """Train, or go on training, and show the result. Exits with status 130 when asked to stop."""
-    console = Console(stderr=asked.json, highlight=False, markup=False)
+    console = plain_console(json=asked.json)
     listener = LiveLine(console, asked.kind.subject)
     if asked.resume is not None and asked.run is not None:
         raise ValueError(f"--run {asked.run} names a new run and --resume {asked.resume} an old one: give one of them")
