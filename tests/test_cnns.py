@@ -43,9 +43,15 @@ def test_sizes_and_names(model):
     assert gray(torch.randn(2, 12, 12)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("model", [WRN(WRNConfig(depth=10, width=0.25)), ResNet(ResNetConfig(blocks=(1, 1), width=5))])
-def test_gradients_of_narrow_networks(model):
+@pytest.mark.parametrize(
+    ("network", "seed"),
+    [(lambda: WRN(WRNConfig(depth=10, width=0.25)), 48), (lambda: ResNet(ResNetConfig(blocks=(1, 1), width=5)), 28)],
+)
+def test_gradients_of_narrow_networks(network, seed):
     """Their skips have fewer inputs than a vector has lanes, where oneDNN writes past its workspace."""
+    # With these seeds no ReLU's input is within 3e-4 of zero, where rounding, of some 1e-6, may switch it over.
+    torch.manual_seed(seed)
+    model = network()
     exact = copy.deepcopy(model).double()
     images = torch.randn(16, 3, 8, 8)
     for _ in range(20):  # a damaged heap is noticed sooner or later
