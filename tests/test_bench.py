@@ -843,6 +843,8 @@ def test_convolutions_and_networks_for_images():
         ({"cnns": ("resnet19",)}, "did you mean 'resnet18'"),
         ({"convs": (Conv(8, 6, 3, 6),), "blocks": ((4, 4),)}, "divide"),
         ({"convs": (Conv(8, 8, 4, 0),)}, "has no output"),
+        ({"convs": (Conv(8, 6, 3, 6, 1, 4),)}, "groups must divide"),
+        ({"convs": (Conv(8, 8, 3, 6, 1, 4),), "blocks": ((4, 1),)}, "does not fit 4 groups of 2"),
         ({"convs": (Conv(8, 8, 3, 6),), "device": "cuda"}, "timed on the CPU only"),
         ({"cnns": ("resnet18",), "images": 0}, "images must be at least 1"),
     ],
@@ -854,19 +856,21 @@ def test_impossible_convolutions_are_refused(changes, said):
 
 def test_convolutions_on_the_command_line():
     assert conv_of("128x64x3x32/2") == Conv(128, 64, 3, 32, 2)
-    for text in ("64x64x3", "64x64x3x0", "ax64x3x32", "64x64x3x32/", "64x64x3x32/0"):
+    assert conv_of("128x64x3x32/2g4") == Conv(128, 64, 3, 32, 2, 4) and conv_of("8x8x3x4G2") == Conv(8, 8, 3, 4, 1, 2)
+    for text in ("64x64x3", "64x64x3x0", "ax64x3x32", "64x64x3x32/", "64x64x3x32/0", "64x64x3x32g", "8x8x3x4g0"):
         with pytest.raises(ValueError, match="write them like 64x64x3x32"):
             conv_of(text)
 
 
 def convolutions_of(model: nn.Module, side: int) -> list[str]:
-    """What may become sparse of a network on square images: all convolutions of more than three channels, one group."""
+    """What may become sparse of a network on square images: convolutions of more than three channels, not depthwise."""
     found = []
 
     def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor]) -> None:
-        if conv.in_channels > 3 and conv.groups == 1:
+        if conv.in_channels > 3 and conv.groups < conv.in_channels:
             sizes = f"{conv.out_channels}x{conv.in_channels}x{conv.kernel_size[0]}x{inputs[0].shape[2]}"
-            found.append(sizes + (f"/{conv.stride[0]}" if conv.stride[0] > 1 else ""))
+            stride = f"/{conv.stride[0]}" if conv.stride[0] > 1 else ""
+            found.append(sizes + stride + (f"g{conv.groups}" if conv.groups > 1 else ""))
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -876,10 +880,44 @@ def convolutions_of(model: nn.Module, side: int) -> list[str]:
     return found
 
 
+class ResNeXtBlock(nn.Module):
+    """1x1, 3x3 with 32 groups, 1x1, beside a skip."""
+
+    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+        super().__init__()
+        outputs = 2 * inner
+        convs = [nn.Conv2d(inputs, inner, 1, bias=False), nn.Conv2d(inner, inner, 3, stride, 1, groups=32, bias=False)]
+        convs.append(nn.Conv2d(inner, outputs, 1, bias=False))
+        self.body = nn.Sequential(*(part for conv in convs for part in (conv, nn.BatchNorm2d(conv.out_channels))))
+        self.skip: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        return self.body(x) + self.skip(x)
+
+
+def resnext50() -> nn.Module:
+    """What of ResNeXt-50 (32x4d) has weights, with 1,000 classes."""
+    stages, inputs = [], 64
+    for inner, blocks, stride in ((128, 3, 1), (256, 4, 2), (512, 6, 2), (1024, 3, 2)):
+        for block in range(blocks):
+            stages.append(ResNeXtBlock(inputs, inner, stride if block == 0 else 1))
+            inputs = 2 * inner
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.MaxPool2d(3, 2, 1)]
+    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+def test_resnext50_has_its_published_number_of_parameters():
+    assert sum(p.numel() for p in resnext50().parameters()) == 25_028_904  # torchvision's; the paper says 25.0M
+
+
 @pytest.mark.parametrize("name", sorted(CONVS))
 def test_networks_have_the_convolutions_that_bench_times(name):
     if name in CNNS:
         model, side = network(name), 32
+    elif name == "resnext50":
+        model, side = resnext50(), 224
     else:
         transformers = pytest.importorskip("transformers")
         config, kind, side = {

@@ -107,8 +107,8 @@ def test_drawn_copied_pickled_and_shown():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"SparseConv1d has no groups, got groups=4"):
-        SparseConv1d(4, 8, 3, groups=4, density=0.5)
+    with pytest.raises(ValueError, match="groups must divide in_channels and out_channels, got 4 groups of 6 and 8"):
+        SparseConv1d(6, 8, 3, groups=4, density=0.5)
     with pytest.raises(ValueError, match=r"stride must be an int of at least 1, got \(1, 1\)"):
         SparseConv1d(4, 8, 3, stride=(1, 1), density=0.5)
     with pytest.raises(ValueError, match=r"kernel_size must be an int of at least 1, got 0"):

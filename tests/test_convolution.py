@@ -18,11 +18,12 @@ from rarefy import Pattern, SparseConv2d
 from rarefy.cost import Convolution, LayerCost, convolutions_per_layer, tokens_per_layer
 from rarefy.export import to_dense_state_dict
 from rarefy.ops import Index, available, convolution, tiled, using
+from rarefy.ops.geometry import Geometry
 from rarefy.ops.reference import dense, unit_indices
 
 OPS = torch.ops.rarefy
 
-#        images, in, out, (H, W), kernel, stride, padding, dilation, block, density
+#        images, in, out, (H, W), kernel, stride, padding, dilation, block, density, groups if there are any
 CASES = [
     (1, 3, 5, (7, 6), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 0.3),
     (17, 4, 8, (5, 9), (3, 3), (2, 2), (1, 1), (1, 1), (4, 1), 0.2),
@@ -59,25 +60,43 @@ ROWS = [
     (33, 8, 12, (1, 19), (1, 4), (1, 1), (0, 3), (1, 2), (4, 4), 0.3),
     (16, 8, 16, (1, 9), (1, 1), (1, 1), (0, 0), (1, 1), (8, 8), 0.5),
 ]
-CASES = CASES[:-1] + MANY + ROWS
+GROUPED = [
+    (3, 8, 6, (7, 6), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 0.3, 2),
+    (17, 6, 6, (6, 5), (3, 3), (1, 2), (1, 1), (1, 1), (1, 1), 0.5, 6),
+    (5, 8, 16, (8, 7), (5, 3), (2, 1), (2, 0), (1, 2), (4, 1), 0.3, 4),
+    (33, 12, 24, (5, 4), (3, 2), (1, 1), (1, 1), (1, 1), (4, 4), 0.4, 3),
+    (16, 32, 32, (4, 4), (2, 2), (2, 2), (1, 0), (1, 1), (8, 8), 0.5, 2),
+    (9, 16, 8, (4, 6), (1, 1), (1, 1), (0, 0), (1, 1), (1, 1), 0.4, 4),
+    (4, 8, 16, (6, 6), (1, 1), (1, 1), (0, 0), (1, 1), (4, 4), 0.5, 2),
+    (18, 16, 8, (5, 6), (1, 1), (2, 2), (0, 0), (1, 1), (4, 1), 0.4, 2),
+    (20, 6, 9, (1, 21), (1, 5), (1, 2), (0, 2), (1, 1), (1, 1), 0.3, 3),
+    (2, 4, 4, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 0.0, 2),
+    (0, 4, 4, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 0.3, 2),
+]
+CASES = CASES[:-1] + MANY + ROWS + GROUPED
+
+
+def groups_of(case):
+    return case[10] if len(case) > 10 else 1
 
 
 def drawn(case, dtype):
-    """values, index arguments, x, bias, geometry."""
-    images, in_channels, out_channels, size, kernel, stride, padding, dilation, block, density = case
+    """values, index, x, bias, geometry."""
+    images, in_channels, out_channels, size, kernel, stride, padding, dilation, block, density = case[:10]
     generator = torch.Generator().manual_seed(CASES.index(case))
-    shape = (out_channels, in_channels * kernel[0] * kernel[1])
+    shape = (out_channels, in_channels // groups_of(case) * kernel[0] * kernel[1])
     units = round(density * shape[0] * shape[1] / (block[0] * block[1]))
     index = Index.of(Pattern.with_units(shape, units, block, generator))
     values = torch.randn((units,) if block == (1, 1) else (units, *block), generator=generator, dtype=dtype)
     x = torch.randn(images, in_channels, *size, generator=generator, dtype=dtype)
     bias = torch.randn(out_channels, generator=generator, dtype=dtype)
-    return values, index, x, bias, [list(pair) for pair in (kernel, stride, padding, dilation)]
+    geometry = Geometry(*(list(pair) for pair in (kernel, stride, padding, dilation)), groups=groups_of(case))
+    return values, index, x, bias, geometry
 
 
 def dense_conv(weight, x, bias, geometry):
-    kernel, stride, padding, dilation = geometry
-    return F.conv2d(x, weight.view(weight.shape[0], -1, *kernel), bias, stride, padding, dilation)
+    kernel, stride, padding, dilation, groups = geometry
+    return F.conv2d(x, weight.view(weight.shape[0], -1, *kernel), bias, stride, padding, dilation, groups)
 
 
 def gradients(weight, x, bias, geometry, dy):
@@ -147,9 +166,9 @@ def test_convolution_matches_dense(case, backend, layout):
 
 @pytest.mark.parametrize("entries", [1, 50])
 def test_tiles_of_any_size(entries, monkeypatch):
-    monkeypatch.setattr(tiled.tiles, "__defaults__", (entries,))
+    monkeypatch.setattr(tiled.tiles, "__defaults__", (entries, 1))
     with using("tiled"):
-        for case in CASES[:7]:
+        for case in [*CASES[:7], *GROUPED]:
             for found, wanted, size, count in compared(case, "contiguous"):
                 assert ((found.double() - wanted).abs() <= (count + 2) * 2**-23 * size).all()
 
@@ -159,13 +178,13 @@ ISAS = [name for name in available() if name not in ("reference", "tiled")]
 
 def rounds_factors(case, backend):
     """Whether a product that may round its factors to bf16 does."""
-    images, *_, kernel, stride, padding, _, _, _ = case
+    images, kernel, stride, padding = case[0], *case[4:7]
     product = kernel == stride == (1, 1) and padding == (0, 0)
     return backend == "avx512bf16" and images > 16 and not product
 
 
 @pytest.mark.parametrize("backend", ISAS)
-@pytest.mark.parametrize("case", [*CASES[:9], *MANY, *ROWS], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:9], *MANY, *ROWS, *GROUPED], ids=str)
 def test_images_in_bf16(case, backend):
     with using(backend):
         checks = compared(case, "channels_last", torch.bfloat16)
@@ -176,7 +195,7 @@ def test_images_in_bf16(case, backend):
 
 
 @pytest.mark.parametrize("backend", ISAS)
-@pytest.mark.parametrize("case", MANY, ids=str)
+@pytest.mark.parametrize("case", [*MANY, *GROUPED], ids=str)
 def test_images_under_medium_precision(case, backend):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -208,7 +227,7 @@ def test_bits_do_not_depend_on_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], ROWS[0], ROWS[1]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], ROWS[0], ROWS[1], GROUPED[0], GROUPED[5]], ids=str)
 def test_gradcheck_opcheck_and_compile(case):
     values, index, x, bias, geometry = drawn(case, torch.float64)
     for tensor in (values, x, bias):
@@ -228,7 +247,7 @@ def test_gradcheck_opcheck_and_compile(case):
 def test_any_pattern(units):
     index = Index.of(Pattern.from_units(torch.tensor(sorted(units)), (4, 18), (1, 1)))
     values, x = torch.randn(len(units), dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    geometry = [[3, 3], [1, 1], [1, 1], [1, 1]]
+    geometry = Geometry([3, 3], [1, 1], [1, 1], [1, 1])
     y = OPS.conv2d(values, *index, x, None, *geometry)
     torch.testing.assert_close(y, dense_conv(dense(values, index), x, None, geometry))
 
@@ -260,8 +279,12 @@ def test_layer_is_the_dense_one_at_its_units(block):
 
 
 def test_layers_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="groups=4"):
-        SparseConv2d(4, 8, 3, groups=4, density=0.5)
+    with pytest.raises(ValueError, match="3 groups of 6 and 8"):
+        SparseConv2d(6, 8, 3, groups=3, density=0.5)
+    with pytest.raises(ValueError, match="block 4x1 does not fit 4 groups of 2 output channels"):
+        SparseConv2d(4, 8, 3, groups=4, block=(4, 1), density=0.5)
+    with pytest.raises(ValueError, match="block 4x1 does not fit 4 groups of 2 output channels"):
+        SparseConv2d.from_dense(nn.Conv2d(4, 8, 3, groups=4), block=(4, 1), density=0.5)
     with pytest.raises(ValueError, match="stride must be"):
         SparseConv2d(4, 8, 3, stride=0, density=0.5)
     with pytest.raises(ValueError, match='"same" needs a stride of 1'):
@@ -302,7 +325,7 @@ def test_layers_are_copied_and_pickled():
 
 
 class Net(nn.Module):
-    """A first convolution, a residual block with one of one tap, one with groups, and a head."""
+    """A first convolution, a residual block with one of one tap, three with groups, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,12 +336,13 @@ class Net(nn.Module):
         self.point = nn.Conv2d(16, 16, 1)
         self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
         self.paired = nn.Conv2d(16, 16, 1, groups=2)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
         x = F.relu(self.norm(self.conv1(x)) + self.skip(x))
-        return self.head(self.paired(self.depth(self.point(x))).mean(dim=(2, 3)))
+        return self.head(self.grouped(self.paired(self.depth(self.point(x)))).mean(dim=(2, 3)))
 
 
 def made(method, density=0.3, **options) -> tuple[Any, rarefy.Rewirer]:
@@ -333,12 +357,15 @@ def test_a_plan_converts_convolutions_and_says_why_not():
         "conv1": "SparseConv2d",
         "skip": "SparseConv2d",
         "point": "SparseConv2d",
+        "paired": "SparseConv2d",
+        "grouped": "SparseConv2d",
         "head": "SparseLinear",
     }
     assert "first convolution" in rewirer.left_dense["stem"]
     assert "16 groups (depthwise)" in rewirer.left_dense["depth"]
-    assert "2 groups, which sparse convolutions do not have yet" in rewirer.left_dense["paired"]
-    shapes = {"conv1": (16, 8, 3, 3), "skip": (16, 8, 1, 1), "point": (16, 16, 1, 1), "head": (4, 16)}
+    assert "groups=4" in repr(model.grouped) and "groups" not in repr(model.conv1)
+    shapes = {name: tuple(getattr(Net(), name).weight.shape) for name in rewirer.layers}
+    assert shapes["paired"] == (16, 8, 1, 1) and shapes["grouped"] == (16, 4, 3, 3)
     wanted = rarefy.erk(shapes, 0.3)
     for name, layer in rewirer.layers.items():
         assert layer.density == pytest.approx(wanted[name], abs=2 / (layer.out_features * layer.in_features))
@@ -401,31 +428,33 @@ def test_methods_rewire_convolutions(method, images_at_once, monkeypatch):
     model, rewirer = made(method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rewirer.attach(optimizer, total_steps=20)
-    first = model.conv1.pattern
-    for _ in range(12):
+    layers = {name: rewirer.layers[name] for name in ("conv1", "paired", "grouped")}
+    first = {name: layer.pattern for name, layer in layers.items()}
+    for _ in range(14):
         optimizer.zero_grad()
         F.cross_entropy(model(torch.randn(6, 3, 8, 8)), torch.randint(4, (6,))).backward()
         optimizer.step()
-    assert not torch.equal(model.conv1.pattern.unit_indices(), first.unit_indices())
+    assert not [name for name, layer in layers.items() if layer.pattern == first[name]]
 
 
+@pytest.mark.parametrize("name", ["conv1", "paired", "grouped"])
 @pytest.mark.parametrize("images_at_once", [2, 100])
-def test_rigl_grows_where_the_dense_gradient_is_largest(images_at_once, monkeypatch):
+def test_rigl_grows_where_the_dense_gradient_is_largest(images_at_once, name, monkeypatch):
     monkeypatch.setattr(convolution, "PATCH_ENTRIES", images_at_once * 72 * 16)
     model, rewirer = made(rarefy.RigL(interval=2, stagger=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rewirer.attach(optimizer, total_steps=8)
     for _ in range(2):
         x, target = torch.randn(6, 3, 8, 8), torch.randint(4, (6,))
-        before, twin = model.conv1.pattern, copy.deepcopy(model)
-        twin.conv1 = twin.conv1.to_dense()
+        before, twin = getattr(model, name).pattern, copy.deepcopy(model)
+        setattr(twin, name, getattr(twin, name).to_dense())
         optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
         F.cross_entropy(twin(x), target).backward()
         optimizer.step()
-    gradient = twin.conv1.weight.grad.flatten().abs()
+    gradient = getattr(twin, name).weight.grad.flatten().abs()
     gradient[before.unit_indices()] = -1
-    grown = set(model.conv1.pattern.unit_indices().tolist()) - set(before.unit_indices().tolist())
+    grown = set(getattr(model, name).pattern.unit_indices().tolist()) - set(before.unit_indices().tolist())
     best = set(torch.sort(gradient, descending=True).indices[: len(grown)].tolist())
     assert grown and grown == best
 
@@ -443,7 +472,7 @@ def test_files_hold_convolutions(tmp_path):
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(other.eval()(x), model.eval()(x))
     state = to_dense_state_dict(path)
-    assert state["conv1.weight"].shape == (16, 8, 3, 3)
+    assert state["conv1.weight"].shape == (16, 8, 3, 3) and state["grouped.weight"].shape == (16, 4, 3, 3)
     plain = Net()
     plain.load_state_dict(state)
     torch.testing.assert_close(plain.eval()(x), model(x))

@@ -213,6 +213,8 @@ def test_what_shares_coefficients():
     assert Work((8, 8), 32, 9, (1, 1), "fp32", point).kind == "fp32 1x1", "a linear layer on pixels"
     assert dense_work((8, 8), 32, "fp32", point).kind == "fp32 conv dense"
     assert dense_work((8, 9), 32, "fp32", grouped).kind == "fp32 grouped conv dense", "never timed"
+    paired = Convolution((2, 8, 4, 4), (1, 1), groups=2)
+    assert Work((8, 4), 32, 9, (1, 1), "fp32", paired).kind == "fp32 grouped conv 1x1", "nor is this"
     linear, pixels = Work((8, 8), 32, 9, (1, 1)), Work((8, 8), 32, 9, (1, 1), "fp32", point)
     assert terms(pixels, "step", L2) == terms(linear, "step", L2)
 

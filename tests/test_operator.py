@@ -65,13 +65,13 @@ def _batch_norm() -> list[Any]:
 
 def _conv2d() -> list[Any]:
     conv = _conv(8)
-    return [conv.values, *conv.index, _images(8), conv.bias, *map(list, conv.geometry), None]
+    return [conv.values, *conv.index, _images(8), conv.bias, *conv.geometry, None]
 
 
 def _norm_conv2d() -> list[Any]:
     conv = _conv(8)
     norm = [_draw(8), _draw(8), None, None, 1e-5]
-    return [conv.values, *conv.index, _images(8), *norm, conv.bias, *map(list, conv.geometry), None]
+    return [conv.values, *conv.index, _images(8), *norm, conv.bias, *conv.geometry, None]
 
 
 CASES: dict[str, Callable[[], list[Any]]] = {

@@ -42,7 +42,8 @@ def bench_conv(
         )
         for channels, size in ((conv.inputs, conv.side), (conv.outputs, side))
     )
-    dense = nn.Conv2d(conv.inputs, conv.outputs, conv.kernel, conv.stride, conv.padding, bias=False)
+    geometry = (conv.kernel, conv.stride, conv.padding)
+    dense = nn.Conv2d(conv.inputs, conv.outputs, *geometry, groups=conv.groups, bias=False)
     dense = dense.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     per_weight = 6 * settings.images * side * side
     whole = dense.weight.numel() * per_weight
@@ -56,10 +57,9 @@ def bench_conv(
                 contenders.append(
                     Contender(name=DENSE, dtype=dtype, compiled=True, kernels="torch", laps=laps, flops=whole)
                 )
-    matrix = (conv.outputs, conv.inputs * conv.kernel**2)
     for block in settings.blocks:
         for density in settings.densities:
-            pattern = Pattern.random(matrix, density, block, generator)
+            pattern = Pattern.random(conv.matrix, density, block, generator)
             layer = SparseConv2d.from_dense(dense, pattern=pattern, block=block)
             for dtype in settings.dtypes:
                 flops = layer.values.numel() * per_weight

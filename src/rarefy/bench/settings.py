@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rarefy.cost import PRECISIONS, Precision
 from rarefy.models.gpt import GPTConfig
+from rarefy.nn.conv import check_group_blocks, check_groups
 from rarefy.pattern import check_density, unit_grid
 from rarefy.settings import unknown
 
@@ -28,6 +29,12 @@ class Conv:
     kernel: int
     side: int
     stride: int = 1
+    groups: int = 1
+
+    @property
+    def matrix(self) -> Pair:
+        """Shape of the matrix that its weight is."""
+        return self.outputs, self.inputs // self.groups * self.kernel**2
 
     @property
     def padding(self) -> int:
@@ -38,7 +45,9 @@ class Conv:
     def name(self) -> str:
         """As people write it."""
         stride = "" if self.stride == 1 else f", stride {self.stride}"
-        return f"conv {self.outputs}x{self.inputs}x{self.kernel}x{self.kernel} at {self.side}x{self.side}{stride}"
+        groups = "" if self.groups == 1 else f", {self.groups} groups"
+        shape = f"{self.outputs}x{self.inputs}x{self.kernel}x{self.kernel}"
+        return f"conv {shape} at {self.side}x{self.side}{stride}{groups}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +122,10 @@ class Settings:
             for block in self.blocks:
                 unit_grid((rows, cols), block)
         for conv in self.convs:
+            check_groups(conv.groups, conv.inputs, conv.outputs)
             for block in self.blocks:
-                unit_grid((conv.outputs, conv.inputs * conv.kernel**2), block)
+                unit_grid(conv.matrix, block)
+                check_group_blocks(conv.groups, conv.outputs, block)
             if conv.side + 2 * conv.padding < conv.kernel or min(conv.side, conv.stride) < 1:
                 raise ValueError(f"{conv.name} has no output")
         for name in self.cnns:

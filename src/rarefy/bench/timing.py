@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -208,7 +209,7 @@ CNN_FLOPS = {"wrn16x2": 1.0e8, "wrn22x2": 1.6e8, "wrn28x10": 5.2e9, "resnet18": 
 
 
 def _conv_flops(conv: Conv, images: int) -> float:
-    return conv.outputs * conv.inputs * conv.kernel**2 * (conv.side / conv.stride) ** 2 * images
+    return math.prod(conv.matrix) * (conv.side / conv.stride) ** 2 * images
 
 
 @contextlib.contextmanager

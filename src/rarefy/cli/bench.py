@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,20 +187,23 @@ def sides(text: int | str, option: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+_CONV = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:/(\d+))?(?:g(\d+))?")
+
+
 def conv_of(text: str) -> Conv:
-    """Text such as "128x64x3x32/2" to a convolution.
+    """Text such as "128x64x3x32/2", or "128x128x3x56g32" with groups, to a convolution.
 
     Raises:
         ValueError: it says something else.
     """
-    sizes, _, stride = text.lower().partition("/")
-    numbers = [*sizes.split("x"), *([stride] if "/" in text else [])]
-    if len(sizes.split("x")) != 4 or not all(part.isdecimal() and int(part) > 0 for part in numbers):
+    found = _CONV.fullmatch(text.lower())
+    numbers = [int(part or 1) for part in found.groups()] if found else [0]
+    if min(numbers) < 1:
         raise ValueError(
-            f"convs: {text!r} is none; write them like 64x64x3x32 or 128x64x3x32/2 (out, in, kernel, side), or name a "
-            f"network: {', '.join(CONVS)}"
+            f"convs: {text!r} is none; write them like 64x64x3x32, 128x64x3x32/2 (out, in, kernel, side / stride) or "
+            f"128x128x3x56g32 (groups), or name a network: {', '.join(CONVS)}"
         )
-    return Conv(*(int(part) for part in numbers))
+    return Conv(*numbers)
 
 
 def name_of(results: Results) -> str:

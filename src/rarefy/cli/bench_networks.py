@@ -23,6 +23,13 @@ _NETWORKS = {
         64x32x3x32/2 64x32x1x32/2 64x64x3x16
         128x64x3x16/2 128x64x1x16/2 128x128x3x8
     """,
+    # Xie et al. 2017, arXiv:1611.05431: 32 groups of 4 channels and more (32x4d), images of 224x224.
+    "resnext50": """
+        128x64x1x56 128x128x3x56g32 256x128x1x56 256x64x1x56 128x256x1x56
+        256x256x1x56 256x256x3x56/2g32 512x256x1x28 512x256x1x56/2 256x512x1x28 256x256x3x28g32
+        512x512x1x28 512x512x3x28/2g32 1024x512x1x14 1024x512x1x28/2 512x1024x1x14 512x512x3x14g32
+        1024x1024x1x14 1024x1024x3x14/2g32 2048x1024x1x7 2048x1024x1x14/2 1024x2048x1x7 1024x1024x3x7g32
+    """,
     # Howard et al. 2017, arXiv:1704.04861, images of 224x224; its depthwise convolutions stay dense.
     "mobilenet": """
         64x32x1x112 128x64x1x56 128x128x1x56 256x128x1x28 256x256x1x28

@@ -41,14 +41,13 @@ class Convolution:
             border = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         else:
             border = (0,) * axes if isinstance(conv.padding, str) else tuple(2 * zeros for zeros in conv.padding)
-        groups = 1 if isinstance(conv, SparseConvolution) else conv.groups
         return cls(
             images=(count, channels, *_pair(sizes, 1)),
             kernel=_pair(conv.kernel_size, 1),
             stride=_pair(conv.stride, 1),
             border=_pair(border, 0),
             dilation=_pair(conv.dilation, 1),
-            groups=groups,
+            groups=conv.groups,
             axes=axes,
             channels_last=channels_last,
         )

@@ -28,9 +28,11 @@ def layer_bytes(
     *,
     rank: int = 0,
     computes_dense: bool = False,
+    groups: int = 1,
 ) -> int:
     """Bytes of a layer's weights; `units` None: dense. Of a sparse layer: values, every index tensor it holds (one that
-    computes dense has no list of units by column), and the low-rank part beside it.
+    computes dense has no list of units by column, a convolution with groups a second index), and the low-rank part
+    beside it.
     """
     if units is None:
         return shape[0] * shape[1] * value_bytes
@@ -38,6 +40,8 @@ def layer_bytes(
     narrow = index_dtype(rows, cols).itemsize
     index = narrow if computes_dense else 2 * narrow + 4
     sparse = units * (block[0] * block[1] * value_bytes + index) + (rows + cols + 2) * 4
+    if groups > 1 and not computes_dense:
+        sparse += layer_bytes((shape[0], groups * shape[1]), units, block, 0)
     return sparse + low_rank_weights(shape, rank) * value_bytes
 
 

@@ -43,7 +43,8 @@ class Work:
     @property
     def convolves(self) -> bool:
         """Whether it is computed as a convolution: a sparse one with one tap on every pixel is a linear layer."""
-        return self.conv is not None and not (self.conv.is_product and self.block is not None)
+        linear = self.conv is not None and self.conv.is_product and self.conv.groups == 1
+        return self.conv is not None and not (linear and self.block is not None)
 
     @property
     def kind(self) -> str:

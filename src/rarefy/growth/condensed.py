@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from rarefy.growth.signal import Collector, Found, GrowScore, Request, scan, unit_scores
 from rarefy.ops.index import Index
+from rarefy.ops.spread import sddmm
 from rarefy.sampling import Generator, keyed_generator
 
 
@@ -54,7 +54,7 @@ class Condensed(Collector):
         dy, x = (self.finish(self.over_ranks(rows)) for rows in self._rows)
         returning = None
         if self.request.returns:
-            returning = unit_scores(torch.ops.rarefy.sddmm(*index, dy, x), grow_score)
+            returning = unit_scores(sddmm(index, dy, x), grow_score)
         return Found(*self.best(index, dy, x, grow_score), returning)
 
     def best(self, index: Index, dy: Tensor, x: Tensor, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from rarefy.growth.signal import (
 from rarefy.ops import tiled
 from rarefy.ops.index import Index
 from rarefy.ops.rows import RowScores, best_in_rows, tiles_of
+from rarefy.ops.spread import dense_gradient, groups_in, sddmm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class BestUnits(Collector):
         # Calls of one step cannot be combined: the engine then leaves the rewire out, and accumulates the next time.
         self._units, self._scores = scan(index, dy, x, self.request, self.request.grow_score)
         if self.request.returns:
-            self._active_gradient = torch.ops.rarefy.sddmm(*index, dy, x)
+            self._active_gradient = sddmm(index, dy, x)
 
     def found(self, index: Index, grow_score: GrowScore | None) -> Found:
         active = self._active_gradient
@@ -78,7 +79,7 @@ class DenseGradient(Collector):
         self.gradient: Tensor | None = None
 
     def see(self, index: Index, dy: Tensor, x: Tensor) -> None:
-        gradient = dy.T @ x
+        gradient = dense_gradient(dy, x, groups_in(index, x))
         self.gradient = gradient if self.calls == 1 or self.gradient is None else self.gradient.add_(gradient)
 
     def everywhere(self, index: Index, grow_score: GrowScore | None) -> Tensor:

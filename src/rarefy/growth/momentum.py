@@ -18,6 +18,7 @@ from torch import Tensor
 from rarefy.groups import Group, groups_of, split_over
 from rarefy.growth.signal import Collector, Found, GrowScore, Request, Signal, pattern_of, unit_scores
 from rarefy.ops.index import Index
+from rarefy.ops.spread import sddmm
 from rarefy.pattern import Pattern
 from rarefy.sampling import keyed_generator
 from rarefy.selection import highest, random_absent
@@ -95,9 +96,9 @@ class _Watched(Collector):
         if self._pool_index is None:
             shape, (b_r, b_c) = (index.out_features, index.in_features), index.block
             self._pool_index = Index.of(Pattern.from_sorted_units(self._pool, shape, (b_r, b_c)))
-        now = {"pool": torch.ops.rarefy.sddmm(*self._pool_index, dy, x)}
+        now = {"pool": sddmm(self._pool_index, dy, x)}
         if self.request.returns:
-            now["active"] = torch.ops.rarefy.sddmm(*index, dy, x)
+            now["active"] = sddmm(index, dy, x)
         if self.calls > 1:
             now = {name: self._now[name] + gradient for name, gradient in now.items()}
         self._now = now

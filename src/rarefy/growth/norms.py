@@ -11,6 +11,7 @@ from rarefy.growth.condensed import Condensed
 from rarefy.growth.signal import GrowScore, Request, Signal
 from rarefy.ops import tiled
 from rarefy.ops.index import Index
+from rarefy.ops.spread import groups_in
 
 QUANTILES = 128
 """Of rows and of columns, from which the threshold is read."""
@@ -47,7 +48,7 @@ class _Norms(Condensed):
         return self.request.ranks.mean_over_ranks(rows)  # orders as the sum does
 
     def best(self, index: Index, dy: Tensor, x: Tensor, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
-        if grow_score is None and self.request.groups == 1:
+        if grow_score is None and self.request.groups == groups_in(index, x) == 1:
             (b_r, b_c), wide = index.block, torch.promote_types(dy.dtype, torch.float32)
             rows, cols = dy.to(wide).view(-1, b_r).mean(dim=1), x.to(wide).view(-1, b_c).mean(dim=1)
             found = large_products(index, rows, cols, self.request.k)

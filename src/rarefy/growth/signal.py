@@ -7,17 +7,18 @@ it gives the best absent units. A new signal is a new file with a subclass of `S
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rarefy.groups import groups_of, split_over
+from rarefy.groups import Group, groups_of, split_over
 from rarefy.ops import tiled
 from rarefy.ops.index import Index
 from rarefy.ops.rows import RowScores
+from rarefy.ops.spread import groups_in
 from rarefy.pattern import Pattern
 
 GrowScore = Callable[[Tensor], Tensor]
@@ -92,7 +93,9 @@ class Collector:
         """Backward calls in the present step."""
 
     def add(self, index: Index, dy: Tensor, x: Tensor) -> None:
-        """One backward call of the layer: dy (B, O), x (B, I), at least fp32."""
+        """One backward call of the layer: dy (B, O), x (B, I), at least fp32; of a convolution with groups the index is
+        that of one group's inputs, and x (B, groups * I) has those of all (`rarefy.ops.spread`).
+        """
         current = torch._C._current_graph_task_id()
         if self.request.values.grad is None and current != self._pass:
             self.calls = 0
@@ -184,12 +187,26 @@ def scan(index: Index, dy: Tensor, x: Tensor, request: Request, grow_score: Grow
     if request.groups == 1:
         return _best_absent(index, dy, x, request.k, grow_score)
     groups = list(groups_of(pattern_of(index), request.groups))
+    return _scan_groups(index, dy, x, groups, split_over(request.k, groups), grow_score)
+
+
+def _scan_groups(
+    index: Index, dy: Tensor, x: Tensor, groups: Sequence[Group], ks: Sequence[int], grow_score: GrowScore | None
+) -> tuple[Tensor, Tensor]:
+    """The best of each group of rows, as many as `ks` says: (units, scores)."""
     units, scores = [], []
-    for group, k in zip(groups, split_over(request.k, groups), strict=True):
-        found = _best_absent(Index.of(group.pattern), dy[:, group.rows].contiguous(), x, k, grow_score)
+    for at, (group, k) in enumerate(zip(groups, ks, strict=True)):
+        seen = x[:, _inputs(at, len(groups), groups_in(index, x), index.in_features)]
+        found = _best_absent(Index.of(group.pattern), dy[:, group.rows].contiguous(), seen, k, grow_score)
         units.append(found[0] + group.units.start)
         scores.append(found[1])
     return torch.cat(units), torch.cat(scores)
+
+
+def _inputs(at: int, parts: int, groups: int, width: int) -> slice:
+    """Columns of x that one of `parts` equal parts of the rows looks at, where each of `groups` has `width`."""
+    first, last = at * groups // parts, -(-(at + 1) * groups // parts)
+    return slice(first * width, last * width)
 
 
 def pattern_of(index: Index) -> Pattern:
@@ -199,6 +216,14 @@ def pattern_of(index: Index) -> Pattern:
 
 
 def _best_absent(index: Index, dy: Tensor, x: Tensor, k: int, grow_score: GrowScore | None) -> tuple[Tensor, Tensor]:
+    if (number := groups_in(index, x)) > 1:
+        groups = list(groups_of(pattern_of(index), number))
+        absent = [group.units.stop - group.units.start - group.pattern.num_units for group in groups]
+        units, scores = _scan_groups(index, dy, x, groups, [min(k, some) for some in absent], grow_score)
+        best = torch.sort(scores, descending=True, stable=True).indices[
+            :k
+        ]  # of equals the earlier group's: lower units
+        return units[best], scores[best]
     if grow_score is None:
         return torch.ops.rarefy.grow_candidates(*index, dy, x, k)
     return tiled.grow_candidates(index, dy, x, k, lambda tile: grid_scores(tile, index.block, grow_score))

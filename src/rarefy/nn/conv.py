@@ -21,15 +21,19 @@ Sizes = tuple[int, ...]
 
 class SparseConvolution(SparseLayer):
     """What the convolutions share: torch's with `values` at the units of their weight's matrix, whose shape is
-    (out_channels, in_channels * taps).
+    (out_channels, in_channels / groups * taps).
 
     Args:
-        density, block, generator, device, dtype: as for `SparseLinear`, over that matrix.
-        the others: as for torch's; padding with zeros. groups must be 1.
+        density, block, generator, device, dtype: as for `SparseLinear`, over that matrix; rows of a block may not be
+            of two groups.
+        the others: as for torch's; padding with zeros.
     Attributes:
         values, bias, pattern, density: as for `SparseLinear`.
     Raises:
         ValueError: groups, a kernel, stride or padding that cannot be, or anything `SparseLinear` refuses.
+
+    With groups the kernels read a second index, of the matrix (out_channels, in_channels * taps), made at the first
+    call after a rewire: O(nnz) time and memory more.
     """
 
     axes: ClassVar[int]
@@ -55,43 +59,47 @@ class SparseConvolution(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _refuse_unless_possible(type(self), groups, padding_mode)
+        _refuse_unless_possible(type(self), padding_mode)
+        check_groups(groups, in_channels, out_channels)
+        check_group_blocks(groups, out_channels, as_block(block))
         kernel = _sizes("kernel_size", kernel_size, 1, self.axes)
-        shape = (out_channels, in_channels * math.prod(kernel))
+        shape = (out_channels, in_channels // groups * math.prod(kernel))
         rows, cols = unit_grid(shape, as_block(block))
         num_units = min(max(1, round(check_density(density) * rows * cols)), rows * cols)
         self._allocate(shape, as_block(block), num_units, bias, device, dtype)
-        self._set_geometry(kernel, stride, padding, dilation)
+        self._set_geometry(kernel, stride, padding, dilation, groups)
         if self.values.device.type != "meta":
             self.reset_parameters(generator)
 
     def _set_geometry(
-        self, kernel: Sizes, stride: int | Sizes, padding: int | Sizes | str, dilation: int | Sizes
+        self, kernel: Sizes, stride: int | Sizes, padding: int | Sizes | str, dilation: int | Sizes, groups: int
     ) -> None:
         self.kernel_size, self.stride = kernel, _sizes("stride", stride, 1, self.axes)
         self.dilation = _sizes("dilation", dilation, 1, self.axes)
         self.padding = _padding(padding, kernel, self.stride, self.dilation)
-        self.out_channels, self.in_channels = self.out_features, self.in_features // math.prod(kernel)
+        self.groups = groups
+        self.out_channels, self.in_channels = self.out_features, self.in_features // math.prod(kernel) * groups
 
     def take_geometry(self, conv: nn.Conv1d | nn.Conv2d) -> None:
         """That of a dense convolution.
 
         Raises:
-            ValueError: it has groups, padding that is not known here, or other axes.
+            ValueError: it has padding that is not known here, groups that share a row of blocks, or other axes.
         """
         if len(conv.kernel_size) != self.axes:
             raise ValueError(
                 f"{type(self).__name__} takes the place of nn.Conv{self.axes}d, not of {type(conv).__name__}"
             )
-        _refuse_unless_possible(type(self), conv.groups, conv.padding_mode)
-        self._set_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        _refuse_unless_possible(type(self), conv.padding_mode)
+        check_group_blocks(conv.groups, conv.out_channels, self.block)
+        self._set_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @property
     def geometry(self) -> Geometry:
         """As the kernels take it, over two axes: the first has one pixel where the layer has but one."""
         lead = 2 - self.axes
         given = ((self.kernel_size, 1), (self.stride, 1), (self.padding, 0), (self.dilation, 1))
-        return Geometry(*([alone] * lead + list(sizes) for sizes, alone in given))
+        return Geometry(*([alone] * lead + list(sizes) for sizes, alone in given), groups=self.groups)
 
     @classmethod
     def from_dense(
@@ -105,8 +113,8 @@ class SparseConvolution(SparseLayer):
         """The layer whose values are the dense one's at the units of `pattern`, or at those of largest magnitude.
 
         Raises:
-            ValueError: neither or both of density and pattern, a pattern of another shape, groups, or padding that is
-                not in numbers and zeros.
+            ValueError: neither or both of density and pattern, a pattern of another shape, groups that share a row of
+                blocks, or padding that is not in numbers and zeros.
         """
         weight = conv.weight.detach().flatten(1)
         if (density is None) == (pattern is None):
@@ -138,8 +146,8 @@ class SparseConvolution(SparseLayer):
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """The dense convolution that computes the same, with its own memory."""
-        weight = self.dense_weight().view(self.out_channels, self.in_channels, *self.kernel_size)
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        weight = self.dense_weight().view(self.out_channels, -1, *self.kernel_size)
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         has_bias = self.bias is not None
         conv = self.dense_type(
             self.in_channels, self.out_channels, *geometry, bias=has_bias, device="meta", dtype=weight.dtype
@@ -153,14 +161,15 @@ class SparseConvolution(SparseLayer):
         block = "" if self.block == (1, 1) else f", block={self.block[0]}x{self.block[1]}"
         bias = "" if self.bias is not None else ", bias=False"
         how = "" if self.compute == "sparse" else ", computes dense"
+        groups = "" if self.groups == 1 else f", groups={self.groups}"
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, density={self.density:.4g}{block}{bias}{how}"
+            f"padding={self.padding}, dilation={self.dilation}{groups}, density={self.density:.4g}{block}{bias}{how}"
         )
 
 
 class SparseConv2d(SparseConvolution):
-    """torch.nn.Conv2d with `values` at the units of its weight's matrix (out_channels, in_channels * kh * kw).
+    """torch.nn.Conv2d with `values` at the units of its weight's matrix (out_channels, in_channels / groups * kh * kw).
 
     Arguments, attributes and errors as for `SparseConvolution`.
 
@@ -179,7 +188,7 @@ class SparseConv2d(SparseConvolution):
 
 
 class SparseConv1d(SparseConvolution):
-    """torch.nn.Conv1d with `values` at the units of its weight's matrix (out_channels, in_channels * k).
+    """torch.nn.Conv1d with `values` at the units of its weight's matrix (out_channels, in_channels / groups * k).
 
     It is `SparseConv2d` on images of one row, and costs what that costs. Fastest where a position's channels lie side
     by side in memory, as in `x.transpose(1, 2)` of an x (N, L, channels), and so do y's then; others are converted on
@@ -208,15 +217,30 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseConvolution]] = {nn.Conv1d: Spars
 
 
 def check_convertible(conv: nn.Conv1d | nn.Conv2d) -> None:
-    """Raises ValueError for a dense convolution that cannot be sparse: it has groups, or padding that is not known."""
+    """Raises ValueError for a dense convolution that cannot be sparse: it has padding that is not known."""
     kind = SparseConv1d if isinstance(conv, nn.Conv1d) else SparseConv2d
-    _refuse_unless_possible(kind, conv.groups, conv.padding_mode)
+    _refuse_unless_possible(kind, conv.padding_mode)
     _padding(conv.padding, conv.kernel_size, conv.stride, conv.dilation)
 
 
-def _refuse_unless_possible(kind: type[SparseConvolution], groups: int, padding_mode: str) -> None:
-    if groups != 1:
-        raise ValueError(f"{kind.__name__} has no groups, got groups={groups}: leave this convolution dense")
+def check_groups(groups: int, in_channels: int, out_channels: int) -> None:
+    """Raises ValueError for channels that so many groups cannot share."""
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide in_channels and out_channels, got {groups} groups of {in_channels} and {out_channels}"
+        )
+
+
+def check_group_blocks(groups: int, out_channels: int, block: tuple[int, int]) -> None:
+    """Raises ValueError for blocks with rows of two groups."""
+    if out_channels // groups % block[0]:
+        raise ValueError(
+            f"block {block[0]}x{block[1]} does not fit {groups} groups of {out_channels // groups} output channels: "
+            f"its {block[0]} rows must divide them"
+        )
+
+
+def _refuse_unless_possible(kind: type[SparseConvolution], padding_mode: str) -> None:
     if padding_mode != "zeros":
         raise ValueError(f"{kind.__name__} pads with zeros only, got padding_mode={padding_mode!r}: leave it dense")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.init import DrawnInit, bias_bound, drawn_pattern, grouped_pattern, linear_values, values_shape
-from rarefy.ops import Index, index_dtype, two_four
+from rarefy.ops import Index, index_dtype, spread, two_four
 from rarefy.ops.reference import dense
 from rarefy.ops.sink import new_sink
 from rarefy.ops.triton import order
@@ -37,6 +37,8 @@ class SparseLayer(nn.Module):
     """How products are computed; see `set_compute`."""
     transposed: bool = False
     """Whether the dense layer it took the place of stores its weight as (in, out), which an export must know."""
+    groups: int = 1
+    """Equal groups of rows that look at inputs of their own: a column is then one of each group's."""
 
     def _allocate(
         self,
@@ -136,6 +138,7 @@ class SparseLayer(nn.Module):
             getattr(self, name).copy_(array)
         order.refresh(self.crow_indices, self.t_crow)
         two_four.refresh(self.index)
+        spread.refresh(self.index, self.groups)
         self.has_pattern = True
 
     def make_room(self, num_units: int) -> None:
@@ -191,7 +194,8 @@ class SparseLayer(nn.Module):
 
     def index_bytes(self) -> int:
         """Bytes of all index tensors of the layer."""
-        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in INDEX_BUFFERS)
+        own = sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in INDEX_BUFFERS)
+        return own if self.compute == "dense" else own + spread.num_bytes(self.index, self.groups)
 
     # -- use ----------------------------------------------------------------------------------------------------------
 

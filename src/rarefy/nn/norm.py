@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from rarefy.nn.conv import SparseConv2d
 from rarefy.nn.mlp import has_hooks
 from rarefy.ops import norm_convolution, operators
-from rarefy.ops.geometry import Geometry
 from rarefy.ops.norm import batch_norm, runs_kernel
 
 
@@ -39,9 +38,9 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Module, x: Tensor) -> Tensor:
     backward pass, which normalises once more. Else `norm_relu`, then `conv`.
     """
     if isinstance(conv, SparseConv2d) and type(conv) is SparseConv2d and not has_hooks(conv) and _known(norm, x):
-        geometry = [list(pair) for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)]
+        geometry = conv.geometry
         same_dtype = not torch.is_autocast_enabled(x.device.type) or conv.cast(x).dtype is x.dtype
-        if same_dtype and norm_convolution.runs_kernel(conv.values, conv.index, x, Geometry(*geometry)):
+        if same_dtype and norm_convolution.runs_kernel(conv.values, conv.index, x, geometry):
             y, mean, var = operators.norm_conv2d(
                 conv.values, *conv.index, x, norm.weight, norm.bias, *_given(norm), norm.eps, conv.bias, *geometry,
                 conv.sink,

@@ -6,16 +6,22 @@ from typing import NamedTuple
 
 
 class Geometry(NamedTuple):
-    """Pairs (height, width), as torch.nn.Conv2d has them."""
+    """Pairs (height, width), and groups, as torch.nn.Conv2d has them."""
 
     kernel: list[int]
     stride: list[int]
     padding: list[int]
     dilation: list[int]
+    groups: int = 1
+
+    @property
+    def pairs(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """All but the groups."""
+        return self.kernel, self.stride, self.padding, self.dilation
 
     @property
     def taps(self) -> int:
-        """Inputs of each channel that an output reads."""
+        """Inputs of each of its group's channels that an output reads."""
         return self.kernel[0] * self.kernel[1]
 
     @property

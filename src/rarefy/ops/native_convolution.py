@@ -32,7 +32,7 @@ Affine = tuple[Tensor, Tensor]
 
 
 def _c_conv(x_shape: tuple[int, ...], y_shape: tuple[int, ...], geometry: Geometry, affine: Affine | None) -> _CConv:
-    pairs = [(INT64 * 2)(*pair) for pair in (x_shape[2:], y_shape[2:], *geometry)]
+    pairs = [(INT64 * 2)(*pair) for pair in (x_shape[2:], y_shape[2:], *geometry.pairs)]
     pointers = (None, None) if affine is None else (affine[0].data_ptr(), affine[1].data_ptr())
     return _CConv(x_shape[0], x_shape[1], y_shape[1], *pairs, *pointers)
 

@@ -20,18 +20,17 @@ from rarefy.ops.geometry import Geometry
 from rarefy.ops.index import Index
 from rarefy.ops.operator import implement, operators
 from rarefy.ops.schema import INDEX_ARGUMENTS, refuse_second_derivative
-
-_GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+from rarefy.ops.spread import spread
 
 torch.library.define(
     "rarefy::norm_conv2d",
     f"(Tensor values, {INDEX_ARGUMENTS}, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, "
-    f"Tensor? conv_bias, {_GEOMETRY}, Tensor? sink=None) -> (Tensor y, Tensor mean, Tensor var)",
+    f"Tensor? conv_bias, {convolution.GEOMETRY_ARGUMENTS}=1, Tensor? sink=None) -> (Tensor y, Tensor mean, Tensor var)",
 )
 torch.library.define(
     "rarefy::norm_conv2d_backward",
     f"(Tensor values, {INDEX_ARGUMENTS}, Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    f"float eps, bool training, {_GEOMETRY}, bool need_conv_bias, Tensor(a!)? sink=None) "
+    f"float eps, bool training, {convolution.GEOMETRY_ARGUMENTS}, bool need_conv_bias, Tensor(a!)? sink=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -50,11 +49,11 @@ def _chooses_native(dtype: torch.dtype, device: torch.device, block: tuple[int, 
 
 def _forward(
     values, crow, cols, t_crow, t_rows, t_perm, block, x, weight, bias, mean, var, eps, conv_bias, kernel, stride,
-    padding, dilation, sink=None,
+    padding, dilation, groups=1, sink=None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     index, geometry = (
         Index(crow, cols, t_crow, t_rows, t_perm, list(block)),
-        Geometry(kernel, stride, padding, dilation),
+        Geometry(kernel, stride, padding, dilation, groups),
     )
     shape = convolution.check_conv2d(index, x, geometry)
     if mean is None:
@@ -62,7 +61,8 @@ def _forward(
     else:
         mean, var = mean.to(torch.float32, copy=True), var.to(torch.float32, copy=True)
     scale, shift = norm.affine(weight, bias, mean, var, eps)
-    y = native_convolution.convolve(values, index, x, conv_bias, geometry, shape, (scale, shift))
+    whole = spread(index, groups)
+    y = native_convolution.convolve(values, whole, x, conv_bias, geometry, shape, (scale, shift))
     if y is None:  # taps too far apart
         y = operators.conv2d(values, *index, _activated(x, scale, shift), conv_bias, *geometry, None)
     return y, mean, var
@@ -74,15 +74,16 @@ def _activated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _backward(
     values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, weight, bias, mean, var, eps, training, kernel, stride,
-    padding, dilation, need_conv_bias, sink=None,
+    padding, dilation, groups, need_conv_bias, sink=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     index, geometry = (
         Index(crow, cols, t_crow, t_rows, t_perm, list(block)),
-        Geometry(kernel, stride, padding, dilation),
+        Geometry(kernel, stride, padding, dilation, groups),
     )
     scale, shift = norm.affine(weight, bias, mean, var, eps)
     needs = [True, True, need_conv_bias]
-    dz, dvalues, dbias = native_convolution.convolve_backward(values, index, dy, x, geometry, needs, (scale, shift))
+    whole = spread(index, groups)
+    dz, dvalues, dbias = native_convolution.convolve_backward(values, whole, dy, x, geometry, needs, (scale, shift))
     assert dz is not None
     dx, dweight, dshift, _ = operators.batch_norm_backward(
         dz, x, None, weight, bias, mean, var, eps, True, training, False
@@ -99,10 +100,10 @@ implement("norm_conv2d_backward", _backward)
 @torch.library.register_fake("rarefy::norm_conv2d")
 def _(
     values, crow, cols, t_crow, t_rows, t_perm, block, x, weight, bias, mean, var, eps, conv_bias, kernel, stride,
-    padding, dilation, sink=None,
+    padding, dilation, groups=1, sink=None,
 ):  # fmt: skip
     index = Index(crow, cols, t_crow, t_rows, t_perm, list(block))
-    shape = convolution.check_conv2d(index, x, Geometry(kernel, stride, padding, dilation))
+    shape = convolution.check_conv2d(index, x, Geometry(kernel, stride, padding, dilation, groups))
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, *(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
 
@@ -110,7 +111,7 @@ def _(
 @torch.library.register_fake("rarefy::norm_conv2d_backward")
 def _(
     values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, weight, bias, mean, var, eps, training, kernel, stride,
-    padding, dilation, need_conv_bias, sink=None,
+    padding, dilation, groups, need_conv_bias, sink=None,
 ):  # fmt: skip
     dbias = values.new_empty((crow.shape[0] - 1) * block[0] if need_conv_bias else 0)
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(values), dbias
@@ -130,7 +131,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dy: Tensor | None, _mean, _var):
     if dy is None:
-        return (None,) * 19
+        return (None,) * 20
     values, *index, x, weight, bias, mean, var = ctx.saved_tensors
     with torch.no_grad():
         found = operators.norm_conv2d_backward(
@@ -144,7 +145,7 @@ def _gradient(ctx, dy: Tensor | None, _mean, _var):
         dbias.to(bias.dtype) if bias is not None else None,
         *(None, None, None),
         dconv_bias.to(ctx.conv_bias_dtype) if ctx.conv_bias_dtype is not None else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

@@ -26,7 +26,7 @@ class Collector(Protocol):
     """Receives what a backward pass knows of the dense gradient."""
 
     def add(self, index: Index, dy: Tensor, x: Tensor) -> None:
-        """One backward call of the layer: dy (B, O), x (B, I)."""
+        """One backward call of the layer: dy (B, O), x (B, I), or (B, G I) of groups (`rarefy.ops.spread`)."""
         ...
 
 

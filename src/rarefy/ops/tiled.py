@@ -6,6 +6,7 @@ O(tile + activations), which a gather over nonzeros (nnz x batch) is not.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.ops.index import Index
+from rarefy.ops.spread import dense_gradient, groups_in
 
 TILE_ENTRIES = 1 << 20
 """Entries of a dense tile: 4 MiB in fp32, about an L2 cache, and far below any layer worth making sparse."""
@@ -27,15 +29,28 @@ class Tile(NamedTuple):
     end: int
 
 
-def tiles(index: Index, entries: int = TILE_ENTRIES) -> Iterator[Tile]:
-    """Consecutive tiles that cover all unit rows."""
+def tiles(index: Index, entries: int = TILE_ENTRIES, groups: int = 1) -> Iterator[Tile]:
+    """Consecutive tiles that cover all unit rows.
+
+    Args:
+        groups: equal groups of rows; a tile lies in one of them, or is several whole ones.
+    """
     num_rows = index.crow.shape[0] - 1
+    each = max(1, num_rows // groups)
     step = max(1, entries // max(1, index.block[0] * index.in_features))
-    pointers = index.crow[::step].tolist()
-    for at, first in enumerate(range(0, num_rows, step)):
-        last = min(first + step, num_rows)
-        end = pointers[at + 1] if last == first + step and at + 1 < len(pointers) else index.num_units
-        yield Tile(first, last, pointers[at], end)
+    if step < each:
+        firsts = [begin + at for begin in range(0, num_rows, each) for at in range(0, each, step)]
+    else:
+        firsts = list(range(0, num_rows, step // each * each))
+    pointers = [*index.crow[firsts].tolist(), index.num_units]
+    for at, (first, last) in enumerate(itertools.pairwise([*firsts, num_rows])):
+        yield Tile(first, last, pointers[at], pointers[at + 1])
+
+
+def groups_of_tile(tile: Tile, num_rows: int, groups: int) -> tuple[int, int]:
+    """The first of the groups that a tile has rows of, and the one past the last."""
+    each = max(1, num_rows // groups)
+    return tile.first // each, -(-tile.last // each)
 
 
 def positions(index: Index, tile: Tile) -> Tensor:
@@ -85,9 +100,15 @@ def spmm_t(values: Tensor, index: Index, dy: Tensor) -> Tensor:
 
 
 def gradient_tiles(index: Index, dy: Tensor, x: Tensor, entries: int = TILE_ENTRIES) -> Iterator[tuple[Tile, Tensor]]:
-    """The dense weight gradient dy^T x, a few unit rows at a time: (tile, (rows in entries, I))."""
-    for tile in tiles(index, entries):
-        yield tile, dy[:, _columns(tile, index)].T @ x
+    """The dense weight gradient dy^T x, a few unit rows at a time: (tile, (rows in entries, I)).
+
+    x (B, G I) is that of groups of rows (`rarefy.ops.spread`).
+    """
+    groups, num_rows = groups_in(index, x), index.crow.shape[0] - 1
+    for tile in tiles(index, entries, groups):
+        first, last = groups_of_tile(tile, num_rows, groups)
+        inputs = slice(first * index.in_features, last * index.in_features)
+        yield tile, dense_gradient(dy[:, _columns(tile, index)], x[:, inputs], last - first)
 
 
 def sddmm(index: Index, dy: Tensor, x: Tensor) -> Tensor:

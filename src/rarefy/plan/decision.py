@@ -39,10 +39,12 @@ class Decision:
     """Whether it is dense enough to multiply as a dense layer does (`Plan.dense_above`); at its first density."""
     convolution: Convolution | None = None
     """What a convolution does in the sample; None: there is none, or it is a linear layer."""
+    groups: int = 1
+    """Of a convolution's channels."""
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the dense weight: (out, in), or (out, in, *kernel)."""
+        """Of the dense weight: (out, in), or (out, in / groups, *kernel)."""
         return dims(self.shape, self.kernel)
 
     @property
@@ -79,7 +81,7 @@ class Decision:
     @property
     def options(self) -> list[Option]:
         """The layer sparse, if it has units, and dense, in each precision: time and bytes."""
-        return options(self.shape, self.units, self.block, self.cost, rank=self.rank)
+        return options(self.shape, self.units, self.block, self.cost, rank=self.rank, groups=self.groups)
 
     def row(self) -> dict[str, Any]:
         """Plain data for tables, JSON and reports."""
@@ -101,7 +103,9 @@ class Decision:
             "rank": rank,
             "nnz": self.nnz,
             "computes": "dense" if self.computes_dense or not self.is_sparse else "sparse",
-            "bytes": layer_bytes(self.shape, units, self.block, rank=rank, computes_dense=self.computes_dense),
+            "bytes": layer_bytes(
+                self.shape, units, self.block, rank=rank, computes_dense=self.computes_dense, groups=self.groups
+            ),
             "dense_bytes": layer_bytes(self.shape, None, (1, 1)),
             "flops": layer_flops(self.nnz),
             "dense_flops": dense_flops,

@@ -88,7 +88,8 @@ class Explanation:
             if d.is_sparse and d.units is not None:
                 entries = d.block[0] * d.block[1]
                 k = num_to_replace(method.fraction(0.0), d.units, d.shape[0] * d.shape[1] // entries)
-                sizes.append(method.signal.held_bytes(d.shape, k, entries))
+                group = (d.shape[0] // d.groups, d.shape[1])
+                sizes.append(d.groups * method.signal.held_bytes(group, -(-k // d.groups), entries))
         at_once = -(-len(sizes) * method.signal.lead // method.interval) if method.stagger else len(sizes)
         return sum(sorted(sizes, reverse=True)[:at_once])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from rarefy.nn.conv import check_group_blocks
 from rarefy.pattern import unit_grid
 from rarefy.plan.layers import Layer
 
@@ -54,6 +55,7 @@ def why_left_dense(layer: Layer, include: Iterable[str], keep_dense: Iterable[st
         return layer.why_dense
     try:
         unit_grid(layer.shape, block)
+        check_group_blocks(layer.groups, layer.shape[0], block)
     except ValueError as error:
         return str(error)
     return "" if min(layer.shape) > 0 else "it has no weights"

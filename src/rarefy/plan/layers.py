@@ -20,7 +20,7 @@ class Layer:
     name: str
     module: nn.Module
     shape: tuple[int, int]
-    """(out_features, in_features) of the weight's matrix; a convolution's is (out, in * taps)."""
+    """(out_features, in_features) of the weight's matrix; a convolution's is (out, in / groups * taps)."""
     bias: bool
     why_dense: str
     """Why it cannot be converted; empty: it can."""
@@ -31,8 +31,13 @@ class Layer:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the dense weight: (out, in), or (out, in, *kernel)."""
+        """Of the dense weight: (out, in), or (out, in / groups, *kernel)."""
         return dims(self.shape, self.kernel)
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution's channels."""
+        return int(getattr(self.module, "groups", 1)) if self.kernel is not None else 1
 
     @property
     def sparse(self) -> SparseLayer | None:
@@ -111,6 +116,11 @@ FEW_CHANNELS = 3
 saved, and published results keep it dense (Evci et al. 2020, arXiv:1911.11134, section 4)."""
 
 
+FEW_INPUTS = 16
+"""Inputs that an output of a depthwise convolution must read to be worth making sparse: at a density of 10% ones of 3x3
+places take 1.2 times as long as dense ones, of 5x5 and 7x7 0.4 to 0.7 times (docs/log.md, 2026-11-29)."""
+
+
 def _conv_shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
     weight = conv.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -121,10 +131,9 @@ def _conv_shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
 def _why_not_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
     if isinstance(conv, nn.Conv3d):
         return "it goes over three axes, and the kernels over two: nn.Conv1d and nn.Conv2d can be sparse"
-    if conv.groups > 1 and conv.groups == conv.in_channels:
-        return f"it has {conv.groups} groups (depthwise): each output reads few inputs already"
-    if conv.groups > 1:
-        return f"it has {conv.groups} groups, which sparse convolutions do not have yet"
+    inputs = math.prod(conv.kernel_size)
+    if conv.groups > 1 and conv.groups == conv.in_channels and inputs < FEW_INPUTS:
+        return f"it has {conv.groups} groups (depthwise): each output reads few inputs already, {inputs}"
     if conv.in_channels <= FEW_CHANNELS:
         return f"it has {conv.in_channels} input channels: a first convolution is small, and best dense"
     try:

@@ -287,6 +287,7 @@ class Plan:
                         layer.kernel,
                         whole,
                         times.convolutions.get(name),
+                        layer.groups,
                     )
                 )
             slower = [d for d in decisions if d.is_sparse and not layers[d.name].adopted and (d.speedup or 1) < 1]
@@ -398,6 +399,12 @@ class Plan:
             raise ValueError(
                 f"balance: {decision.name} has {rows} rows of units, which {groups} equal groups cannot share: give a "
                 f"number of groups that divides {rows}"
+            )
+        own = decision.groups
+        if groups % own and own % groups:
+            raise ValueError(
+                f"balance: {groups} equal groups of rows cut across the {own} that {decision.name} has by itself: give "
+                f"a multiple of {own} or a number that divides it"
             )
 
     def _ranks(self, layers: Mapping[str, Layer]) -> dict[str, int]:

@@ -43,13 +43,20 @@ class Option:
 
 
 def options(
-    shape: tuple[int, int], units: int | None, block: tuple[int, int], cost: LayerCost | None, *, rank: int = 0
+    shape: tuple[int, int],
+    units: int | None,
+    block: tuple[int, int],
+    cost: LayerCost | None,
+    *,
+    rank: int = 0,
+    groups: int = 1,
 ) -> list[Option]:
     """Sparse and dense in every precision, and dense int8.
 
     Args:
         units: None: the layer could not be sparse; only the dense ones.
         rank: of a low-rank part beside the units.
+        groups: of a convolution.
         cost: times, if any are known.
     """
     found = []
@@ -59,7 +66,7 @@ def options(
         if units is not None:
             ms = None if cost is None else cost.ms("sparse", precision)
             values = units * block[0] * block[1] + low_rank_weights(shape, rank)
-            held, whole = (layer_bytes(shape, units, block, size, rank=rank) for size in (width, 4))
+            held, whole = (layer_bytes(shape, units, block, size, rank=rank, groups=groups) for size in (width, 4))
             found.append(Option("sparse", precision, ms, held, whole + (copy + STATE_BYTES) * values))
         ms = None if cost is None else cost.ms("dense", precision)
         weights = shape[0] * shape[1]

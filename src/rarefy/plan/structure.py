@@ -28,11 +28,15 @@ def fastest_block(times: Mapping[Block, float]) -> Block:
     return min((block for block in times if times[block] <= limit), key=lambda block: (_entries(block), times[block]))
 
 
-def possible_blocks(shape: tuple[int, int], density: float) -> list[Block]:
+def possible_blocks(shape: tuple[int, int], density: float, groups: int = 1) -> list[Block]:
     """The structures that have kernels, divide the matrix, and leave at least `LEAST_UNITS` a row and column of units.
 
     Unstructured is always one.
+
+    Args:
+        groups: equal groups of rows, which no unit may be of two of.
     """
+    shape = (shape[0] // groups, shape[1])
 
     def fits(block: Block) -> bool:
         rows, cols = shape[0] // block[0], shape[1] // block[1]
@@ -51,7 +55,7 @@ def choose_block(
         conv: a convolution; None: a linear layer.
     """
     times = {}
-    for block in possible_blocks(shape, density):
+    for block in possible_blocks(shape, density, 1 if conv is None else conv.groups):
         nnz = round(density * shape[0] * shape[1] / _entries(block)) * _entries(block)
         ms = model.ms(Work(shape, tokens, max(nnz, _entries(block)), block, precision_now(), conv))
         if ms is not None:

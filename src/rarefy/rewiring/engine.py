@@ -5,6 +5,7 @@ Numbers in parentheses are the rewiring rules (docs/rewiring.md).
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -353,6 +354,8 @@ class Rewirer:
         check_carried(self._optimizer, name, layer.values)
         view = self._view(name, self.t)
         groups, candidates = self.balance.get(name, 1), self._candidates(view)
+        if self.method.needs is Needs.TOPOLOGY:  # the groups of a convolution are graphs of their own
+            groups = math.lcm(groups, layer.groups)
         if groups > 1:
             choice = choose_in_groups(self.method, view, k, candidates, groups)
         else:

@@ -135,7 +135,7 @@ def _filters(model: nn.Module) -> dict[str, Any] | None:
     """
     name, first = _first_layer(model)
     if isinstance(first, SparseConv2d):
-        weight = first.dense_weight().view(first.out_channels, first.in_channels, *first.kernel_size)
+        weight = first.dense_weight().view(first.out_channels, -1, *first.kernel_size)
     elif isinstance(first, nn.Conv2d):
         weight = first.weight.detach()
     else:
@@ -150,7 +150,7 @@ def _taps(layer: SparseLayer) -> dict[str, Any]:
     """Of a convolution whose kernel has several places: weights at each, (h, w)."""
     if not isinstance(layer, SparseConv2d) or layer.kernel_size == (1, 1):
         return {}
-    mask = layer.pattern.to_mask().view(layer.out_channels, layer.in_channels, *layer.kernel_size)
+    mask = layer.pattern.to_mask().view(layer.out_channels, -1, *layer.kernel_size)
     return {"taps": mask.sum((0, 1)).tolist()}
 
 
