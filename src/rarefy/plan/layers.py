@@ -117,8 +117,8 @@ saved, and published results keep it dense (Evci et al. 2020, arXiv:1911.11134, 
 
 
 FEW_INPUTS = 16
-"""Inputs that an output of a depthwise convolution must read to be worth making sparse: at a density of 10% ones of 3x3
-places take 1.2 times as long as dense ones, of 5x5 and 7x7 0.4 to 0.7 times (docs/log.md, 2026-11-29)."""
+"""Inputs that an output of a depthwise convolution must read to be worth making sparse: at a density of 10% those of
+3x3 places take 0.9 to 1.4 times as long as dense ones, of 5x5 and 7x7 0.3 to 0.7 times (docs/log.md, 2026-11-29)."""
 
 
 def _conv_shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
