@@ -367,7 +367,7 @@ def test_grow_candidates_streams(which):
 def small_tiles(monkeypatch):
     """Tiles of a few entries, so that small matrices have many."""
     whole = tiled.tiles
-    monkeypatch.setattr(tiled, "tiles", lambda index, entries=None: whole(index, 20))
+    monkeypatch.setattr(tiled, "tiles", lambda index, entries=None, groups=1: whole(index, 20, groups))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (2, 3)], ids=str)
