@@ -114,6 +114,8 @@ Kernels over_avx512(const char *name, decltype(Kernels::spmm) spmm, decltype(Ker
 
 using namespace rarefy;
 
+const char *rarefy_interface(void) { return RAREFY_INTERFACE; }
+
 const char *rarefy_isa(void) {
   const Kernels *kernels = current().load();
   return kernels != nullptr ? kernels->name : "unavailable";

@@ -41,6 +41,9 @@ typedef struct {
   int32_t index_bytes;   /* of cols and t_rows: 2 (uint16) or 4 (int32) */
 } rarefy_pattern;
 
+/* SHA-256 of this header, in hexadecimal, as it was when the library was built: callers see whether they know it. */
+RAREFY_API const char *rarefy_interface(void);
+
 /* The instruction set in use: "amx", "avx512bf16", "avx512", "avx2", "neon" or "portable"; "unavailable" if the environment variable
  * RAREFY_ISA asks for one that is not there: then the kernels return RAREFY_NO_ISA until rarefy_set_isa succeeds. */
 RAREFY_API const char *rarefy_isa(void);

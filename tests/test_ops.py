@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from cases import CASES, Case, Problem, problem, scatter
 from rarefy import Pattern
-from rarefy.ops import Index, available, index_dtype, native, tiled, using
+from rarefy.ops import Index, available, index_dtype, library, native, tiled, using
 
 OPS = torch.ops.rarefy
 EPS = torch.finfo(torch.float32).eps
@@ -384,6 +387,22 @@ def test_tiled_with_many_tiles(small_tiles, block, gaps):
         assert torch.equal(dvalues, p.gather(gradient))
         for k in (1, 7, 30):
             assert OPS.grow_candidates(*p.index, p.dy, p.x, k)[0].tolist() == expected_growth(p, gradient, k)[0]
+
+
+def test_the_package_calls_the_interface_that_the_source_has():
+    """Fails when csrc/rarefy.h changes: then put the new digest into `library.INTERFACE`."""
+    header = Path(__file__).parents[1] / "csrc" / "rarefy.h"
+    assert hashlib.sha256(header.read_bytes()).hexdigest()[:16] == library.INTERFACE
+
+
+@pytest.mark.skipif(isinstance(library.load(), str), reason="no compiled kernels here")
+@pytest.mark.parametrize("other", ["an older one", "one that does not say"])
+def test_a_library_of_another_version_is_not_used(other, monkeypatch):
+    if other == "an older one":
+        monkeypatch.setattr(library, "INTERFACE", "0" * 16)
+    else:
+        monkeypatch.setattr(library.ctypes, "CDLL", lambda path: SimpleNamespace())
+    assert "were built from another version of the source" in str(library.load.__wrapped__())
 
 
 def test_using_takes_available_names_only():

@@ -16,6 +16,10 @@ import torch  # noqa: F401  (first: it brings the OpenMP runtime that the librar
 
 LIBRARY = "librarefy_kernels.so"
 
+INTERFACE = "9069f5dc820679a8"
+"""First digits of the SHA-256 of the csrc/rarefy.h that this package calls. A library that was built from another one
+would misread its arguments."""
+
 POINTER = ctypes.c_void_p
 INT64 = ctypes.c_int64
 FLOAT = ctypes.c_float
@@ -72,6 +76,11 @@ def load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled kernels could not be loaded: {error}"
+    if not _knows_interface(library):
+        return (
+            f"the compiled kernels in {path} were built from another version of the source than this package: install "
+            "it again (from a checkout: make)"
+        )
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -81,6 +90,15 @@ def load() -> ctypes.CDLL | str:
             f"RAREFY_ISA={wanted} is not available on this machine; there are: {library.rarefy_isas().decode()}"
         )
     return library
+
+
+def _knows_interface(library: ctypes.CDLL) -> bool:
+    try:
+        interface = library.rarefy_interface
+    except AttributeError:
+        return False
+    interface.restype, interface.argtypes = ctypes.c_char_p, []
+    return interface().decode().startswith(INTERFACE)
 
 
 def call(name: str, *arguments: object) -> None:
