@@ -69,6 +69,16 @@ def test_the_best_network_of_a_budget_counts_by_the_mean_of_its_seeds():
     assert spread_over_seeds(records, [10, 30]) == pytest.approx(0.03 / 2**0.5)
 
 
+def test_with_a_known_floor_two_budgets_are_enough():
+    found = fit(points(3, 10), floor=TRUE.floor)
+    for side in TRUE.sides:
+        assert found.bits(side, 5400) == pytest.approx(TRUE.bits(side, 5400), abs=1e-6)
+    with pytest.raises(ValueError, match=r"a floor of 2\.000 is not below the best run"):
+        fit(points(3, 10), floor=2.0)
+    ends = [[one.bits("dense", 5400) for one in resampled(points(3, 10), 0.003, 50, floor=(1.2, s))] for s in (0, 0.1)]
+    assert max(ends[1]) - min(ends[1]) > max(ends[0]) - min(ends[0]) > 0, "a floor that is not sure moves what follows"
+
+
 def test_too_few_points_are_refused():
     with pytest.raises(ValueError, match="five points"):
         fit(points(3, 10))

@@ -5,6 +5,8 @@
 For each budget of `rarefy race` the network of either side that ended best counts, as the mean of its seeds:
 L(t) = E + A (t / 10 min)^-b, with one floor E for both sides, which learn the same text, and A and b for each. What is
 uncertain comes from fits to points moved at random, by the spread of seeds.
+
+Another machine learns the same text: with --floor E SPREAD, of a fit that had more budgets, two are enough.
 """
 
 from __future__ import annotations
@@ -94,35 +96,53 @@ def spread_over_seeds(records: Sequence[Mapping[str, Any]], budgets_min: Sequenc
     return math.sqrt(squares / sum(len(runs) - 1 for runs in networks)) if networks else math.nan
 
 
-def fit(points: Sequence[Point]) -> Curves:
+def fit(points: Sequence[Point], floor: float | None = None) -> Curves:
     """The curves of least squares; for every floor a straight line in logarithms a side.
 
+    Args:
+        floor: E, where it is known.
     Raises:
-        ValueError: a side has fewer than two budgets, or both together fewer than five points.
+        ValueError: a side has fewer than two budgets, both together fewer than five points and no floor is given, or
+            it is not below all of them.
     """
     for side in SIDES:
         if sum(point.side == side for point in points) < 2:
             raise ValueError(f"a curve needs runs of two budgets, and {side} has fewer")
-    if len(points) < 5:
+    lowest = min(point.bits for point in points)
+    if floor is None and len(points) < 5:
         raise ValueError(f"five constants need five points, got {len(points)}")
-    floors = np.linspace(0, min(point.bits for point in points), FLOORS, endpoint=False)
+    if floor is not None and floor >= lowest:
+        raise ValueError(f"a floor of {floor:.3f} is not below the best run, {lowest:.3f}")
+    floors = np.linspace(0, lowest, FLOORS, endpoint=False) if floor is None else np.array([floor])
     lines = {side: _lines([point for point in points if point.side == side], floors) for side in SIDES}
     best = int(np.argmin(sum(error for _, _, error in lines.values())))
     return Curves(float(floors[best]), {side: (float(A[best]), float(b[best])) for side, (A, b, _) in lines.items()})
 
 
-def resampled(points: Sequence[Point], spread: float, draws: int, seed: int = 0) -> list[Curves]:
-    """Fits to points that are moved by the spread of a run, less for means of several seeds."""
+def resampled(
+    points: Sequence[Point],
+    spread: float,
+    draws: int,
+    seed: int = 0,
+    floor: tuple[float, float] | None = None,
+) -> list[Curves]:
+    """Fits to points that are moved by the spread of a run, less for means of several seeds.
+
+    Args:
+        floor: E and its own spread, where it is known; drawn anew for each, and kept below the points.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(draws):
         moves = generator.normal(0, spread, len(points))
-        found.append(
-            fit([
-                Point(point.side, point.seconds, point.bits + move / math.sqrt(point.seeds), point.seeds)
-                for point, move in zip(points, moves, strict=True)
-            ])
-        )  # fmt: skip
+        moved = [
+            Point(point.side, point.seconds, point.bits + move / math.sqrt(point.seeds), point.seeds)
+            for point, move in zip(points, moves, strict=True)
+        ]
+        drawn = None
+        if floor is not None:
+            drawn = min(float(generator.normal(*floor)), 0.999 * min(point.bits for point in moved))
+        found.append(fit(moved, drawn))
     return found
 
 
@@ -157,6 +177,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="only networks of so many")
     parser.add_argument("--hold-out", type=float, default=None, help="minutes: this budget is predicted, not fitted")
     parser.add_argument("--spread", type=float, default=None, help="bits per byte of a run; by default of the seeds")
+    parser.add_argument("--floor", type=float, nargs=2, metavar=("E", "SPREAD"), help="of another fit to the same text")
     parser.add_argument("--cores", type=int, nargs=2, default=[2, 64], help="of these runs, and of a day's")
     parser.add_argument("--scaling", type=float, nargs="+", default=[1.0, 0.5], help="shares of the cores' speed")
     asked = parser.parse_args()
@@ -171,11 +192,12 @@ def main() -> None:
     for point in points:
         print(f"{point.side:6} {point.seconds:7.0f} s {point.bits:.4f} ({point.seeds} seeds) {point.label}")
     try:
-        curves = fit(points)
+        curves = fit(points, None if asked.floor is None else asked.floor[0])
     except ValueError as error:
         parser.error(f"{error}: run `rarefy race` with another budget, or leave more of --budgets in")
-    others = resampled(points, spread, DRAWS)
-    print(f"\nspread of a run {spread:.4f}; L = {curves.floor:.3f} + A (t / 10 min)^-b")
+    others = resampled(points, spread, DRAWS, floor=None if asked.floor is None else tuple(asked.floor))
+    apart = float(np.std([one.floor for one in others]))
+    print(f"\nspread of a run {spread:.4f}; L = {curves.floor:.3f} (spread {apart:.3f}) + A (t / 10 min)^-b")
     for side, (A, b) in curves.sides.items():
         print(f"{side:6} A = {A:.3f}, b = {b:.3f}")
     print("\n80% of the refits within the range given")
