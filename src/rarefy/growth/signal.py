@@ -220,9 +220,8 @@ def _best_absent(index: Index, dy: Tensor, x: Tensor, k: int, grow_score: GrowSc
         groups = list(groups_of(pattern_of(index), number))
         absent = [group.units.stop - group.units.start - group.pattern.num_units for group in groups]
         units, scores = _scan_groups(index, dy, x, groups, [min(k, some) for some in absent], grow_score)
-        best = torch.sort(scores, descending=True, stable=True).indices[
-            :k
-        ]  # of equals the earlier group's: lower units
+        # Stable, so that of equal scores the earlier group's, which are the lower units, come first.
+        best = torch.sort(scores, descending=True, stable=True).indices[:k]
         return units[best], scores[best]
     if grow_score is None:
         return torch.ops.rarefy.grow_candidates(*index, dy, x, k)

@@ -96,6 +96,11 @@ def _runs_kernel(values: Tensor, index: Index) -> bool:
 # ---- as a product ----------------------------------------------------------------------------------------------------
 
 
+def _is_product(index: Index, geometry: Geometry) -> bool:
+    """With groups a layer that computes dense is none: its whole weight would be that of all groups."""
+    return geometry.is_product and not (index.expands and geometry.groups > 1)
+
+
 def _rows(images: Tensor) -> Tensor:
     """(N * h * w, C): no copy of what is channels_last."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
@@ -203,7 +208,7 @@ def _conv2d(
     )
     shape = check_conv2d(index, x, geometry)
     y = None
-    if geometry.is_product and not (index.expands and groups > 1):
+    if _is_product(index, geometry):
         y = _images(operators.spmm(values, *spread(index, groups), _rows(x), bias, None), shape)
     elif _runs_kernel(values, index):
         y = native_convolution.convolve(values, spread(index, groups), x, bias, geometry, shape)
@@ -213,29 +218,15 @@ def _conv2d(
 
 
 def _conv2d_backward(
-    values,
-    crow,
-    cols,
-    t_crow,
-    t_rows,
-    t_perm,
-    block,
-    dy,
-    x,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    groups,
-    needs,
+    values, crow, cols, t_crow, t_rows, t_perm, block, dy, x, kernel, stride, padding, dilation, groups, needs,
     sink=None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     index, geometry = (
         Index(crow, cols, t_crow, t_rows, t_perm, list(block)),
         Geometry(kernel, stride, padding, dilation, groups),
     )
     _check_backward(index, dy, x, geometry)
-    if geometry.is_product and not (index.expands and groups > 1):
+    if _is_product(index, geometry):
         dx, dvalues, dbias = operators.spmm_backward(values, *spread(index, groups), _rows(dy), _rows(x), needs)
         found = _Gradients(_images(dx, tuple(x.shape)) if needs[0] else None, dvalues, dbias)
     elif _runs_kernel(values, index):

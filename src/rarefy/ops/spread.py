@@ -28,9 +28,9 @@ def spread(index: Index, groups: int) -> Index:
 
 
 def _make(crow: Tensor, cols: Tensor, groups: int, shape: tuple[int, int], block: tuple[int, int]) -> Index:
-    rows, num_cols = crow.shape[0] - 1, shape[1] // block[1]
-    of_row = torch.arange(rows, device=crow.device) // (rows // groups)
-    moved = cols.to(torch.int32) + torch.repeat_interleave(of_row * num_cols, torch.diff(crow.long())).to(torch.int32)
+    narrow = Pattern.trusted(crow, cols.to(torch.int32), shape, block)
+    group = narrow.row_indices() // max(1, narrow.num_unit_rows // groups)
+    moved = (narrow.col_indices + group * narrow.num_unit_cols).to(torch.int32)
     return Index.of(Pattern.trusted(crow, moved, (shape[0], groups * shape[1]), block))
 
 
