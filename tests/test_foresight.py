@@ -10,6 +10,7 @@ import torch
 
 from rarefy.cost import CostModel, training_bytes
 from rarefy.foresight import Law, Point, Shape, StepModel, Wish, choose, kept, step_bytes, step_model
+from rarefy.foresight.choice import WIDTHS, attention_widths
 from rarefy.foresight.memory import LOOKED_AT, activation_bytes, kept_bytes
 from rarefy.foresight.steps import NAMES, TimedStep, fit_steps, linears_ms
 from rarefy.foresight.timing import HELD_OUT, POINTS, Noise, make_network, time_steps
@@ -27,6 +28,8 @@ NETWORKS = [
     Shape(width=64, layers=3, context=64, batch=1, density=0.25, block=(4, 4)),
     Shape(width=96, layers=2, context=64, batch=2, density=0.25, block=(4, 1), precision="bf16"),
     Shape(width=96, layers=2, context=64, batch=2, precision="bf16"),
+    Shape(width=96, layers=2, attention=32, context=64, batch=2),
+    Shape(width=128, layers=1, attention=48, context=64, batch=2, density=0.25, block=(4, 4)),
 ]
 
 
@@ -70,7 +73,7 @@ def test_kept_tensors_are_counted_once_and_weights_are_not():
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 TIMES = {  # milliseconds a unit, of the size that a machine shows
-    "blocks": 1.2, "tokens": 1e-3, "attention": 7e-8, "features, dense": 5e-6, "features, sparse": 9e-6,
+    "blocks": 1.2, "tokens": 1e-3, "attention": 7e-8, "scores": 1e-6, "features, dense": 5e-6, "features, sparse": 9e-6,
     "parameters, dense": 2e-6, "parameters, sparse": 6e-6, "linears, dense": 1.05, "linears, sparse": 0.9,
 }  # fmt: skip
 
@@ -137,7 +140,7 @@ LAW = Law(
     E=0.6, A=120.0, B=90.0, spread=0.01, blocks={"4x4": 0.001},
     covers={
         "nonzeros": (1e4, 1e9), "tokens": (1e4, 1e12), "density": (0.1, 1.0), "layers": (2.0, 4.0),
-        "tokens_per_step": (2048.0, 2048.0),
+        "attention": (1.0, 1.0), "tokens_per_step": (2048.0, 2048.0),
     },
 )  # fmt: skip
 
@@ -172,16 +175,27 @@ def test_the_best_of_the_grid_is_chosen():
     choice = choose(Wish(minutes=3), LAW, step_ms)
     losses: dict[bool, list[float]] = {True: [], False: []}
     for layers in (2, 3, 4):
-        for width in (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536):
+        for width in WIDTHS:
             for density, block in [(1.0, (1, 1)), *((s, b) for s in (0.5, 0.25, 0.1) for b in ((1, 1), (4, 4)))]:
                 shape = Shape(width=width, layers=layers, density=density, block=block)
                 ms = step_ms(shape)
                 assert ms is not None
                 if steps := int(180e3 / ms):
-                    losses[shape.dense].append(LAW.loss(Point(shape.nonzeros, 2048 * steps, density, block)))
+                    losses[shape.dense].append(LAW.loss(Point(shape.nonzeros, 2048 * steps, density, block, layers)))
     assert choice.dense is not None and choice.dense.loss == min(losses[True])
     assert choice.sparse is not None and choice.sparse.loss == min(losses[False])
     assert choice.considered == len(losses[True]) + len(losses[False])
+
+
+def test_attention_is_as_wide_as_runs_were():
+    law = dataclasses.replace(LAW, covers={**LAW.covers, "attention": (0.32, 1.0)})
+    assert attention_widths(256, 4, law) == [256, 120] and attention_widths(320, 3, law) == [320, 144]
+    assert attention_widths(96, 4, law) == [96, 64], "no head of fewer than 16 features"
+    assert attention_widths(64, 4, law) == [64] and attention_widths(256, 4, LAW) == [256]
+    narrow = dataclasses.replace(LAW, covers={**LAW.covers, "attention": (0.3, 0.5)})
+    assert attention_widths(256, 4, narrow) == [120, 80]
+    choice = choose(Wish(minutes=30), narrow, by_products(10.0, 10.0))
+    assert choice.dense is not None and choice.dense.shape.attended < choice.dense.shape.width
 
 
 def test_longer_budgets_want_larger_networks():

@@ -10,6 +10,7 @@ from typing import Any
 
 from rarefy.foresight.choice import Candidate, Choice
 from rarefy.foresight.law import Law, block_name
+from rarefy.foresight.shape import Shape
 from rarefy.recipes.text.field import DENSE_RATES
 from rarefy.report import numbers as say
 
@@ -21,6 +22,7 @@ NAMES = {
     "tokens": ("bytes trained on", say.count),
     "density": ("density", "{:g}".format),
     "layers": ("layers", "{:g}".format),
+    "attention": ("attention over width", "{:.2g}".format),
     "tokens_per_step": ("bytes a step", "{:g}".format),
 }
 """What the law calls something -> what people call it, and how they write it."""
@@ -35,6 +37,7 @@ def table(choice: Choice) -> str:
         ("bits per byte", lambda one: f"{one.loss * BITS:.3f} ± {one.sigma * BITS:.3f}"),
         ("width", lambda one: str(one.shape.width)),
         ("layers", lambda one: str(one.shape.layers)),
+        ("attention", lambda one: str(one.shape.attended)),
         ("density", lambda one: "dense" if one.shape.dense else f"{one.shape.density:g}"),
         ("block", lambda one: "" if one.shape.dense else block_name(one.shape.block)),
         ("precision", lambda one: one.shape.precision),
@@ -72,7 +75,8 @@ def doubts(choice: Choice, law: Law, *, data_bytes: int) -> list[str]:
     sides = [(name, one) for name, one in (("dense", choice.dense), ("sparse", choice.sparse)) if one is not None]
     for name, one in sides:
         values = {"nonzeros": one.shape.nonzeros, "tokens": one.tokens, "density": one.shape.density}
-        values |= {"layers": one.shape.layers, "tokens_per_step": one.shape.tokens}
+        values |= {"layers": one.shape.layers, "attention": one.shape.attended / one.shape.width}
+        values |= {"tokens_per_step": one.shape.tokens}
         beyond = []
         for key in one.outside:
             title, written = NAMES[key]
@@ -101,12 +105,10 @@ def race_command(choice: Choice, *, data: str | None, budget: str, method: str) 
     if choice.dense is None or choice.sparse is None:
         return None
     dense, sparse = choice.dense.shape, choice.sparse.shape
-    contenders = [f"dense:width={dense.width},layers={dense.layers},dense_lr={rate:g}" for rate in DENSE_RATES]
+    contenders = [f"dense:{_sizes_said(dense)},dense_lr={rate:g}" for rate in DENSE_RATES]
     if dense.batch != sparse.batch:
         contenders = [f"{text},batch={dense.batch}" for text in contenders]
-    contenders.append(
-        f"{method}:width={sparse.width},layers={sparse.layers},density={sparse.density:g}{_block_said(sparse.block)}"
-    )
+    contenders.append(f"{method}:{_sizes_said(sparse)},density={sparse.density:g}{_block_said(sparse.block)}")
     shared = [*_data(data), "--budget", budget, *_shared(choice.sparse)]
     return shlex.join(["rarefy", "race", *shared, "--contenders", *contenders])
 
@@ -117,6 +119,8 @@ def train_command(choice: Choice, *, data: str | None, method: str) -> str | Non
         return None
     shape = choice.sparse.shape
     words = ["--width", shape.width, "--layers", shape.layers, "--density", f"{shape.density:g}", "--method", method]
+    if shape.attention is not None:
+        words += ["--attention", shape.attention]
     if shape.block != (1, 1):
         words += ["--block", *(shape.block[:1] if shape.block[0] == shape.block[1] else shape.block)]
     if shape.precision == "bf16":
@@ -146,6 +150,11 @@ def _shared(one: Candidate) -> list[str]:
     """Options that all contenders share, where they are not the default."""
     said = [(name, getattr(one.shape, name)) for name, usual in DEFAULTS.items() if getattr(one.shape, name) != usual]
     return [word for name, value in said for word in (f"--{name}", str(value))]
+
+
+def _sizes_said(shape: Shape) -> str:
+    attention = "" if shape.attention is None else f"attention={shape.attention},"
+    return f"width={shape.width},{attention}layers={shape.layers}"
 
 
 def _block_said(block: tuple[int, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,10 +12,17 @@ from rarefy.foresight.law import Law, Point
 from rarefy.foresight.memory import StepBytes, step_bytes
 from rarefy.foresight.shape import Shape
 
-WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+WIDTHS = (
+    64, 96, 112, 128, 144, 160, 192, 208, 224, 256, 288, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536,
+)  # fmt: skip
 LAYERS = (1, 2, 3, 4, 6, 8, 12)
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
 BATCHES = (2, 4, 8, 16, 32, 64)
+ATTENTION = (1.0, 0.45, 0.31)
+"""Features of attention over the width; a multiple of what heads can share, and no head has fewer than `HEAD`, unless
+attention is as wide as the network."""
+
+HEAD = 16
 
 StepTime = Callable[[Shape], float | None]
 """Milliseconds of a network's step; None if they cannot be foreseen."""
@@ -127,8 +135,8 @@ def choose(wish: Wish, law: Law, step_ms: StepTime) -> Choice:
 def grid(wish: Wish, law: Law) -> Iterator[Shape]:
     """Every network that may be chosen.
 
-    Of depths, densities, blocks and tokens a step only what the law has seen, as it would answer for others as if they
-    made no difference; widths are free, since the law is made to be asked about more weights.
+    Of depths, shares of attention, densities, blocks and tokens a step only what the law has seen, as it would answer
+    for others as if they made no difference; widths are free, since the law is made to be asked about more weights.
     """
     depths = [layers for layers in LAYERS if not law.outside(layers=layers)]
     batches = [batch for batch in BATCHES if not law.outside(tokens_per_step=batch * wish.context)]
@@ -136,19 +144,29 @@ def grid(wish: Wish, law: Law) -> Iterator[Shape]:
     blocks = [block for block in CALIBRATED_BLOCKS if law.knows(block)]
     densities = [density for density in DENSITIES if density < 1 and not law.outside(density=density)]
     structures += itertools.product(densities, blocks)
-    sizes = itertools.product(WIDTHS, depths, batches, structures, wish.precisions)
-    for width, layers, batch, (density, block), precision in sizes:
+    widths = [(width, attended) for width in WIDTHS for attended in attention_widths(width, wish.heads, law)]
+    sizes = itertools.product(widths, depths, batches, structures, wish.precisions)
+    for (width, attended), layers, batch, (density, block), precision in sizes:
         shape = Shape(
-            width=width, layers=layers, heads=wish.heads, context=wish.context, batch=batch, density=density,
-            block=block, precision=precision,
+            width=width, layers=layers, attention=None if attended == width else attended, heads=wish.heads,
+            context=wish.context, batch=batch, density=density, block=block, precision=precision,
         )  # fmt: skip
         if shape.fits:
             yield shape
 
 
+def attention_widths(width: int, heads: int, law: Law) -> list[int]:
+    """Features that attention may have in a network of this width, widest first."""
+    even = 2 * heads  # rotary positions turn pairs of features of a head
+    shares = [max(HEAD * heads, even * math.ceil(share * width / even)) for share in ATTENTION if share < 1]
+    narrow = [features for features in shares if features < width and not law.outside(attention=features / width)]
+    full = [] if law.outside(attention=1.0) else [width]
+    return full + list(dict.fromkeys(narrow))
+
+
 def point_of(shape: Shape, tokens: int) -> Point:
     """The law's question about a network and the bytes that it is trained on."""
-    return Point(shape.nonzeros, tokens, shape.density, shape.block)
+    return Point(shape.nonzeros, tokens, shape.density, shape.block, shape.layers)
 
 
 def _candidate(law: Law, shape: Shape, ms: float, steps: int, memory: StepBytes) -> Candidate:
@@ -156,7 +174,7 @@ def _candidate(law: Law, shape: Shape, ms: float, steps: int, memory: StepBytes)
     point = point_of(shape, tokens)
     beyond = law.outside(
         nonzeros=shape.nonzeros, tokens=tokens, density=shape.density, layers=shape.layers,
-        tokens_per_step=shape.tokens,
+        attention=shape.attended / shape.width, tokens_per_step=shape.tokens,
     )  # fmt: skip
     return Candidate(
         shape=shape, step_ms=ms, steps=steps, memory=memory, loss=law.loss(point), sigma=law.sigma(point),

@@ -17,6 +17,7 @@ SEARCHED: Mapping[str, np.ndarray] = {
     "a": np.geomspace(0.05, 1.0, 13),
     "b": np.geomspace(0.05, 2.0, 16),
     "g": np.linspace(0.0, 4.0, 13),
+    "d": np.linspace(0.0, 1.0, 6),
 }
 """Where free exponents are looked for at first; then ever closer around the best."""
 
@@ -31,7 +32,8 @@ class Run:
     loss: float
     """Nats a byte on held-out text."""
     tokens_per_step: int = 2048
-    layers: int = 4
+    attention: float = 1.0
+    """Features of attention, as a share of the width."""
     network: tuple[Hashable, ...] = ()
     """How it was found (dense, static, set), and its shape."""
     rate: Hashable = None
@@ -64,7 +66,8 @@ def fit(runs: Sequence[Run], *, free: tuple[str, ...] = (), provenance: Mapping[
         "nonzeros": [point.nonzeros for point in points],
         "tokens": [point.tokens for point in points],
         "density": [point.density for point in points],
-        "layers": [float(run.layers) for run in runs],
+        "layers": [float(point.layers) for point in points],
+        "attention": [run.attention for run in runs],
         "tokens_per_step": [float(run.tokens_per_step) for run in runs],
     }
     E, A, B, *extras = map(float, found)

@@ -1,13 +1,15 @@
-"""What a network will have learned after so many bytes: a scaling law in weights that exist, density and bytes.
+"""What a network will have learned after so many bytes: a scaling law in weights that exist, density, depth and bytes.
 
-    L = E + A f(s)^g / N^a + B / D^b + (extra of the block),     f(s) = s^-0.0097 - 0.273 (1 - s)^0.847
+    L = E + A f(s)^g / (N^a (l / 4)^d) + B / D^b + (extra of the block),     f(s) = s^-0.0097 - 0.273 (1 - s)^0.847
 
-N trained numbers, s density of the sparse layers, D bytes trained on, L nats a byte on held-out text.
+N trained numbers, s density of the sparse layers, l transformer blocks, D bytes trained on, L nats a byte on held-out
+text.
 
 Source:
-    Wu et al. 2026, "When Data Is Scarce", arXiv:2606.01155, with a = b = 0.327 and g = 1. Which of the exponents are
-    the paper's here, and which were fitted because its own did not hold for small networks and minutes of training, is
-    in the fit's `fitted_exponents`.
+    Wu et al. 2026, "When Data Is Scarce", arXiv:2606.01155, with a = b = 0.327 and g = 1. Depth is ours: of as many
+    weights in two blocks and in four, four learned more in minutes (docs/log.md, 2026-11-28). Which of the exponents
+    are the paper's here, and which were fitted because its own did not hold for small networks and minutes of training,
+    is in the fit's `fitted_exponents`.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from typing import Any
 
 import numpy as np
 
-PAPER = {"a": 0.327, "b": 0.327, "g": 1.0}
-"""Exponents of N, of D, and the power of the density factor."""
+PAPER = {"a": 0.327, "b": 0.327, "g": 1.0, "d": 0.0}
+"""Exponents of N, of D, the power of the density factor, and the exponent of depth, of which the paper says nothing."""
 
-FORMAT = 1
+USUAL_LAYERS = 4
+"""Depth at which A is what it says."""
+
+FORMAT = 2
 """Of the JSON."""
 
 
@@ -40,6 +45,8 @@ class Point:
     """s, in (0, 1]."""
     block: tuple[int, int] = (1, 1)
     """Unit shape; of a dense network (1, 1)."""
+    layers: float = USUAL_LAYERS
+    """Transformer blocks."""
 
 
 def density_factor(density: float) -> float:
@@ -60,9 +67,14 @@ def block_name(block: tuple[int, int]) -> str:
 
 def columns(point: Point, exponents: Mapping[str, float], blocks: tuple[str, ...]) -> np.ndarray:
     """(3 + blocks,) what E, A, B and the blocks' extras are multiplied with."""
-    of_nonzeros = density_factor(point.density) ** exponents["g"] / point.nonzeros ** exponents["a"]
     extras = [float(block_name(point.block) == name) for name in blocks]
-    return np.array([1.0, of_nonzeros, point.tokens ** -exponents["b"], *extras])
+    return np.array([1.0, _of_nonzeros(point, exponents), point.tokens ** -exponents["b"], *extras])
+
+
+def _of_nonzeros(point: Point, exponents: Mapping[str, float]) -> float:
+    """What A is multiplied with."""
+    weights = point.nonzeros ** exponents["a"] * (point.layers / USUAL_LAYERS) ** exponents["d"]
+    return density_factor(point.density) ** exponents["g"] / weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +89,7 @@ class Law:
     A: float
     B: float
     exponents: Mapping[str, float] = field(default_factory=lambda: dict(PAPER))
-    """a, b and g."""
+    """a, b, g and d."""
     blocks: Mapping[str, float] = field(default_factory=dict)
     """"4x4" -> nats a byte that such units cost beside single ones. 1x1 costs nothing; others are not known."""
     spread: float = 0.0
@@ -87,7 +99,8 @@ class Law:
     covariance: tuple[tuple[float, ...], ...] | None = None
     """Of E, A, B, the blocks' extras and the fitted exponents, in this order; None: taken as exact."""
     covers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """"nonzeros", "tokens", "density", "layers", "tokens_per_step" -> least and most among the runs."""
+    """"nonzeros", "tokens", "density", "layers", "attention" (its features, as a share of the width), "tokens_per_step"
+    -> least and most among the runs."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where it comes from: data, machines, date, command, runs, and errors on runs that it was not fitted on."""
 
@@ -189,13 +202,13 @@ def exponent_slopes(
     point: Point, A: float, B: float, exponents: Mapping[str, float], names: tuple[str, ...]
 ) -> np.ndarray:
     """(names,) derivatives of the loss by these exponents."""
-    factor = density_factor(point.density)
-    of_nonzeros = A * factor ** exponents["g"] / point.nonzeros ** exponents["a"]
+    of_nonzeros = A * _of_nonzeros(point, exponents)
     of_tokens = B * point.tokens ** -exponents["b"]
     slopes = {
         "a": -of_nonzeros * math.log(point.nonzeros),
         "b": -of_tokens * math.log(point.tokens),
-        "g": of_nonzeros * math.log(factor),
+        "g": of_nonzeros * math.log(density_factor(point.density)),
+        "d": -of_nonzeros * math.log(point.layers / USUAL_LAYERS),
     }
     return np.array([slopes[name] for name in names])
 

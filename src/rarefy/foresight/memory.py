@@ -28,6 +28,8 @@ LOOKED_AT = (
     Shape(width=128, layers=2, context=64, batch=2),
     Shape(width=64, layers=2, heads=2, context=64, batch=2),
     Shape(width=192, layers=1, heads=2, context=64, batch=1),
+    Shape(width=128, layers=2, attention=64, context=64, batch=2),
+    Shape(width=192, layers=1, attention=64, heads=2, context=64, batch=1),
 )
 """Small networks whose forward pass is run to see what it keeps: everything is a sum of a few products of their sizes.
 Tokens are whole panels of 64, as the kernels of sparse layers keep them.
@@ -123,10 +125,11 @@ def _look(shape: Shape) -> int:
 
 
 def _sizes(shape: Shape) -> list[float]:
-    """What activations are proportional to: features and heads of every block, features and logits outside, weights
-    that autocast copies.
+    """What activations are proportional to: features, attention's features and heads of every block, features and
+    logits outside, weights that autocast copies.
     """
     T = shape.tokens
     inside = sum(out * inputs for out, inputs in shape.linears) * shape.layers
     copied = inside if shape.dense else 0
-    return [T * shape.width * shape.layers, T * shape.heads * shape.layers, T * shape.width, T, copied]
+    wide, attended, heads = shape.width * shape.layers, shape.attended * shape.layers, shape.heads * shape.layers
+    return [T * wide, T * attended, T * heads, T * shape.width, T, copied]

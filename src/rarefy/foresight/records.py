@@ -44,8 +44,7 @@ def run_of(record: Mapping[str, Any]) -> Run | None:
         return None
     settings = record["settings"]
     plan = settings.get("plan")
-    usual = settings.get("mlp") is None and settings.get("attention") is None
-    usual = usual and settings.get("parametrization", "standard") == "standard"
+    usual = settings.get("mlp") is None and settings.get("parametrization", "standard") == "standard"
     usual = usual and all(settings.get(name) == value for name, value in NETWORK.items())
     if not usual or record["nonzeros"][0] != record["nonzeros"][1]:
         return None
@@ -59,12 +58,13 @@ def run_of(record: Mapping[str, Any]) -> Run | None:
         density = float(record["density"][0])
         block = (plan["block"],) * 2 if isinstance(plan["block"], int) else tuple(plan["block"])
     per_step = settings["batch"] * settings["accumulate"] * settings["context"]
-    shape = (settings["width"], settings["layers"], settings["context"], per_step, round(density, 3), block)
+    width, layers, attention = settings["width"], settings["layers"], settings.get("attention") or settings["width"]
+    shape = (width, layers, attention, settings["context"], per_step, round(density, 3), block)
     return Run(
-        Point(record["nonzeros"][1], record["steps_taken"] * per_step, density, block),
+        Point(record["nonzeros"][1], record["steps_taken"] * per_step, density, block, layers),
         float(record["curve"]["loss"][-1]),
         tokens_per_step=per_step,
-        layers=settings["layers"],
+        attention=attention / width,
         network=(method, *shape),
         rate=rate,
     )

@@ -17,6 +17,8 @@ class Shape:
 
     width: int
     layers: int
+    attention: int | None = None
+    """Features of all heads together; None: the width."""
     heads: int = 4
     context: int = 256
     batch: int = 8
@@ -38,10 +40,15 @@ class Shape:
         return self.batch * self.context
 
     @property
+    def attended(self) -> int:
+        """Features of all heads together."""
+        return self.width if self.attention is None else self.attention
+
+    @property
     def linears(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of the linear layers of one block."""
-        C = self.width
-        return ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
+        C, A = self.width, self.attended
+        return ((3 * A, C), (C, A), (4 * C, C), (C, 4 * C))
 
     def units(self, shape: tuple[int, int]) -> int:
         """Units of a sparse layer."""
@@ -54,9 +61,9 @@ class Shape:
 
     @property
     def fits(self) -> bool:
-        """Whether heads share the width, in pairs that rotary positions turn, and units divide all layers."""
+        """Whether heads share attention's features, in pairs that rotary positions turn, and units divide layers."""
         divides = self.dense or all(not (out % self.block[0] or inp % self.block[1]) for out, inp in self.linears)
-        return self.width % (2 * self.heads) == 0 and divides
+        return self.attended % (2 * self.heads) == 0 and divides
 
     def parameters(self) -> list[tuple[int, int]]:
         """(leading indices, numbers) of every trained tensor."""

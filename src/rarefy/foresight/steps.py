@@ -1,7 +1,8 @@
 """Milliseconds of a GPT's whole training step: its linear layers by the cost model, and everything else by a few terms.
 
-Terms: attention, norms, additions, casts and GELU by tokens x width x layers, scores by tokens x context x width x
-layers, embedding, head's softmax and loss by tokens, clipping and optimizer by parameters. A dense and a sparse network
+Terms: norms, additions, casts and activations by tokens x width x layers, attention's products by tokens x context x
+its features x layers, its scores by tokens x context x heads x layers, embedding, head's softmax and loss by tokens,
+clipping and optimizer by parameters. A dense and a sparse network
 have their own where they run other code (a sparse one's GELU is part of its MLP; its optimizer keeps ages). The linear
 layers count with a factor of their own, as caches in a step are not what they are when a layer is timed alone.
 """
@@ -19,7 +20,7 @@ from rarefy.cost import CostModel
 from rarefy.cost.model import fit_relative
 from rarefy.foresight.shape import Shape
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; another one is not read."""
 
 
@@ -38,10 +39,12 @@ def step_terms(shape: Shape, linears: float) -> dict[str, float]:
     """
     kind = "dense" if shape.dense else "sparse"
     spread = shape.tokens * shape.width * shape.layers
+    scores = shape.tokens * shape.context * shape.layers
     return {
         "blocks": float(shape.layers),
         "tokens": float(shape.tokens),
-        "attention": float(spread * shape.context),
+        "attention": float(scores * shape.attended),
+        "scores": float(scores * shape.heads),
         f"features, {kind}": float(spread),
         f"parameters, {kind}": float(shape.nonzeros),
         f"linears, {kind}": linears,
@@ -49,8 +52,8 @@ def step_terms(shape: Shape, linears: float) -> dict[str, float]:
 
 
 NAMES = (
-    "blocks", "tokens", "attention", "features, dense", "features, sparse", "parameters, dense", "parameters, sparse",
-    "linears, dense", "linears, sparse",
+    "blocks", "tokens", "attention", "scores", "features, dense", "features, sparse", "parameters, dense",
+    "parameters, sparse", "linears, dense", "linears, sparse",
 )  # fmt: skip
 """Of all terms, of either kind of network."""
 

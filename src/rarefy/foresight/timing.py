@@ -38,8 +38,13 @@ POINTS = (
     Shape(width=320, layers=3, context=256, batch=2, density=0.25),
     Shape(width=256, layers=2, context=256, batch=8),
     Shape(width=256, layers=2, context=256, batch=8, density=0.25, block=(4, 4)),
+    Shape(width=144, layers=4, attention=64, context=256, batch=8),
+    Shape(width=208, layers=4, attention=64, context=256, batch=8, density=0.5, block=(4, 4)),
+    Shape(width=320, layers=1, attention=128, context=512, batch=4),
+    Shape(width=512, layers=1, attention=160, context=256, batch=4, density=0.25, block=(4, 1)),
 )
-"""Small and large, shallow and deep, of few tokens and of many: dense and sparse in turn."""
+"""Small and large, shallow and deep, of few tokens and of many, with attention as wide as they are and narrow: dense
+and sparse in turn."""
 
 HELD_OUT = (
     Shape(width=192, layers=4, context=256, batch=8),
@@ -50,6 +55,8 @@ HELD_OUT = (
     Shape(width=96, layers=6, context=128, batch=8),
     Shape(width=320, layers=4, context=256, batch=4, density=0.25),
     Shape(width=448, layers=1, context=512, batch=2),
+    Shape(width=224, layers=4, attention=168, context=256, batch=8),
+    Shape(width=320, layers=4, attention=144, context=256, batch=8, density=0.5, block=(4, 4)),
 )
 """For a check: none is among the points."""
 
@@ -74,8 +81,8 @@ def make_network(shape: Shape) -> Twin:
     block = shape.block if shape.block != (1, 1) else 1
     plan = Plan(density=min(shape.density, 0.5), block=block, method=Static(), keep_dense=("head",))
     settings = TextSettings(
-        width=shape.width, layers=shape.layers, heads=shape.heads, context=shape.context, batch=shape.batch, plan=plan,
-        precision="bf16" if shape.precision == "bf16" else None, measure=False,
+        width=shape.width, layers=shape.layers, attention=shape.attention, heads=shape.heads, context=shape.context,
+        batch=shape.batch, plan=plan, precision="bf16" if shape.precision == "bf16" else None, measure=False,
     ).settled(1000)  # fmt: skip
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # what is wrong with so short a run says nothing of a real one
