@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import check_steps
 from rarefy.cost import CostModel, training_bytes
 from rarefy.foresight import Law, Point, Shape, StepModel, Wish, choose, kept, step_bytes, step_model
 from rarefy.foresight.choice import WIDTHS, attention_widths
@@ -92,6 +93,14 @@ def test_a_step_model_finds_the_terms_that_made_its_steps():
     for step in timed(HELD_OUT):
         assert model.ms(step.shape, model_of_layers) == pytest.approx(step.ms, rel=0.03)
     assert not set(POINTS) & set(HELD_OUT)
+
+
+def test_a_step_is_shown_beside_its_prediction():
+    shape = Shape(width=32, layers=1, attention=16, context=16, batch=2, density=0.25, block=(4, 4))
+    model = StepModel({"fp32": {"blocks": 9.0}})
+    line, error = check_steps.row(model, TimedStep(shape, linears=1.0, ms=10.0))
+    assert line == "| 32, 1, 16, 16, 2 | 25%, 4x4 | fp32 | 9.0 | 10.0 | -10% |" and error == pytest.approx(-0.1)
+    assert check_steps.structure(Shape(width=32, layers=1)) == "dense"
 
 
 def test_what_was_not_timed_has_no_step_time():

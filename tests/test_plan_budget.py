@@ -84,7 +84,18 @@ def test_both_sides_are_shown_and_what_to_run(calibrated, text, capsys):
     assert main(["plan", "--budget", "3m", "--data", str(text), "--memory", "120M"]) == 0
     out = capsys.readouterr().out
     titles = [line.split("  ")[0] for line in out.splitlines()]
-    for title in ("bits per byte", "width", "layers", "density", "block", "precision", "parameters", "steps", "memory"):
+    for title in (
+        "bits per byte",
+        "width",
+        "layers",
+        "attention",
+        "density",
+        "block",
+        "precision",
+        "parameters",
+        "steps",
+        "memory",
+    ):
         assert title in titles
     assert "best dense" in out and "best sparse" in out and "of which none was trained" in out
     assert "networks need more than 120 MiB" in out
@@ -107,10 +118,12 @@ def test_json_says_the_same(calibrated, text, capsys):
     assert data["sentence"] and data["commands"]["race"].startswith("rarefy race")
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
-def test_the_commands_train_the_networks_that_were_chosen(text, block):
+def test_the_commands_train_the_networks_that_were_chosen(text, block, narrow):
     four, one = (1.0, None) if block == (4, 4) else (None, 1.0)
-    choice = choose(Wish(minutes=3), LAW, by_products(10.0, one or 100.0, four))
+    law = dataclasses.replace(LAW, covers={**LAW.covers, "attention": (0.3, 0.5) if narrow else (1.0, 1.0)})
+    choice = choose(Wish(minutes=3), law, by_products(10.0, one or 100.0, four))
     assert choice.dense is not None and choice.sparse is not None and choice.sparse.shape.block == block
     race = words.race_command(choice, data=str(text), budget="3m", method="set")
     train = words.train_command(choice, data=str(text), method="set")
@@ -124,6 +137,7 @@ def test_the_commands_train_the_networks_that_were_chosen(text, block):
         chosen = choice.dense.shape if contender.dense else choice.sparse.shape
         settings = contender.settings
         assert (settings.width, settings.layers, settings.batch) == (chosen.width, chosen.layers, chosen.batch)
+        assert settings.attention == chosen.attention and (chosen.attended < chosen.width) == narrow
         if not contender.dense:
             said = settings.plan.block
             assert ((said, said) if isinstance(said, int) else tuple(said)) == block
@@ -134,6 +148,7 @@ def test_the_commands_train_the_networks_that_were_chosen(text, block):
         choice.sparse.shape.width, choice.sparse.shape.layers, choice.sparse.steps,
     )  # fmt: skip
     assert given.density == choice.sparse.shape.density and not given.twin
+    assert given.attention == choice.sparse.shape.attention
 
 
 def plan_budget_settings(text: Path):
