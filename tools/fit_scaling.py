@@ -27,7 +27,7 @@ from rarefy.foresight.records import read_records, run_of, tuned
 
 LAW = Path("src/rarefy/foresight/law.json")
 
-FREE = ((), ("d",), ("g", "d"), ("b", "d"), ("b", "g", "d"), ("a", "b", "d"))
+FREE = ((), ("b",), ("g",), ("d",), ("b", "g"), ("g", "d"), ("b", "d"), ("b", "g", "d"), ("a", "b", "d"))
 """Exponents that are fitted; the others are the paper's."""
 
 WORTH_IT = 0.9
