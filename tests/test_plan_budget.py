@@ -125,8 +125,10 @@ def test_the_commands_train_the_networks_that_were_chosen(text, block, narrow):
     law = dataclasses.replace(LAW, covers={**LAW.covers, "attention": (0.3, 0.5) if narrow else (1.0, 1.0)})
     choice = choose(Wish(minutes=3), law, by_products(10.0, one or 100.0, four))
     assert choice.dense is not None and choice.sparse is not None and choice.sparse.shape.block == block
-    race = words.race_command(choice, data=str(text), budget="3m", method="set")
-    train = words.train_command(choice, data=str(text), method="set")
+    method = words.usual_method(choice)
+    assert method == ("set" if block == (1, 1) else "static")
+    race = words.race_command(choice, data=str(text), budget="3m", method=method)
+    train = words.train_command(choice, data=str(text), method=method)
     assert race is not None and train is not None
     asked = parse(Text, shlex.split(race)[2:], prog="rarefy race")
     assert asked.asked().minutes == 3.0 and asked.asked().heat_minutes == 0
@@ -141,7 +143,7 @@ def test_the_commands_train_the_networks_that_were_chosen(text, block, narrow):
         if not contender.dense:
             said = settings.plan.block
             assert ((said, said) if isinstance(said, int) else tuple(said)) == block
-            assert settings.plan.density == chosen.density
+            assert settings.plan.density == chosen.density and contender.label.startswith(f"{method}:")
     cls, _ = TASKS["text"]
     given = parse(cls, shlex.split(train)[3:], prog="rarefy train text")
     assert (given.width, given.layers, given.steps) == (

@@ -15,9 +15,6 @@ from rarefy.foresight.timing import step_precisions
 from rarefy.training.data import Corpus, load_corpus
 from rarefy.training.machine import machine
 
-METHOD = "set"
-"""Of the sparse network, unless the user says: the law's runs are of SET and of fixed patterns."""
-
 
 def bytes_of(name: str, text: str) -> int:
     """8G, 500M, 1.5GiB, or a number of bytes; K, M, G and T are powers of 1024. Raises ValueError for anything else."""
@@ -53,7 +50,7 @@ def run(
     """Print the choice, or JSON."""
     law, steps = shipped_law(), steps_of(costs)
     choice = choose(wish, law, lambda shape: steps.ms(shape, costs) if shape.precision in step_precisions() else None)
-    method = METHOD if method is None else method
+    method = words.usual_method(choice) if method is None else method
     commands = {
         "race": words.race_command(choice, data=data, budget=budget, method=method),
         "train": words.train_command(choice, data=data, method=method),

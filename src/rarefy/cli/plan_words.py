@@ -98,6 +98,14 @@ def doubts(choice: Choice, law: Law, *, data_bytes: int) -> list[str]:
     return found
 
 
+def usual_method(choice: Choice) -> str:
+    """Of the sparse network, unless the user says: the law's runs are of SET and of fixed patterns.
+
+    SET gains a little by moving single units, and loses by moving blocks of several columns (docs/log.md).
+    """
+    return "static" if choice.sparse is not None and choice.sparse.shape.block[1] > 1 else "set"
+
+
 def race_command(choice: Choice, *, data: str | None, budget: str, method: str) -> str | None:
     """The race that checks it, the dense one at both rates of a race's ladder, so that it is tuned; None without both
     sides.
