@@ -201,7 +201,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="the records are in the repository alone")
 def test_the_tool_makes_the_law_that_comes_along(tmp_path, monkeypatch, capsys):
-    folders = [str(RESULTS / "race" / data / "runs") for data in ("wikitext-2", "wikitext-2-avx2")]
+    kept = ("race/wikitext-2", "race/wikitext-2-avx2", "compare/wikitext-2-law")
+    folders = [str(RESULTS / where / "runs") for where in kept]
     monkeypatch.setattr(fit_scaling, "LAW", tmp_path / "law.json")
     monkeypatch.setattr(fit_scaling, "FREE", ((), shipped_law().fitted_exponents))  # not all that the tool tries
     monkeypatch.setattr("sys.argv", ["fit_scaling.py", *folders, "--from-bytes", "1e6", "--write"])
