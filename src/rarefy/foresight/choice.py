@@ -11,6 +11,7 @@ from rarefy.cost import CALIBRATED_BLOCKS, PRECISIONS, Precision
 from rarefy.foresight.law import Law, Point
 from rarefy.foresight.memory import StepBytes, step_bytes
 from rarefy.foresight.shape import Shape
+from rarefy.recipes.text.field import NARROW, SPARSE_ATTENTION
 
 WIDTHS = (
     64, 96, 112, 128, 144, 160, 192, 208, 224, 256, 288, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536,
@@ -18,11 +19,8 @@ WIDTHS = (
 LAYERS = (1, 2, 3, 4, 6, 8, 12)
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
 BATCHES = (2, 4, 8, 16, 32, 64)
-ATTENTION = (1.0, 0.45, 0.31)
-"""Features of attention over the width; a multiple of what heads can share, and no head has fewer than `HEAD`, unless
-attention is as wide as the network."""
-
 HEAD = 16
+"""Features that a head of narrow attention has at least."""
 
 StepTime = Callable[[Shape], float | None]
 """Milliseconds of a network's step; None if they cannot be foreseen."""
@@ -156,12 +154,11 @@ def grid(wish: Wish, law: Law) -> Iterator[Shape]:
 
 
 def attention_widths(width: int, heads: int, law: Law) -> list[int]:
-    """Features that attention may have in a network of this width, widest first."""
+    """Features that attention may have in a network of this width, widest first: all, or the shares of a race's field."""
     even = 2 * heads  # rotary positions turn pairs of features of a head
-    shares = [max(HEAD * heads, even * math.ceil(share * width / even)) for share in ATTENTION if share < 1]
-    narrow = [features for features in shares if features < width and not law.outside(attention=features / width)]
-    full = [] if law.outside(attention=1.0) else [width]
-    return full + list(dict.fromkeys(narrow))
+    narrow = [max(HEAD * heads, even * math.ceil(share * width / even)) for share in (NARROW, SPARSE_ATTENTION)]
+    found = [width, *(features for features in narrow if features < width)]
+    return [features for features in dict.fromkeys(found) if not law.outside(attention=features / width)]
 
 
 def point_of(shape: Shape, tokens: int) -> Point:

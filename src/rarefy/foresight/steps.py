@@ -2,9 +2,9 @@
 
 Terms: norms, additions, casts and activations by tokens x width x layers, attention's products by tokens x context x
 its features x layers, its scores by tokens x context x heads x layers, embedding, head's softmax and loss by tokens,
-clipping and optimizer by parameters. A dense and a sparse network
-have their own where they run other code (a sparse one's GELU is part of its MLP; its optimizer keeps ages). The linear
-layers count with a factor of their own, as caches in a step are not what they are when a layer is timed alone.
+clipping and optimizer by parameters. A dense and a sparse network have their own where they run other code (a sparse
+one's activation is part of its MLP; its optimizer keeps ages). The linear layers count with a factor of their own, as
+caches in a step are not what they are when a layer is timed alone.
 """
 
 from __future__ import annotations
