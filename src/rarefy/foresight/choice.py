@@ -154,7 +154,7 @@ def grid(wish: Wish, law: Law) -> Iterator[Shape]:
 
 
 def attention_widths(width: int, heads: int, law: Law) -> list[int]:
-    """Features that attention may have in a network of this width, widest first: all, or the shares of a race's field."""
+    """Features that attention may have in a network of this width, widest first: all, or a race's shares."""
     even = 2 * heads  # rotary positions turn pairs of features of a head
     narrow = [max(HEAD * heads, even * math.ceil(share * width / even)) for share in (NARROW, SPARSE_ATTENTION)]
     found = [width, *(features for features in narrow if features < width)]
