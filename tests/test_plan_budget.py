@@ -85,17 +85,9 @@ def test_both_sides_are_shown_and_what_to_run(calibrated, text, capsys):
     out = capsys.readouterr().out
     titles = [line.split("  ")[0] for line in out.splitlines()]
     for title in (
-        "bits per byte",
-        "width",
-        "layers",
-        "attention",
-        "density",
-        "block",
-        "precision",
-        "parameters",
-        "steps",
+        "bits per byte", "width", "layers", "attention", "density", "block", "precision", "parameters", "steps",
         "memory",
-    ):
+    ):  # fmt: skip
         assert title in titles
     assert "best dense" in out and "best sparse" in out and "of which none was trained" in out
     assert "networks need more than 120 MiB" in out

@@ -41,9 +41,8 @@ def test_the_law_by_hand():
     tenth = 1.0225867 - 0.273 * 0.9146249
     assert law.loss(Point(1e6, 1e7, 0.1)) == pytest.approx(dense - 1.091440 * (1 - tenth), rel=1e-6)
     assert law.loss(Point(1e6, 1e7, 0.1, (4, 4))) - law.loss(Point(1e6, 1e7, 0.1)) == pytest.approx(0.25)
-    deep = dataclasses.replace(
-        law, exponents={**PAPER, "d": 0.5}
-    )  # one block: 4^0.5 = 2 times the loss that weights leave
+    # With d = 0.5 one block has 4^0.5 = 2 times the loss that weights leave.
+    deep = dataclasses.replace(law, exponents={**PAPER, "d": 0.5})
     assert deep.loss(Point(1e6, 1e7, layers=4)) == law.loss(Point(1e6, 1e7)) == law.loss(Point(1e6, 1e7, layers=1))
     assert deep.loss(Point(1e6, 1e7, layers=1)) == pytest.approx(dense + 1.091440, rel=1e-6)
     with pytest.raises(ValueError, match="no runs with blocks of 8x8"):
@@ -83,9 +82,8 @@ def test_a_fit_finds_the_constants_that_made_its_points(exponents):
     for name, value in TRUE.items():
         assert getattr(law, name) == pytest.approx(value, rel=0.1)
     assert law.blocks["4x4"] == pytest.approx(0.02, abs=2e-3)
-    assert (
-        law.covers["density"] == (0.1, 1.0) and law.covers["layers"] == (2, 4) and law.covers["nonzeros"] == (2e5, 4e6)
-    )
+    assert law.covers["density"] == (0.1, 1.0) and law.covers["layers"] == (2, 4)
+    assert law.covers["nonzeros"] == (2e5, 4e6)
 
 
 def test_shapes_that_were_left_out_are_predicted():
